@@ -1,0 +1,338 @@
+"""§3.3 of [S]: mask and noise exist only inside forward, for any Hugging Face causal LM.
+
+    y⁽ⁱ⁾ = (θ⁽ⁱ⁾ + ε m(θ⁽ⁱ⁾) ⊙ z⁽ⁱ⁾) x⁽ⁱ⁾ + b⁽ⁱ⁾             [S] §3.3, one layer at a time
+
+Algorithm 1 adds +ε ẑ, −2ε ẑ and +ε ẑ to the weights. Here a probe never writes a weight. The
+forward of every module that owns parameters is wrapped; while a probe is open, the wrapper draws
+the module's noise, computes θ + ε ẑ and θ − ε ẑ in scratch memory, and runs the module's own
+forward with them.
+
+    code              paper                      code       paper
+    losses(…, seed)   l⁺ and l⁻                  rule       m = GetMask(θ, h), see masks.py
+    update(seed, a)   θ ← θ + a ẑ, a = −ηg       stream     i, the number of the tensor
+
+How it works.
+  Both probes run in one pass. The batch is stacked twice, [x; x]. A wrapper splits every tensor
+  argument that holds the doubled batch, gives θ + ε ẑ the first half and θ − ε ẑ the second, and
+  joins the results: one traversal, one noise draw and one weight read where MeZO has two, four and
+  six. There is no model-specific code: wrapped is whatever owns a parameter, be it Linear,
+  Embedding, norm, Conv1D or fused experts. Where a module's input has lost the batch dimension the
+  two probes run one after the other instead; that works for every model and costs a second draw.
+  Tied weights agree, because noise belongs to the parameter, not to the module that uses it. An
+  embedding draws the noise of the looked-up rows alone.
+
+Why it matters. θ is bit-identical after any number of probes; in place, ±ε drifts per step by ten
+times a typical update in fp16, by eighty times in bf16. The mask comes from the unperturbed θ by
+construction. Memory is that of inference: weights, activations of the doubled batch, and two copies
+of the largest weight (the scratch, shared by all layers).
+
+What it costs: two fused passes over the weights per step, one for the probes and one for the update
+(zo.Sweep; bench.py measures them). What differs from Algorithm 1: l⁻ is taken at θ − ε ẑ at once,
+where the printed order rounds twice on its way there through θ + ε ẑ.
+"""
+
+import contextlib
+import functools
+import re
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import masks
+import zo
+
+
+@dataclass
+class Moving:
+    """One tensor that moves: its weight, its noise stream, its rule and what the rule keeps."""
+
+    name: str
+    weight: Tensor  # shares the parameter's memory; updates write through it
+    stream: Tensor  # 0-dim int64, on the weight's device
+    rule: masks.Rule
+    state: Tensor
+    used: bool = False  # has a probe gone through it?
+
+
+class LostBatch(Exception):
+    """A module's input does not show which rows belong to which probe."""
+
+
+class Patch:
+    """A model under zeroth-order training; made by `patch`, undone by `remove`.
+
+    loss_plus, loss_minus = handle.losses(inputs, loss_fn, seed)
+    handle.update(seed, -lr * zo.projected_grad(loss_plus, loss_minus, eps))
+    """
+
+    def __init__(self, model, rule, *, eps, vectors, select, compiled):
+        if model.training:
+            raise ValueError(
+                "the model is in training mode, where dropout would drown the probes; "
+                "call model.eval() first"
+            )
+        self.model, self.eps, self.sweep = model, eps, zo.Sweep(compiled)
+        self.moving = _choose(model, rule, vectors, select)
+        devices = {p.weight.device for p in self.moving.values()}
+        self._eps = {d: [torch.tensor(s * eps, device=d) for s in (+1, -1)] for d in devices}
+        self._seed: dict | None = None  # per device; a probe is open while it is set
+        self._sign: int | None = None  # None: both probes at once; +1 or −1: that one alone
+        self._doubled: tuple[int, int] = (0, 0)  # rows and rows · tokens of the doubled batch
+        self._scratch: dict[tuple, list[Tensor]] = {}
+        self._taken: dict[tuple, int] = {}
+        self.one_pass = True
+        self.wrapped: list[tuple[nn.Module, object]] = []
+        for module in model.modules():
+            owned = {
+                name: self.moving[id(p)]
+                for name, p in module._parameters.items()
+                if id(p) in self.moving
+            }
+            if owned:
+                self.wrapped.append((module, module.__dict__.get("forward")))
+                module.forward = self._wrap(module, owned)
+
+    def _wrap(self, module, owned):
+        forward = module.forward
+        rows_only = type(module) is nn.Embedding and module.max_norm is None
+
+        @functools.wraps(forward)
+        def probed(*args, **kwargs):
+            if self._seed is None:
+                return forward(*args, **kwargs)
+            for p in owned.values():
+                p.used = True
+            both = self._sign is None
+            signs = (+1, -1) if both else (self._sign,)
+            calls = self._halves((args, kwargs)) if both else [(args, kwargs)]
+            if rows_only:
+                outputs = [
+                    self._rows(s, owned["weight"], *a, **k)
+                    for s, (a, k) in zip(signs, calls, strict=True)
+                ]
+            else:
+                with self._perturbed(owned, signs) as weights:
+                    outputs = [
+                        self._run(module, forward, w, s, a, k)
+                        for s, w, (a, k) in zip(signs, weights, calls, strict=True)
+                    ]
+            return _join(*outputs) if both else outputs[0]
+
+        return probed
+
+    # ------------------------------------------------------------------ inside a probe
+
+    def _halves(self, arguments) -> list:
+        """The arguments of each probe: the halves of every tensor that holds the doubled batch."""
+        rows, positions = self._doubled  # activations (rows, T, d), or flattened (rows · T, d)
+        halves, found = [], False
+        for i in (0, 1):
+
+            def take(value, i=i):
+                nonlocal found
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    return value
+                if not (value.shape[0] == positions or value.shape[0] == rows and value.dim() > 1):
+                    return value
+                found = True
+                return value.tensor_split(2)[i]
+
+            halves.append(tree_map(take, arguments))
+        if not found:
+            raise LostBatch
+        return halves
+
+    @contextlib.contextmanager
+    def _perturbed(self, owned, signs):
+        """For each sign the module's parameters as θ + sign · ε ẑ, {name: tensor}, in scratch."""
+        before, copies = dict(self._taken), [{} for _ in signs]
+        for name, p in owned.items():
+            buffers = self._take(p)[: len(signs)]
+            self._shift(p, buffers, [self._eps[p.weight.device][s < 0] for s in signs])
+            for copy, buffer in zip(copies, buffers, strict=True):
+                copy[name] = buffer.view_as(p.weight)
+        try:
+            yield copies
+        finally:
+            self._taken = before
+
+    def _take(self, p: Moving) -> list[Tensor]:
+        """Two flat buffers of p's size, after those that outer modules hold; grown where needed."""
+        key = p.weight.dtype, p.weight.device
+        start = self._taken.get(key, 0)
+        end = self._taken[key] = start + p.weight.numel()
+        if key not in self._scratch or self._scratch[key][0].numel() < end:
+            self._scratch.pop(key, None)  # free it first: the largest weights come in twos
+            self._scratch[key] = [torch.empty(end, dtype=key[0], device=key[1]) for _ in range(2)]
+        return [buffer[start:end] for buffer in self._scratch[key]]
+
+    def _run(self, module, forward, weights: dict[str, Tensor], sign: int, args, kwargs):
+        """`forward` with `weights` in place of the module's own; modules inside follow `sign`."""
+        own = {name: module._parameters[name] for name in weights}
+        outer, self._sign = self._sign, sign
+        module._parameters.update(weights)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters.update(own)
+            self._sign = outer
+
+    def _rows(self, sign: int, p: Moving, input: Tensor) -> Tensor:
+        """nn.Embedding's forward at θ + sign · ε ẑ, for the token ids `input`."""
+        columns = p.weight.shape[1]
+        index = input[..., None] * columns + torch.arange(columns, device=input.device)
+        theta = p.weight[input]
+        out = torch.empty_like(theta)
+        a = self._eps[p.weight.device][sign < 0]
+        self._shift(p, [out.view(-1)], [a], theta.view(-1), index.view(-1))
+        return out
+
+    def _shift(self, p: Moving, outs, coefficients, theta=None, index=None) -> None:
+        """out ← θ + a m⊙z for each (out, a), of the whole tensor or of the elements at `index`."""
+        theta = p.weight.view(-1) if theta is None else theta
+        seed = self._seed[p.weight.device]
+        self.sweep(outs, coefficients, theta, seed, p.stream, p.rule.mask, p.state, index)
+
+    @contextlib.contextmanager
+    def _open(self, seed: int, *, sign: int | None = None, doubled=(0, 0)):
+        """While open, wrapped modules compute at θ ± ε ẑ; closed again whatever happens inside."""
+        assert self._seed is None, "a probe is already open"
+        assert not self.model.training, "the model was put into training mode after patching"
+        self._seed = {device: torch.tensor(seed, device=device) for device in self._eps}
+        self._sign, self._doubled, self._taken = sign, doubled, {}
+        try:
+            yield
+        finally:
+            self._seed = self._sign = None
+
+    # ------------------------------------------------------------------ for the training loop
+
+    @torch.no_grad()
+    def losses(self, inputs: dict, loss_fn, seed: int) -> tuple[Tensor, Tensor]:
+        """(l⁺, l⁻) of [S] eq. 2 on one batch, as 0-dim tensors. θ is not written.
+
+        `inputs`: the model's keyword arguments, tensors of B rows (input_ids (B, T), …) and plain
+        values; `loss_fn`: the logits of B rows to a scalar. Raises ValueError, naming it, where a
+        parameter was chosen to move and no wrapped forward used it.
+        """
+        if self.one_pass:
+            rows, tokens = inputs["input_ids"].shape
+            twice = {key: _join(value, value) for key, value in inputs.items()}
+            try:
+                with self._open(seed, doubled=(2 * rows, 2 * rows * tokens)):
+                    logits = self.model(**twice, use_cache=False).logits
+                losses = [loss_fn(half) for half in logits.tensor_split(2)]
+            except LostBatch:
+                self.one_pass = False
+                warnings.warn(
+                    "a module of this model does not keep the rows of a batch apart: "
+                    "the two probes run one after the other",
+                    stacklevel=2,
+                )
+        if not self.one_pass:
+            losses = []
+            for sign in (+1, -1):
+                with self._open(seed, sign=sign):
+                    losses.append(loss_fn(self.model(**inputs, use_cache=False).logits))
+        if unused := [p.name for p in self.moving.values() if not p.used]:
+            raise ValueError(
+                f"forward never used {', '.join(unused[:3])} ({len(unused)} in all), so "
+                "pure noise would move it; exclude it by `select`"
+            )
+        return losses[0], losses[1]
+
+    @torch.no_grad()
+    def update(self, seed: int, a: float) -> None:
+        """The last loop of [S] Algorithm 1, θ ← θ + a m⊙z in place, with a = −η · proj_grad.
+
+        `seed` is the probes' own. Computed in fp32, rounded to nearest in θ's dtype.
+        """
+        with self._open(seed):
+            for p in self.moving.values():
+                coefficient = torch.tensor(a, dtype=torch.float32, device=p.weight.device)
+                self._shift(p, [p.weight.view(-1)], [coefficient])
+
+    def refresh(self, step: int) -> None:
+        """Before step `step`: take thresholds again where the rule says so ([S]'s ablation)."""
+        for p in self.moving.values():
+            if step and p.rule.refresh_every and step % p.rule.refresh_every == 0:
+                p.state = p.rule.prepare(p.weight, int(p.stream))
+
+    def active_density(self) -> float:
+        """Share of the weights in moving tensors that are inside the mask now."""
+        inside = sum(masks.active_count(p.rule, p.weight, p.state) for p in self.moving.values())
+        return inside / sum(p.weight.numel() for p in self.moving.values())
+
+    def report(self) -> str:
+        """What was patched, in one line."""
+        size = sum(p.weight.numel() for p in self.moving.values())
+        total = sum(p.numel() for p in self.model.parameters())
+        move = round(self.active_density() * size)
+        return (
+            f"patched {len(self.wrapped)} modules with {len(self.moving)} tensors; "
+            f"{move:,} of {total:,} weights move ({move / total:.2%})"
+        )
+
+    def remove(self) -> None:
+        """An ordinary Hugging Face model again, with the weights as they are now."""
+        for module, before in self.wrapped:
+            del module.forward
+            if before is not None:  # somebody else's wrapper, such as accelerate's
+                module.forward = before
+        self.wrapped, self._scratch = [], {}
+
+
+def patch(
+    model: nn.Module,
+    rule: masks.Rule,
+    *,
+    eps: float = 1e-3,
+    vectors: str = "masked",
+    select: str = "",
+    compiled: bool = False,
+) -> Patch:
+    """Wrap `model` so that its weights can be probed and updated under `rule`.
+
+    eps: ε, 1e-3 in both papers. vectors: what happens to one-dimensional tensors (norms, biases),
+    of which [S] says nothing: "masked" like the rest, "free" (all of them move) or "frozen".
+    select: a regular expression on parameter names; all parameters by default, as in MeZO and [S].
+    compiled: fuse noise, mask and add (needs a C++ compiler, on a GPU Triton).
+    """
+    return Patch(model, rule, eps=eps, vectors=vectors, select=select, compiled=compiled)
+
+
+def _choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
+    """{id(parameter): Moving} of the unique parameters that move, numbered in the model's order."""
+    if vectors not in ("masked", "free", "frozen"):
+        raise ValueError(f"vectors is {vectors!r}; it can be masked, free or frozen")
+    chosen, free = {}, masks.Everything()
+    for stream, (name, parameter) in enumerate(model.named_parameters()):
+        vector = parameter.dim() < 2
+        if not re.search(select, name) or (vector and vectors == "frozen"):
+            continue
+        assert stream < zo.MAX_STREAMS, f"parameter {stream} exceeds {zo.MAX_STREAMS} noise streams"
+        assert parameter.is_contiguous(), f"{name} is not contiguous"
+        its, weight = (free if vector and vectors == "free" else rule), parameter.detach()
+        try:
+            state = its.prepare(weight, stream)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        number = torch.tensor(stream, device=weight.device)
+        chosen[id(parameter)] = Moving(name, weight, number, its, state)
+    if not chosen:
+        raise ValueError(f"no parameter moves: none matches {select!r} with vectors={vectors!r}")
+    return chosen
+
+
+def _join(first, second):
+    """The outputs of the two probes, stacked: tensors, or tuples, lists and dicts of them."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, dict):
+        return type(first)({key: _join(first[key], second[key]) for key in first})
+    if isinstance(first, tuple | list):
+        return type(first)(_join(a, b) for a, b in zip(first, second, strict=True))
+    return first

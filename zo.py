@@ -1,0 +1,201 @@
+"""Zeroth-order optimisation: noise, the two-point estimate, Algorithms 1 and 2.
+
+[S] is Sparse MeZO (Liu et al., 2024), [Q] is SensZOQ (Guo et al., 2024). Both do three things:
+
+    ẑ = m ⊙ z,  z ~ N(0, I)                                  [S] eq. 1
+    g = (L(θ + ε ẑ) − L(θ − ε ẑ)) / 2ε                       [S] eq. 2, [Q] SPSA
+    θ ← θ − η g ẑ
+
+    code               paper             code             paper
+    theta              θ                 loss_plus        l⁺ = L(θ + ε ẑ)
+    z, mask            z, m              loss_minus       l⁻ = L(θ − ε ẑ)
+    a                  ε, −2ε or −ηg     projected_grad   proj_grad, g
+    eps, lr            ε, η              seed             s, fresh for every step
+
+This module never sees a model: parameters are plain tensors and the loss is a closure, so a
+quadratic and a 7B model run the same code. `sparse_mezo_step` is Algorithm 1 as printed, in place:
+the reference that the tests compare against. Training uses the same primitive through
+model_patch.py (§3.3 of [S]).
+
+Noise is a function, not a stream. MeZO regenerates z by reseeding the global generator and visiting
+the parameters in the same order. Here z is a pure function of (seed, stream, element):
+Philox-2x32-10 (Salmon et al., SC'11), a ten-round cipher of a counter. So noise does not depend on
+the device, on chunking or on visiting order; the rows of an embedding can be drawn alone; the
+global generator is never touched; and a log of (seed, a) pairs replays a run anywhere.
+(`torch.randn` can do none of this.)
+
+The counter is 64 bits and the key 32. They are divided so that no two draws ever share an input:
+
+    word           bits     holds
+    counter 0      32       element: index in the flattened tensor
+    counter 1      16 + 16  seed's upper bits, stream: which tensor
+    key            32       seed's lower bits
+
+and a step's 48-bit seed is 24 bits of run seed and 24 bits of step (`step_seed`).
+
+What it costs: the readable function is the kernel. `Sweep` compiles it into one pass over memory,
+about 1.7 ns per weight on two CPU cores, where `torch.randn` alone takes 3.4. Without a compiler it
+runs the same lines in cache-sized chunks, ten times slower.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+MULTIPLIER, WEYL, WORD = 0xD256D193, 0x9E3779B9, 0xFFFFFFFF  # Philox-2x32's constants; 32 ones
+MAX_RUN_SEED, MAX_STEP = 1 << 24, 1 << 24
+MAX_ELEMENTS, MAX_STREAMS = 1 << 32, 1 << 15  # the upper half of the streams is for masks
+
+
+def philox(counter0: Tensor, counter1, key):
+    """Philox-2x32-10: 64 counter bits and 32 key bits to 64 random bits, as two words.
+
+    Words are non-negative int64 below 2³²; a 64-bit product wraps, and its two halves are still
+    exact.
+    """
+    for _ in range(10):
+        product = counter0 * MULTIPLIER
+        counter0, counter1 = (product >> 32 & WORD) ^ key ^ counter1, product & WORD
+        key = (key + WEYL) & WORD
+    return counter0, counter1
+
+
+def random_words(seed, stream, index: Tensor):
+    """Two random 32-bit words for each element `index` (int64) of tensor `stream` under `seed`.
+
+    `seed` (48 bits) and `stream` (16 bits) are ints, or 0-dim int64 tensors inside a compiled
+    kernel.
+    """
+    return philox(index, seed >> 32 << 16 | stream, seed & WORD)
+
+
+def normal(seed, stream, index: Tensor) -> Tensor:
+    """z ~ N(0, 1), fp32, one per element of `index`: Box-Muller on that element's two words."""
+    word0, word1 = random_words(seed, stream, index)
+    radius = torch.sqrt(-2.0 * torch.log((word0.float() + 1.0) * 2.0**-32))  # log of (0, 1]
+    return radius * torch.cos(word1.float() * (2.0 * math.pi * 2.0**-32))
+
+
+def gaussian(seed: int, stream: int, shape, *, start: int = 0, device="cpu") -> Tensor:
+    """The noise z of one tensor, fp32 of `shape`, from its element `start` on.
+
+    A row range equals the slice of the whole: gaussian(s, i, (2, c), start=3 * c) is rows 3 and 4.
+    """
+    numel = math.prod(shape)
+    assert 0 <= stream < 2 * MAX_STREAMS, f"stream {stream} does not fit 16 bits"
+    assert 0 <= seed < 1 << 48, f"seed {seed} does not fit 48 bits"
+    assert 0 <= start <= start + numel <= MAX_ELEMENTS, f"element {start + numel} exceeds 32 bits"
+    return normal(seed, stream, torch.arange(start, start + numel, device=device)).view(shape)
+
+
+def step_seed(run_seed: int, step: int) -> int:
+    """The seed of one training step; one-to-one, so no two steps of any two runs share noise."""
+    assert 0 <= run_seed < MAX_RUN_SEED, f"run seed {run_seed} is not in [0, 2^24)"
+    assert 0 <= step < MAX_STEP, f"step {step} is not in [0, 2^24)"
+    return run_seed << 24 | step
+
+
+def shifted(theta: Tensor, a, mask: Tensor, z: Tensor) -> Tensor:
+    """The one primitive: θ + a·m⊙z, with a ∈ {ε, −2ε, −ε, −η·proj_grad}.
+
+    Computed in fp32 (fp64 for fp64 weights) and rounded once to θ's dtype.
+    """
+    wide = torch.promote_types(theta.dtype, torch.float32)
+    return (theta.to(wide) + a * (mask * z)).to(theta.dtype)
+
+
+@torch.no_grad()
+def perturb_parameters(theta: list[Tensor], a: float, seed: int, masks: list[Tensor]) -> None:
+    """[S] Algorithm 2, PerturbParameters: θ_i ← θ_i + m_i ⊙ a z_i, in place, z_i redrawn from seed.
+
+    `theta`: tensors of any shape; the position in the list is the noise stream. `masks`: boolean,
+    alike.
+    """
+    for stream, (theta_i, mask_i) in enumerate(zip(theta, masks, strict=True)):
+        z_i = gaussian(seed, stream, theta_i.shape, device=theta_i.device)
+        theta_i.copy_(shifted(theta_i, a, mask_i, z_i))
+
+
+def projected_grad(loss_plus, loss_minus, eps: float):
+    """[S] eq. 2: the slope of L along ẑ, (l⁺ − l⁻) / 2ε."""
+    return (loss_plus - loss_minus) / (2 * eps)
+
+
+@torch.no_grad()
+def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: float, seed: int):
+    """[S] Algorithm 1, one step, in place and as printed; returns (l⁺, l⁻, proj_grad).
+
+    `loss()` evaluates L(θ; B) on the tensors in `theta`; `get_masks(theta)` returns m, a list of
+    booleans. The masks are taken once, from the unperturbed θ, and held for the step: a mask taken
+    again from θ + ε ẑ would differ, and the restore would miss. Adding and subtracting ε ẑ rounds,
+    so θ does not come back to the bit; in 16 bits that drift is larger than an update. §3.3 has
+    none of it.
+    """
+    masks = get_masks(theta)  # m ← GetMask(θ_t, h)
+    perturb_parameters(theta, eps, seed, masks)
+    loss_plus = float(loss())  # l⁺ = L(θ_t; B)
+    perturb_parameters(theta, -2 * eps, seed, masks)
+    loss_minus = float(loss())  # l⁻ = L(θ_t; B)
+    perturb_parameters(theta, eps, seed, masks)
+    g = projected_grad(loss_plus, loss_minus, eps)
+    perturb_parameters(theta, -lr * g, seed, masks)  # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
+    return loss_plus, loss_minus, g
+
+
+# ------------------------------------------------------------------ one pass over memory
+
+
+def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state):
+    """out ← θ + a·m⊙z for each (out, a), z drawn once. Flat tensors; element i of θ is `index[i]`,
+    or start + i where `index` is None. `mask(theta, index, state)` gives m."""
+    if index is None:
+        index = torch.arange(theta.numel(), device=theta.device) + start
+    m, z = mask(theta, index, state), normal(seed, stream, index)
+    for out, a in zip(outs, coefficients, strict=True):
+        out.copy_(shifted(theta, a, m, z))
+
+
+class Sweep:
+    """`_sweep` as a kernel: compiled to one fused loop, or eager in chunks that stay in the cache.
+
+    Compiled and eager agree to the last bit or two of z (the fused cos and log round differently),
+    so whether a run was compiled belongs to its record.
+    """
+
+    CHUNK = 1 << 16  # elements; 8-byte temporaries of this length stay in L2
+
+    def __init__(self, compiled: bool = False):
+        self.kernel = torch.compile(_sweep, dynamic=True) if compiled else None
+
+    @property
+    def compiled(self) -> bool:
+        return self.kernel is not None
+
+    @torch.no_grad()
+    def __call__(self, outs, coefficients, theta, seed, stream, mask, state, index=None) -> None:
+        """Flat `outs` ← θ + a·m⊙z. Numbers (a, seed, stream) are 0-dim tensors on θ's device, so
+        that a new value never recompiles; `out` may be θ itself."""
+        assert theta.numel() <= MAX_ELEMENTS, f"{theta.numel()} elements exceed the 32-bit counter"
+        if self.kernel is not None:
+            try:
+                return self.kernel(outs, coefficients, theta, index, 0, seed, stream, mask, state)
+            except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                warnings.warn(f"torch.compile failed, running eager: {reason[0]}", stacklevel=2)
+                self.kernel = None
+        for start in range(0, theta.numel(), self.CHUNK):
+            part = slice(start, start + self.CHUNK)
+            _sweep(
+                [out[part] for out in outs],
+                coefficients,
+                theta[part],
+                None if index is None else index[part],
+                start,
+                seed,
+                stream,
+                mask,
+                state,
+            )
+        return None
