@@ -51,6 +51,7 @@ class Moving:
 
     name: str
     weight: Tensor  # shares the parameter's memory; updates write through it
+    flat: Tensor  # the same, as one dimension
     stream: Tensor  # 0-dim int64, on the weight's device
     rule: masks.Rule
     state: Tensor
@@ -163,7 +164,7 @@ class Patch:
         """Two flat buffers of p's size, after those that outer modules hold; grown where needed."""
         key = p.weight.dtype, p.weight.device
         start = self._taken.get(key, 0)
-        end = self._taken[key] = start + p.weight.numel()
+        end = self._taken[key] = start + p.flat.numel()
         if key not in self._scratch or self._scratch[key][0].numel() < end:
             self._scratch.pop(key, None)  # free it first: the largest weights come in twos
             self._scratch[key] = [torch.empty(end, dtype=key[0], device=key[1]) for _ in range(2)]
@@ -192,7 +193,7 @@ class Patch:
 
     def _shift(self, p: Moving, outs, coefficients, theta=None, index=None) -> None:
         """out ← θ + a m⊙z for each (out, a), of the whole tensor or of the elements at `index`."""
-        theta = p.weight.view(-1) if theta is None else theta
+        theta = p.flat if theta is None else theta
         seed = self._seed[p.weight.device]
         self.sweep(outs, coefficients, theta, seed, p.stream, p.rule.mask, p.state, index)
 
@@ -253,7 +254,7 @@ class Patch:
         with self._open(seed):
             for p in self.moving.values():
                 coefficient = torch.tensor(a, dtype=torch.float32, device=p.weight.device)
-                self._shift(p, [p.weight.view(-1)], [coefficient])
+                self._shift(p, [p.flat], [coefficient])
 
     def refresh(self, step: int) -> None:
         """Before step `step`: take thresholds again where the rule says so ([S]'s ablation)."""
@@ -264,11 +265,11 @@ class Patch:
     def active_density(self) -> float:
         """Share of the weights in moving tensors that are inside the mask now."""
         inside = sum(masks.active_count(p.rule, p.weight, p.state) for p in self.moving.values())
-        return inside / sum(p.weight.numel() for p in self.moving.values())
+        return inside / sum(p.flat.numel() for p in self.moving.values())
 
     def report(self) -> str:
         """What was patched, in one line."""
-        size = sum(p.weight.numel() for p in self.moving.values())
+        size = sum(p.flat.numel() for p in self.moving.values())
         total = sum(p.numel() for p in self.model.parameters())
         move = round(self.active_density() * size)
         return (
@@ -321,7 +322,7 @@ def _choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         number = torch.tensor(stream, device=weight.device)
-        chosen[id(parameter)] = Moving(name, weight, number, its, state)
+        chosen[id(parameter)] = Moving(name, weight, weight.view(-1), number, its, state)
     if not chosen:
         raise ValueError(f"no parameter moves: none matches {select!r} with vectors={vectors!r}")
     return chosen

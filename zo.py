@@ -176,7 +176,7 @@ class Sweep:
     @torch.no_grad()
     def __call__(self, outs, coefficients, theta, seed, stream, mask, state, index=None) -> None:
         """Flat `outs` ← θ + a·m⊙z. Numbers (a, seed, stream) are 0-dim tensors on θ's device, so
-        that a new value never recompiles; `out` may be θ itself."""
+        that a new value never recompiles. `out` may be θ itself, the same object."""
         assert theta.numel() <= MAX_ELEMENTS, f"{theta.numel()} elements exceed the 32-bit counter"
         if self.kernel is not None:
             try:
