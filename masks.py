@@ -68,6 +68,7 @@ class Rule:
     """Which elements of a weight move. `density` is the share wanted, in (0, 1]."""
 
     refresh_every = 0  # steps after which `prepare` is called again; 0: never
+    static = True  # does the mask stay the same while θ moves?
 
     def __init__(self, density: float = 1.0):
         if not 0 < density <= 1:
@@ -153,10 +154,27 @@ class RandomMask(Rule):
 
 
 @torch.no_grad()
-def active_count(rule: Rule, weight: Tensor, state: Tensor) -> int:
-    """How many elements of `weight` are inside the mask now."""
-    total, start = 0, 0
-    for chunk in weight.detach().flatten().split(1 << 20):
-        index = torch.arange(start, start + chunk.numel(), device=chunk.device)
-        total, start = total + rule.mask(chunk, index, state).sum(), start + chunk.numel()
+def active_count(rule: Rule, flat: Tensor, state: Tensor) -> int:
+    """How many elements of a flattened weight are inside the mask now."""
+    chunk = 1 << 22  # bounds the temporaries: 32 MB of indices
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), chunk):
+        theta = flat[start : start + chunk]
+        index = torch.arange(start, start + theta.numel(), device=flat.device)
+        total += torch.count_nonzero(rule.mask(theta, index, state))
     return int(total)
+
+
+METHODS = ("s-mezo", "mezo", "r-mezo")
+KEPT = ("dynamic", "constant", "packed")
+
+
+def make_rule(method: str, density: float, *, kept="dynamic", refresh_every=0, seed=0) -> Rule:
+    """The rule of a method; for s-mezo `kept` says how its mask is kept ([S] §3.2, §3.3)."""
+    if method == "mezo":
+        return Everything()
+    if method == "r-mezo":
+        return RandomMask(density, seed)
+    if kept == "dynamic":
+        return SmallWeights(density, refresh_every)
+    return {"constant": ConstantMask, "packed": PackedMask}[kept](density)

@@ -55,7 +55,11 @@ class Moving:
     stream: Tensor  # 0-dim int64, on the weight's device
     rule: masks.Rule
     state: Tensor
+    active: int = -1  # how many elements are inside the mask; −1: not counted
     used: bool = False  # has a probe gone through it?
+
+
+VECTORS = ("masked", "free", "frozen")
 
 
 class LostBatch(Exception):
@@ -264,8 +268,11 @@ class Patch:
 
     def active_density(self) -> float:
         """Share of the weights in moving tensors that are inside the mask now."""
-        inside = sum(masks.active_count(p.rule, p.weight, p.state) for p in self.moving.values())
-        return inside / sum(p.flat.numel() for p in self.moving.values())
+        for p in self.moving.values():
+            if p.active < 0 or not p.rule.static:
+                p.active = masks.active_count(p.rule, p.flat, p.state)
+        moving = self.moving.values()
+        return sum(p.active for p in moving) / sum(p.flat.numel() for p in moving)
 
     def report(self) -> str:
         """What was patched, in one line."""
@@ -307,7 +314,7 @@ def patch(
 
 def _choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
     """{id(parameter): Moving} of the unique parameters that move, numbered in the model's order."""
-    if vectors not in ("masked", "free", "frozen"):
+    if vectors not in VECTORS:
         raise ValueError(f"vectors is {vectors!r}; it can be masked, free or frozen")
     chosen, free = {}, masks.Everything()
     for stream, (name, parameter) in enumerate(model.named_parameters()):

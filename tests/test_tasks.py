@@ -1,0 +1,859 @@
+"""tasks.py against MeZO's way, taken literally: one candidate at a time, no padding, all logits."""
+
+import ast
+import copy
+import json
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import tasks
+from tasks import Example, UserError, collate, encode, load_examples
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+WORDS = (
+    "the a cat dog sat ran was is great terrible red so because I he it on mat Yes No Maybe"
+).split()
+
+
+def shared(*parts):
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
+def word_tokenizer(pattern=r"\n|\w+|[^\w\s]", extra=(), bos=True, eos=False, pad=False):
+    """One id per match of pattern, spaces dropped: the tokenizer of tiny/."""
+    words = ["<unk>", "<s>", "</s>", *WORDS, *".,?!\"'\n", *extra]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    core.decoder = decoders.Fuse()
+    single = "<s> " * bos + "$A" + " </s>" * eos
+    core.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        eos_token="</s>",
+        bos_token="<s>",
+        pad_token="<unk>" if pad else None,
+    )
+
+
+TOKENIZER = word_tokenizer()
+VOCAB = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are so small that handing work to a second thread costs more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def opt():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        init_std=0.3,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def llama2():
+    return AutoTokenizer.from_pretrained(shared("models", "llama2-tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def stories():
+    path = shared("models", "tinystories656k")
+    return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def count(tokenizer, text):
+    return len(tokenizer.encode(text))
+
+
+@torch.no_grad()
+def mezo_log_probs(model, tokenizer, example, option, length=None):
+    """MeZO run.py: the log-probabilities of one option's tokens, from a bare forward pass."""
+    bare, text = example.prompt.strip(" "), (example.prompt + option).strip(" ")
+    length = length or count(tokenizer, text) - count(tokenizer, bare)
+    ids = torch.tensor([tokenizer.encode(text)])
+    logits = model(input_ids=ids).logits[0, :-1].double()
+    return logits.log_softmax(-1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]][-length:]
+
+
+def mezo_scores(model, tokenizer, example):
+    return [mezo_log_probs(model, tokenizer, example, o).mean().item() for o in example.options]
+
+
+@torch.no_grad()
+def run(model, batch):
+    return model(**batch.inputs(), logits_to_keep=batch.keep).logits
+
+
+def row_texts(tokenizer, encoded):
+    """The option's part of each encoded candidate, as pieces."""
+    return [tokenizer.convert_ids_to_tokens(ids[-n:]) for ids, n in encoded]
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+# fmt: off
+GOLDEN = {  # task: (official row, what the hub has otherwise, prompt, options, label)
+    "sst2": ({"sentence": " a fine film . ", "label": "1"}, {"label": 1},
+             "a fine film . It was", (" terrible", " great"), 1),
+    "rte": ({"premise": "It rains.", "hypothesis": "It is wet.", "label": "not_entailment"},
+            {"label": 1},
+            'It rains.\nDoes this mean that "It is wet." is true? Yes or No?\n', ("Yes", "No"), 1),
+    "cb": ({"premise": "She said {so}.", "hypothesis": "so", "label": "neutral"}, {"label": 2},
+           'Suppose She said {so}. Can we infer that "so"? Yes, No, or Maybe?\n',
+           ("Yes", "No", "Maybe"), 2),
+    "boolq": ({"passage": "Ice -- Ice is cold.", "question": "is ice cold", "label": True},
+              {"label": 1}, "Ice -- Ice is cold. Is ice cold?\n", ("No", "Yes"), 1),
+    "wsc": ({"text": "Mark told Pete lies. He left.", "label": False,
+             "target": {"span1_text": "Mark", "span2_text": "He", "span1_index": 0}},
+            {"label": 0, "target": None, "span1_text": "Mark", "span2_text": "He"},
+            "Mark told Pete lies. He left.\nIn the previous sentence, does the pronoun "
+            '"he" refer to Mark? Yes or No?\n', ("No", "Yes"), 0),
+    "wic": ({"word": "run", "sentence1": "Run rogue.", "sentence2": "She ran.", "label": True},
+            {"label": 1}, 'Does the word "run" have the same meaning in these two sentences? '
+            "Yes, No?\nRun rogue.\nShe ran.\n", ("No", "Yes"), 1),
+    "multirc": ({"passage": {"text": "Motion.", "questions": [
+                    {"question": "Why?", "answers": [{"text": "Force", "label": 1}]}]}},
+                {"passage": None, "paragraph": "Motion.", "question": "Why?", "answer": "Force",
+                 "label": 1},
+                'Motion.\nQuestion: Why?\nI found this answer "Force". Is that correct? '
+                "Yes or No?\n", ("No", "Yes"), 1),
+    "copa": ({"premise": "My body cast a shadow.", "question": "cause", "label": 1,
+              "choice1": "The sun rose.", "choice2": "I stood up."}, {},
+             "My body cast a shadow because", (" the sun rose.", " I stood up."), 1),
+    "winogrande": ({"sentence": "Ian ate Dennis's soup because _ liked it.", "option1": "Ian",
+                    "option2": "Dennis", "answer": "1"}, {},
+                   "Ian ate Dennis's soup because", (" Ian liked it.", " Dennis liked it."), 0),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_prompts_are_mezos_to_the_character(name):
+    """Official row and hub row of every task give MeZO's prompt, options and right label."""
+    official, differs, *golden = GOLDEN[name]
+    hub = {k: v for k, v in {**official, **differs}.items() if v is not None}
+    for row in (official, hub):
+        (example,) = tasks.TASKS[name].to_examples(row)
+        assert astuple(example) == (golden[0], golden[1], golden[2])
+
+
+def test_every_label_name_means_its_index():
+    """Names, booleans and integers agree: RTE's entailment is Yes, CB's contradiction is No, ..."""
+    for name, labels, says in (
+        ("rte", {"entailment": 0, "not_entailment": 1}, ("Yes", "No")),
+        ("cb", {"entailment": 0, "contradiction": 1, "neutral": 2}, ("Yes", "No", "Maybe")),
+        ("boolq", {False: 0, True: 1}, ("No", "Yes")),
+        ("wic", {False: 0, True: 1, "true": 1}, ("No", "Yes")),
+    ):
+        for label, index in labels.items():
+            for form in (label, index):
+                (e,) = tasks.TASKS[name].to_examples({**GOLDEN[name][0], "label": form})
+                assert e.options[e.label] == says[index] and type(e.label) is int
+
+
+def test_copa_and_multirc_details():
+    """COPA lower-cases the first word only, but not "I"; a MultiRC passage holds many examples."""
+    row = {
+        "premise": "He fell. ",
+        "question": "effect",
+        "choice1": "I Saw him.",
+        "label": 0,
+        "choice2": "THE Car came.",
+    }
+    (e,) = tasks.TASKS["copa"].to_examples(row)
+    assert astuple(e) == ("He fell so", (" I Saw him.", " the Car came."), 0)
+    answers = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    questions = [{"question": q, "answers": answers} for q in "pq"]
+    many = tasks.TASKS["multirc"].to_examples({"passage": {"text": "t", "questions": questions}})
+    assert [e.label for e in many] == [0, 1, 0, 1] and len({e.prompt for e in many}) == 4
+
+
+def test_prompts_of_real_files():
+    """The first row of each real file gives the prompt one reads off it by eye."""
+    root = shared("data", "superglue")
+
+    def first(name, folder=root):
+        return tasks._from_file(
+            folder / tasks.TASKS[name].folder / tasks.TASKS[name].files[0],
+            tasks.TASKS[name].to_examples,
+            "",
+        )[0]
+
+    assert astuple(first("rte")) == (
+        "No Weapons of Mass Destruction Found in Iraq Yet.\nDoes this mean that "
+        '"Weapons of Mass Destruction Found in Iraq." is true? Yes or No?\n',
+        ("Yes", "No"),
+        1,
+    )
+    assert astuple(first("wic")) == (
+        'Does the word "place" have the same meaning in these two sentences? Yes, No?\n'
+        "Do you want to come over to my place later?\n"
+        "A political system with no place for the less prominent groups.\n",
+        ("No", "Yes"),
+        0,
+    )
+    assert astuple(first("copa")) == (
+        "My body cast a shadow over the grass because",
+        (" the sun was rising.", " the grass was cut."),
+        0,
+    )
+    assert first("multirc").prompt.endswith('". Is that correct? Yes or No?\n')
+    sst2 = load_examples("sst2", data_dir=shared("data", "sst2"), num_validation=0, num_train=10000)
+    hide = Example("hide new secretions from the parental units It was", (" terrible", " great"), 0)
+    assert hide in sst2.train and len(sst2.train) == 10000 and len(sst2.test) == 872
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def fake_rows(name, n):
+    """n different official rows of a task."""
+    rows = [copy.deepcopy(GOLDEN[name][0]) for _ in range(n)]
+    for i, row in enumerate(rows):
+        key = next(k for k in ("sentence", "premise", "text", "word", "question") if k in row)
+        row[key] = f"{i} {row[key]}"
+    return rows
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def own(n, options=("No", "Yes"), start=0):
+    return [
+        {"prompt": f"q{i}\n", "options": list(options), "label": i % 2}
+        for i in range(start, start + n)
+    ]
+
+
+@pytest.mark.parametrize("name, n, left", [("wsc", 554, 54), ("cb", 250, 150), ("copa", 400, 300)])
+def test_small_training_splits(tmp_path, name, n, left):
+    """MeZO's split leaves 54 training examples of WSC's 554, 150 of CB's 250, 300 of COPA's 400."""
+    spec = tasks.TASKS[name]
+    for file in spec.files:
+        write(tmp_path / spec.folder / file, fake_rows(name, n))
+    data = load_examples(name, data_dir=tmp_path)
+    assert (len(data.train), len(data.validation)) == (left, spec.num_validation)
+    assert len(data.test) == n and data.classification is spec.classification
+    assert not set(data.train) & set(data.validation)
+
+
+def test_split_is_mezos(tmp_path):
+    """Equal seeds draw MeZO's examples: its two lines with the global generator are the oracle."""
+    for file in tasks.TASKS["wic"].files:
+        write(tmp_path / "WiC" / file, fake_rows("wic", 90))
+    everything = [tasks.TASKS["wic"].to_examples(r)[0] for r in fake_rows("wic", 90)]
+    np.random.seed(7)
+    drawn = [everything[i] for i in np.random.permutation(90).tolist()[: 40 + 20]]
+    np.random.seed(7)
+    test = [everything[i] for i in np.random.permutation(90).tolist()[:30]]
+    torch.manual_seed(1), np.random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    sizes = {"num_train": 40, "num_validation": 20, "num_test": 30}
+    data = load_examples("wic", data_dir=tmp_path, **sizes, seed=7)
+    assert data.train == drawn[:-20] and data.validation == drawn[-20:] and data.test == test
+    assert torch.equal(before[0], torch.get_rng_state())  # the global generators are left alone
+    assert (before[1] == np.random.get_state()[1]).all()
+    other = load_examples("wic", data_dir=tmp_path, **sizes, seed=8)
+    assert other.train != data.train and other.fingerprint != data.fingerprint
+
+
+def test_real_data_dir_splits():
+    """Real files give 1,000 / 500 / up to 1,000, and COPA's 300 / 100 / 100, the same each time."""
+    root = shared("data", "superglue")
+    for name, sizes in (("rte", (1000, 500, 277)), ("copa", (300, 100, 100))):
+        data = load_examples(name, data_dir=root)
+        assert (len(data.train), len(data.validation), len(data.test)) == sizes
+        assert data.fingerprint == load_examples(name, data_dir=root).fingerprint
+        assert data == load_examples(name, data_dir=data.source)  # the task's own folder will do
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_hub_asks_for_parquet_and_gives_what_the_files_give(monkeypatch, tmp_path, name):
+    """The hub's integer-labelled rows lead to the same examples as the official files."""
+    import datasets
+
+    official, differs, *_ = GOLDEN[name]
+    asked = []
+
+    def load_dataset(path, config, *, split, revision):
+        asked.append((path, config, split, len(revision)))
+        hub = {k: v for k, v in {**official, **differs}.items() if v is not None}
+        return datasets.Dataset.from_list([hub] * 5)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_examples(name, num_validation=2)
+    path, config = tasks.TASKS[name].hub.split(":")
+    assert asked == [(path, config, s, 40) for s in ("train", "validation")]  # 40: a commit
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, 2, 5)
+    assert data.train[0] == tasks.TASKS[name].to_examples(official)[0]
+
+
+def test_hub_failure_is_one_line_with_the_ways_out(monkeypatch):
+    """Offline or gated: the error names the repository, the login, and the files to use instead."""
+    import datasets
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("Couldn't reach\nthe hub\n")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError) as e:
+        load_examples("rte")
+    for part in ("aps/super_glue", "ConnectionError", "hf auth login", "--data-dir", "RTE/"):
+        assert part in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_own_files(tmp_path):
+    """Own files: a third validates by default, a validation file is used alone, options decide."""
+    train, test = write(tmp_path / "train.jsonl", own(30)), write(tmp_path / "test.jsonl", own(9))
+    data = load_examples(train_file=train, test_file=test)
+    assert (len(data.train), len(data.validation), len(data.test)) == (20, 10, 9)
+    assert data.classification and "train.jsonl" in data.source
+    assert load_examples(train_file=train, test_file=test, num_validation=0).validation == []
+    held = write(tmp_path / "held.jsonl", own(12, start=100))
+    files = {"train_file": train, "test_file": test, "validation_file": held}
+    data = load_examples(**files, num_train=25)
+    assert len(data.train) == 25 and {e.prompt for e in data.validation} == {
+        f"q{i}\n" for i in range(100, 112)
+    }
+    drawn = [f"q{i}\n" for i in np.random.RandomState(0).permutation(30)[:25]]
+    assert [e.prompt for e in data.train] == drawn
+    assert len(load_examples(**files, num_validation=3).validation) == 3
+    write(held, own(4) + own(4, options=("No", "Yes", "Maybe")))
+    assert not load_examples(**files).classification
+
+
+def test_fingerprint_sees_every_field(tmp_path):
+    """A changed label, option, prompt or order changes the fingerprint; nothing else does."""
+    test = write(tmp_path / "test.jsonl", own(3))
+
+    def fingerprint(rows, name="train.jsonl"):
+        return load_examples(train_file=write(tmp_path / name, rows), test_file=test).fingerprint
+
+    base = fingerprint(own(6))
+    assert base == fingerprint(own(6), "renamed.jsonl") and len(base) == 16
+    changed = [own(6) for _ in range(4)]
+    changed[0][3]["label"] = 0
+    changed[1][3]["options"] = ["No", "Yes!"]
+    changed[2][3]["prompt"] += " "
+    changed[3].reverse()
+    assert len({base, *map(fingerprint, changed)}) == 5
+
+
+GOOD = '{"prompt": "q", "options": ["a", "b"], "label": 0}\n'
+BAD_LINES = {
+    "not json": ("{oops}", "not JSON"),
+    "a list": ("[1, 2]", "object"),
+    "no label": ('{"prompt": "q", "options": ["a", "b"]}', "no field 'label'"),
+    "label too big": ('{"prompt": "q", "options": ["a", "b"], "label": 2}', "label 2 .* 0 to 1"),
+    "label negative": ('{"prompt": "q", "options": ["a", "b"], "label": -1}', "label -1"),
+    "label text": ('{"prompt": "q", "options": ["a", "b"], "label": "a"}', "label 'a' .*integer"),
+    "label bool": ('{"prompt": "q", "options": ["a", "b"], "label": true}', "label True"),
+    "options text": ('{"prompt": "q", "options": "ab", "label": 0}', "options 'ab'"),
+    "options null": ('{"prompt": "q", "options": null, "label": 0}', "options None"),
+    "option number": ('{"prompt": "q", "options": ["a", {}], "label": 0}', "different texts"),
+    "one option": ('{"prompt": "q", "options": ["a"], "label": 0}', "2 or more"),
+    "empty option": ('{"prompt": "q", "options": ["a", " "], "label": 0}', r"\['a', ' '\]"),
+    "equal options": ('{"prompt": "q", "options": ["a", "a"], "label": 0}', "different"),
+    "empty prompt": ('{"prompt": " ", "options": ["a", "b"], "label": 0}', "prompt ' '"),
+    "prompt number": ('{"prompt": 3, "options": ["a", "b"], "label": 0}', "prompt 3"),
+    "not utf-8": (b'{"prompt": "\xff"}', "decode"),
+}
+
+
+@pytest.mark.parametrize("line, message", BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_lines_are_named(tmp_path, line, message):
+    """A bad line of the user's file: one line of error with file, line number and what is wrong."""
+    path = tmp_path / "train.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b"\n" + GOOD.encode() * 2 + line)
+    with pytest.raises(UserError, match=message) as e:
+        load_examples(train_file=path, test_file=path)
+    assert f"{path}:4 " in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_requests_are_named(tmp_path):
+    """Unknown tasks, missing or wrong files and impossible sizes each say what would work."""
+    good = write(tmp_path / "good.jsonl", own(3))
+    write(tmp_path / "RTE" / "train.jsonl", fake_rows("rte", 3))
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    for kwargs, message in (
+        ({"task": "rta"}, "unknown task 'rta': did you mean rte.*sst2, rte, cb"),
+        ({"task": "zzzzzz"}, "unknown task 'zzzzzz': tasks are"),
+        ({"task": "rte", "train_file": good}, "either|give a task"),
+        ({"train_file": good}, "test_file"),
+        ({}, "give a task"),
+        ({"train_file": good, "test_file": good, "data_dir": tmp_path}, "give a task"),
+        ({"task": "cb", "data_dir": tmp_path}, "no file .*CB/train.jsonl; .* has RTE, empty.jsonl"),
+        ({"task": "rte", "data_dir": tmp_path}, r"no file .*RTE/val.jsonl; .*RTE has train.jsonl"),
+        ({"task": "rte", "data_dir": tmp_path / "no"}, r"no file .*no/RTE/train.jsonl; .* has RTE"),
+        ({"task": "copa", "data_dir": tmp_path / "RTE"}, "train.jsonl:1 .*copa row: no field"),
+        ({"task": "cb", "data_dir": tmp_path / "RTE"}, "train.jsonl:1 .*'not_entailment'"),
+        ({"train_file": tmp_path / "gone.jsonl", "test_file": good}, "no file .*gone.jsonl"),
+        ({"train_file": tmp_path / "empty.jsonl", "test_file": good}, "empty.jsonl is empty"),
+        ({"train_file": good, "test_file": good, "num_train": 0}, "num_train 0"),
+        ({"train_file": good, "test_file": good, "num_validation": -1}, "num_validation -1"),
+        ({"train_file": good, "test_file": good, "num_test": 0}, "num_test 0"),
+        ({"train_file": good, "test_file": good, "num_validation": 3}, "leaves nothing to train"),
+    ):
+        with pytest.raises(UserError, match=message) as e:
+            load_examples(**kwargs)
+        assert "\n" not in str(e.value)
+    assert isinstance(e.value, ValueError)
+
+
+def test_sst2_tsv(tmp_path):
+    """SST-2's files keep bare quotes; a line with another number of cells is an error."""
+    for file in ("train.tsv", "dev.tsv"):
+        path = tmp_path / "SST-2" / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('sentence\tlabel\n"so bad \t0\nfine"ly \t1\n')
+    data = load_examples("SST-2", data_dir=tmp_path, num_validation=0)
+    assert {e.prompt for e in data.train} == {'"so bad It was', 'fine"ly It was'}
+    for line, message in (("a\tb\t0", "3 tab"), ("a", "1 tab"), ("a\t3", "label '3'")):
+        path.write_text(f"sentence\tlabel\nok \t0\n{line}\n")
+        with pytest.raises(UserError, match=f"dev.tsv:3 .*{message}"):
+            load_examples("sst2", data_dir=tmp_path, num_validation=0)
+    path.write_text("sentence\tlabel\n")
+    with pytest.raises(UserError, match="empty"):
+        load_examples("sst2", data_dir=tmp_path)
+
+
+def test_odd_files_are_read(tmp_path):
+    """A byte-order mark, Windows line ends, blank lines and U+2028 inside a string do no harm."""
+    path = tmp_path / "own.jsonl"
+    row = '{"prompt": "a\u2028b", "options": ["x", "y"], "label": 1}'
+    path.write_bytes(b"\xef\xbb\xbf" + (row + "\r\n\r\n" + row).encode())
+    data = load_examples(train_file=path, test_file=path, num_validation=0)
+    assert data.train == [Example("a\u2028b", ("x", "y"), 1)] * 2
+
+
+def test_demonstrations():
+    """Demos are prompt + right option, stripped and joined by blank lines, as MeZO joins them."""
+    demos = [Example("A?\n", ("No", "Yes"), 1), Example("It was", (" bad", " good"), 0)]
+    example = Example(" B?\n", ("No", "Yes"), 0)
+    shown = tasks.with_demonstrations(example, demos)
+    assert shown == Example("A?\nYes\n\nIt was bad\n\nB?\n", ("No", "Yes"), 0)
+    assert tasks.with_demonstrations(Example("B?\n", ("x", "y"), 0), []).prompt == "B?\n"
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31), st.integers(0, 200))
+def test_batches_are_a_pure_function_of_the_step(n, size, seed, step):
+    """Within an epoch no example comes twice; any step can be asked first; too few: all of them."""
+    got = tasks.batches(n, size, seed, step)
+    if n < size:
+        assert got == list(range(n))
+        return
+    per_epoch = n // size
+    epoch = [tasks.batches(n, size, seed, step - step % per_epoch + i) for i in range(per_epoch)]
+    flat = sum(epoch, [])
+    assert len(set(flat)) == len(flat) == per_epoch * size and set(flat) <= set(range(n))
+    tasks._epoch_order.cache_clear()
+    assert got == epoch[step % per_epoch] == tasks.batches(n, size, seed, step)
+
+
+def test_epochs_and_seeds_differ():
+    """Another epoch or another seed is another order."""
+    orders = [
+        sum([tasks.batches(64, 16, seed, 4 * epoch + i) for i in range(4)], [])
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2]) == list(range(64))
+    assert orders[0] != orders[1] and orders[0] != orders[2] and orders[1] != orders[2]
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def test_llama2_tokens_are_mezos(llama2):
+    """For Llama 2 the option's length is MeZO's difference of counts, and the ids are its ids."""
+    examples = [e for n, g in GOLDEN.items() for e in tasks.TASKS[n].to_examples(g[0])]
+    examples += load_examples("sst2", data_dir=shared("data", "sst2")).test[:80]
+    for name in ("rte", "wic", "copa", "multirc"):
+        data = load_examples(name, data_dir=shared("data", "superglue"), num_test=80)
+        examples += data.test[: 30 if name == "multirc" else 80]
+    for e in examples:
+        for (ids, length), option in zip(encode(llama2, e), e.options, strict=True):
+            assert ids == llama2.encode((e.prompt + option).strip(" "))
+            assert length == len(ids) - count(llama2, e.prompt.strip(" ")) > 0
+
+
+def test_llama2_label_words_are_single_tokens(llama2):
+    """Yes, No after a newline and " great", " terrible" are one piece each, and read back right."""
+    for example, pieces in (
+        (Example("true?\n", ("Yes", "No"), 0), ["Yes", "No"]),
+        (Example("a film It was", (" terrible", " great"), 0), ["▁terrible", "▁great"]),
+    ):
+        encoded = encode(llama2, example)
+        assert row_texts(llama2, encoded) == [[p] for p in pieces]
+        for (ids, length), option in zip(encoded, example.options, strict=True):
+            assert length == 1 and llama2.decode(ids[-1:]).strip() == option.strip()
+            assert llama2.decode(ids[1:]) == example.prompt + option
+    assert collate(llama2, [example]).input_ids[0, -1] == llama2.convert_tokens_to_ids("▁was")
+
+
+def test_pieces_with_the_space_at_their_end(stories):
+    """tinystories: "It was " is one piece of the prompt, so the option starts after it."""
+    tokenizer, _ = stories
+    example = Example("good fun . It was", (" great", " terrible"), 0)
+    encoded = encode(tokenizer, example)
+    assert row_texts(tokenizer, encoded) == [["gre", "at"], ["ter", "ri", "ble"]]
+    assert encoded[0][0][:-2] == encoded[1][0][:-3]  # the same prompt pieces before both
+    bare = count(tokenizer, example.prompt)
+    assert [len(ids) - bare for ids, _ in encoded] == [1, 2]  # MeZO's counts are one short
+
+
+def test_dropped_characters(stories):
+    """tinystories drops letters it lacks, which shifts spans; the option is found all the same."""
+    tokenizer, _ = stories
+    for odd in ("é", "é 🙂", "日本"):
+        yes_no = encode(tokenizer, Example(f"{odd} so\n", ("Yes", "No"), 0))
+        assert row_texts(tokenizer, yes_no) == [["Y", "es"], ["N", "o"]]
+        was = encode(tokenizer, Example(f"{odd} . It was", (" great", " terrible"), 0))
+        assert row_texts(tokenizer, was) == [["gre", "at"], ["ter", "ri", "ble"]]
+    with pytest.raises(UserError, match="option ' 🙂' .* 0 of"):
+        encode(tokenizer, Example("It was", (" 🙂", " great"), 0))
+
+
+def test_merging_pieces():
+    """A piece that spans the prompt's end and the option is the option's; a bare space may be."""
+    tokenizer = word_tokenizer(r"\n?\w+|[^\w\s]", extra=["\nYes", "\nNo"])
+    encoded = encode(tokenizer, Example("is it so?\n", ("Yes", "No"), 0))
+    assert row_texts(tokenizer, encoded) == [["\nYes"], ["\nNo"]]
+    tokenizer = word_tokenizer(r" |\w+", extra=[" "])  # the space is a piece of its own
+    example = Example("it was", (" great", " red"), 0)
+    encoded = encode(tokenizer, example)
+    assert row_texts(tokenizer, encoded) == [[" ", "great"], [" ", "red"]]
+    assert encoded[0][1] == count(tokenizer, "it was great") - count(tokenizer, "it was")
+    at_end = word_tokenizer(r"\w+ ?", extra=["was ", "it "])
+    assert row_texts(at_end, encode(at_end, example)) == [["great"], ["red"]]
+
+
+def test_outer_spaces_and_closing_tokens():
+    """Outer spaces are stripped and an EOS that the tokenizer adds is cut off, newlines stay."""
+    plain = encode(TOKENIZER, Example("it was", (" great", " red"), 0))
+    assert encode(TOKENIZER, Example("  it was ", ("great ", " red"), 0)) == plain
+    closing = word_tokenizer(eos=True)
+    assert closing.encode("it")[-1] == 2
+    assert encode(closing, Example("it was", (" great", " red"), 0)) == plain
+    newline = encode(TOKENIZER, Example("it", ("\nYes\n", "\nNo"), 0))
+    assert row_texts(TOKENIZER, newline) == [["\n", "Yes", "\n"], ["\n", "No"]]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_truncation_drops_the_beginning_but_bos(bos):
+    """Too long a prompt loses tokens after BOS, never the option's; no room is an error."""
+    tokenizer = word_tokenizer(bos=bos)
+    example = Example("the cat sat on a red mat because", (" it was great", " he ran"), 0)
+    full = encode(tokenizer, example)
+    for max_length in range(4 + bos, len(full[0][0]) + 1):
+        cut = encode(tokenizer, example, max_length)
+        for (ids, length), (whole, n) in zip(cut, full, strict=True):
+            assert length == n and len(ids) == min(max_length, len(whole))
+            assert ids[bos:] == whole[bos:][-len(ids) + bos :] and ids[:bos] == whole[:bos]
+    for max_length in (0, 1, 2, 3):
+        with pytest.raises(UserError, match="' it was great' of .*max_length="):
+            encode(tokenizer, example, max_length)
+
+
+def test_encoding_errors():
+    """No spans, an option without tokens, and nothing before the option are errors that say so."""
+
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match="Slow has no character spans"):
+        encode(Slow(), Example("a", ("b", "c"), 0))
+    letters = word_tokenizer(r"[a-z]+")
+    with pytest.raises(UserError, match=r"option ' 42' of \.\.\.'it was' has 0 of"):
+        encode(letters, Example("it was", (" 42", " red"), 0))
+    with pytest.raises(UserError, match="1 before it"):
+        encode(word_tokenizer(bos=False), Example("", ("red", "great"), 0))
+    assert encode(TOKENIZER, Example("", ("red", " great"), 0))[0][1] == 1  # BOS is enough
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
+shorts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(lambda w: " " + " ".join(w))
+
+
+@st.composite
+def an_example(draw):
+    options = draw(st.lists(shorts, min_size=2, max_size=4, unique=True))
+    return Example(draw(sentences), tuple(options), draw(st.integers(0, len(options) - 1)))
+
+
+YES_NO = [
+    Example("the cat sat on the mat. so is it red?\n", ("Yes", "No"), 1),
+    Example("was it?\n", ("Yes", "No"), 0),
+    Example("is the dog great, terrible, red?\n", ("Yes", "No"), 0),
+]
+MULTI = [
+    Example("the cat ran because", (" it was red.", " the dog sat on it."), 1),
+    Example("I sat so", (" he ran.", " it is terrible.", " red"), 0),
+]
+
+
+@pytest.mark.parametrize("model", ["llama", "opt", "gpt2"])
+@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@given(examples=st.lists(an_example(), min_size=1, max_size=4))
+def test_scores_are_mezos(request, model, examples):
+    """Batched, padded and shared rows give each option the score MeZO gets from it alone."""
+    model = request.getfixturevalue(model)
+    batch = collate(TOKENIZER, examples)
+    scores = tasks.option_scores(run(model, batch), batch)
+    assert scores.dtype == torch.float32
+    for got, e in zip(scores, examples, strict=True):
+        want = torch.tensor(mezo_scores(model, TOKENIZER, e))
+        torch.testing.assert_close(got[: len(want)], want, atol=1e-5, rtol=1e-5)
+        assert (got[len(want) :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("examples", [YES_NO, MULTI, YES_NO + MULTI])
+def test_losses_are_mezos(llama, examples):
+    """Cross-entropy over means for classification; tokens averaged over the batch for LM loss."""
+    batch = collate(TOKENIZER, examples)
+    logits = run(llama, batch)
+    scores = [torch.tensor(mezo_scores(llama, TOKENIZER, e)) for e in examples]
+    want = torch.stack([-s.log_softmax(0)[e.label] for s, e in zip(scores, examples, strict=True)])
+    got = tasks.classification_loss(logits, batch)
+    assert got.shape == () and abs(got - want.mean()) < 1e-5
+    right = [mezo_log_probs(llama, TOKENIZER, e, e.options[e.label]) for e in examples]
+    assert abs(tasks.lm_loss(logits, batch) + torch.cat(right).mean()) < 1e-5
+    best = [int(s.argmax()) == e.label for s, e in zip(scores, examples, strict=True)]
+    assert tasks.correct(logits, batch).tolist() == best
+    only = collate(TOKENIZER, examples, score="right")
+    assert abs(tasks.lm_loss(run(llama, only), only) + torch.cat(right).mean()) < 1e-5
+    assert len(only.input_ids) == len(examples) and only.valid.sum() == len(examples)
+    with pytest.raises(UserError, match="all options"):
+        tasks.classification_loss(run(llama, only), only)
+
+
+def test_the_score_is_a_mean_not_a_sum():
+    """A long option of likelier tokens beats a short one; a sum would turn that round."""
+    batch = collate(TOKENIZER, [Example("it", (" was red so great", " ran"), 0)])
+    logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
+    logits[batch.row, batch.position, batch.token] = torch.tensor([3.0] * 4 + [2.0])
+    log_probs = tasks._log_probs(logits, batch)
+    assert log_probs[:4].sum() < log_probs[4]  # the sum prefers the short one
+    assert tasks.correct(logits, batch).all()
+    torch.testing.assert_close(tasks.option_scores(logits, batch)[0, 0], log_probs[0])
+
+
+def test_one_row_where_inputs_are_equal():
+    """Yes/No costs one row an example and one position; other options have rows of their own."""
+    batch = collate(TOKENIZER, YES_NO)
+    assert len(batch.input_ids) == 3 and batch.keep == 1 and batch.num_options == 2
+    assert batch.row.tolist() == [0, 0, 1, 1, 2, 2]
+    batch = collate(TOKENIZER, YES_NO + MULTI)
+    assert len(batch.input_ids) == 3 + 2 + 3 and batch.keep == 6 and batch.num_options == 3
+    assert batch.valid.tolist() == [[1, 1, 0]] * 3 + [[1, 1, 0], [1, 1, 1]]
+    assert len(collate(TOKENIZER, [YES_NO[0]] * 2).input_ids) == 2  # examples never share
+
+
+def test_shared_rows_equal_rows_of_their_own(llama):
+    """One row for Yes and No gives the scores that a row for each gives."""
+    batch = collate(TOKENIZER, YES_NO)
+    apart = replace(
+        batch,
+        **{
+            name: getattr(batch, name)[batch.row]
+            for name in ("input_ids", "attention_mask", "position_ids")
+        },
+        row=torch.arange(len(batch.row)),
+    )
+    one = tasks.option_scores(run(llama, batch), batch)
+    torch.testing.assert_close(one, tasks.option_scores(run(llama, apart), apart))
+
+
+def test_layout_of_a_batch():
+    """Left-padded to a multiple of 8, positions from 0 at BOS, int64; EOS pads if need be."""
+    batch = collate(TOKENIZER, YES_NO + MULTI)
+    for x in batch.inputs().values():
+        assert x.dtype == torch.int64 and x.shape == batch.input_ids.shape and x.shape[1] % 8 == 0
+    for ids, mask, position in zip(*batch.inputs().values(), strict=True):
+        pad = int((mask == 0).sum())
+        assert (mask[pad:] == 1).all() and ids[pad] == 1 and (ids[:pad] == 2).all()
+        assert position.tolist() == [0] * pad + list(range(len(mask) - pad))
+    assert TOKENIZER.pad_token is None  # the tokenizer is not changed
+    padded = collate(word_tokenizer(pad=True), YES_NO)
+    assert padded.input_ids[1, 0] == 0 and batch.weight.dtype == torch.float32
+    assert batch.labels.tolist() == [e.label for e in YES_NO + MULTI] and batch.num_examples == 5
+    with pytest.raises(UserError, match="'best' must be 'all' or 'right'"):
+        collate(TOKENIZER, YES_NO, score="best")
+
+
+def test_only_the_last_positions_are_needed(llama):
+    """logits_to_keep and all logits (a model that ignores it) give bit-equal scores."""
+    batch = collate(TOKENIZER, YES_NO + MULTI)
+    kept = run(llama, batch)
+    full = llama(**batch.inputs()).logits.detach()
+    assert kept.shape[1] == batch.keep < full.shape[1]
+    assert torch.equal(
+        tasks.option_scores(full[:, -batch.keep :], batch), tasks.option_scores(full, batch)
+    )
+    torch.testing.assert_close(tasks.option_scores(kept, batch), tasks.option_scores(full, batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_logits_make_an_fp32_loss(llama, dtype):
+    """Half-precision logits give the loss of their fp32 copies, not that of a half log-softmax."""
+    batch = collate(TOKENIZER, YES_NO + MULTI)
+    half = run(llama, batch).to(dtype)
+    for loss in (tasks.classification_loss, tasks.lm_loss):
+        assert loss(half, batch).dtype == torch.float32
+        assert abs(loss(half, batch) - loss(half.float(), batch)) < 1e-6
+    coarse = half.log_softmax(-1)[batch.row, batch.position, batch.token].float()
+    fine = tasks._log_probs(half, batch)
+    assert 1e-5 < (coarse - fine).abs().max() < 0.1
+
+
+def test_two_halves_of_a_doubled_batch(llama):
+    """The losses depend on (logits, batch) alone: halves of [x; x] give the loss of x, twice."""
+    batch = collate(TOKENIZER, YES_NO + MULTI)
+    doubled = {k: torch.cat([v, v]) for k, v in batch.inputs().items()}
+    with torch.no_grad():
+        both = llama(**doubled, logits_to_keep=batch.keep).logits.chunk(2)
+    for half in both:
+        for loss in (tasks.classification_loss, tasks.lm_loss):
+            torch.testing.assert_close(loss(half, batch), loss(run(llama, batch), batch))
+
+
+def test_a_missing_or_impossible_option_spoils_nothing():
+    """-inf for one option's token, or an option that an example lacks, leaves the others finite."""
+    batch = collate(TOKENIZER, MULTI)
+    logits = torch.randn(len(batch.input_ids), batch.keep, VOCAB)
+    want = tasks.option_scores(logits, batch)
+    assert torch.isinf(want).tolist() == [[False, False, True], [False] * 3]
+    wrong = int((batch.slot == 1 * 3 + 1).nonzero()[0])  # example 1, option 1; option 0 is right
+    logits[batch.row[wrong], batch.position[wrong], batch.token[wrong]] = -torch.inf
+    scores = tasks.option_scores(logits, batch)
+    assert scores[1, 1] == -torch.inf and torch.equal(scores[0], want[0])
+    for loss in (tasks.classification_loss, tasks.lm_loss):
+        assert loss(logits, batch).isfinite()
+
+
+def test_a_batch_moves_whole():
+    """`to` moves every tensor and nothing else."""
+    batch = collate(TOKENIZER, YES_NO, device="meta")
+    tensors = [v for v in vars(batch).values() if isinstance(v, torch.Tensor)]
+    assert len(tensors) == 10 and all(t.device.type == "meta" for t in tensors)
+    assert (batch.keep, batch.num_examples, batch.num_options) == (1, 3, 2)
+
+
+@pytest.mark.parametrize("name", ["sst2", "copa", "rte"])
+def test_real_model_on_real_text(stories, name):
+    """tinystories656k: the scores of a padded batch are those of each option alone."""
+    tokenizer, model = stories
+    folder = shared("data", "sst2" if name == "sst2" else "superglue")
+    examples = load_examples(name, data_dir=folder, num_test=4).test
+    batch = collate(tokenizer, examples, max_length=500)
+    scores = tasks.option_scores(run(model, batch), batch)
+    for got, e in zip(scores, examples, strict=True):
+        for s, option in zip(got, e.options, strict=True):
+            text, word = (e.prompt + option).strip(" "), option.strip(" ")
+            length, tail = 0, ""  # pieces from the end until they spell the option
+            for piece in reversed(tokenizer.convert_ids_to_tokens(tokenizer.encode(text))):
+                if len(tail.replace("▁", " ").lstrip()) >= len(word):
+                    break
+                length, tail = length + 1, piece + tail
+            assert tail.replace("▁", " ").endswith(word)  # "because he " is one piece
+            want = mezo_log_probs(model, tokenizer, e, option, length).mean()
+            assert abs(s - want) < 1e-5
+
+
+def test_truncated_batch_is_the_truncated_text(llama):
+    """With a small max_length the model sees BOS and the prompt's end, and scores accordingly."""
+    long = Example("the cat sat on the mat. so is it red?\n", ("Yes", "No"), 1)
+    batch = collate(TOKENIZER, [long], max_length=6)
+    assert batch.attention_mask.sum() == 5
+    short = Example("it red?\n", ("Yes", "No"), 1)
+    want = torch.tensor([mezo_scores(llama, TOKENIZER, short)])
+    got = tasks.option_scores(run(llama, batch), batch)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_tasks_stands_alone():
+    """tasks.py imports torch, numpy and the standard library; `datasets` only where it is used."""
+    tree = ast.parse(Path(tasks.__file__).read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    assert names == {
+        "collections",
+        "dataclasses",
+        "difflib",
+        "functools",
+        "hashlib",
+        "json",
+        "os",
+        "pathlib",
+        "numpy",
+        "torch",
+    }

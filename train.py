@@ -1,0 +1,369 @@
+"""Zeroth-order fine-tuning: `python train.py --model meta-llama/Llama-2-7b-hf --task rte`.
+
+One step is [S] Algorithm 1 with the mask and the noise inside forward (§3.3): two losses, one number,
+one update. The loop in `train` is in the order of the printed algorithm.
+
+A run directory holds
+    config.json     every setting, and fingerprints of the weights and of the data
+    steps.csv       step, seed, a = −η · proj_grad: with the original weights, this *is* the result
+    metrics.jsonl   what to look at: losses, gradient, active density, validation accuracy
+    result.json     accuracies with standard errors, seconds, peak memory, versions, hardware
+    curve.png       loss and accuracy against steps
+    model/          with --save-model: an ordinary Hugging Face checkpoint
+
+Settings come from three places, printed at the start: the command line, else [S]'s tables (by model
+family and task), else the defaults below.
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import re
+import resource
+import time
+import warnings
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import eval
+import masks
+import tasks
+import zo
+from eval import Settings, setting
+from model_patch import VECTORS
+from tasks import UserError
+
+
+@dataclass
+class Config(Settings):
+    """Every setting of a run: those of eval.py and these. None: filled in by `presets`."""
+
+    method: str = setting("s-mezo", "which weights move", masks.METHODS)
+    density: float | None = setting(None, "share of the weights that move, in (0, 1]")
+    lr: float | None = setting(None, "learning rate η")
+    eps: float = setting(1e-3, "perturbation scale ε")
+    steps: int | None = setting(None, "training steps")
+    seed: int = setting(0, "of noise, random mask and batch order")
+    mask: str = setting("dynamic", "s-mezo: re-taken every step, or kept from before", masks.KEPT)
+    refresh_every: int = setting(0, "s-mezo: steps between new thresholds; 0 is never")
+    vectors: str = setting("masked", "what one-dimensional tensors (norms, biases) are", VECTORS)
+    select: str = setting("", "regular expression: only parameters whose name matches move")
+    eval_every: int | None = setting(None, "steps between validations; default steps / 20")
+    log_every: int | None = setting(None, "steps between lines of metrics; default steps / 200")
+    compile: str = setting("auto", "fuse noise, mask and add", ("auto", "yes", "no"))
+    out: str | None = setting(None, "run directory; default runs/ and a name")
+    save_model: bool = setting(False, "write the best-validation weights as a checkpoint")
+
+
+# ------------------------------------------------------------------ presets
+
+TABLE_8 = {  # [S] Table 8: sparsity, the share that is frozen
+    "llama": {"sst2": 0.70, "rte": 0.75, "boolq": 0.80, "wic": 0.80, "multirc": 0.80},
+    "mistral": {"sst2": 0.70, "rte": 0.60, "boolq": 0.60, "wic": 0.70, "multirc": 0.60},
+}
+GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
+    "llama": ("[S] Table 6", {"mezo": 1e-6, "s-mezo": 3e-6, "r-mezo": 3e-6}),
+    "mistral": ("[S] Table 7", {"mezo": 1e-7, "s-mezo": 3e-6, "r-mezo": 3e-6}),
+}
+TINY = {"lr": {"mezo": 3e-4, "s-mezo": 3e-3, "r-mezo": 1e-3}, "steps": 300}
+
+
+def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
+    """{setting: (value, source)} for what the user did not say. `family`: tiny, llama, opt, …"""
+    source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
+    sparsity = TABLE_8.get(family, {}).get(config.task)
+    found = {
+        "lr": (rates[config.method], f"{source}: from the grid for {config.method}; worth tuning"),
+        "steps": (20_000, "[S] §4.1"),
+        "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
+    }
+    if sparsity is not None:
+        found["density"] = (
+            round(1 - sparsity, 2),
+            f"[S] Table 8: sparsity {sparsity} on {config.task}",
+        )
+    if family == "tiny":
+        found["lr"] = TINY["lr"][config.method], "tiny/README.md: best of a grid"
+        found["steps"] = TINY["steps"], "enough for the tiny model"
+    if config.method == "mezo":
+        found["density"] = 1.0, "MeZO moves every weight"
+    steps = config.steps or found["steps"][0]
+    found["eval_every"] = max(1, steps // 20), "steps / 20"
+    found["log_every"] = max(1, steps // 200), "steps / 200"
+    return {name: v for name, v in found.items() if getattr(config, name) is None}
+
+
+def check(config: Config) -> None:
+    """Raise UserError for a value that cannot work, before anything is loaded."""
+    eval.check(config)
+    for name in ("eps", "lr", "steps", "eval_every", "log_every"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be positive")
+    if config.density is not None and not 0 < config.density <= 1:
+        raise UserError(
+            f"--density {config.density}: the share of weights that move, above 0 and at most 1 "
+            "(the paper's sparsity 0.75 is --density 0.25)"
+        )
+    if config.method == "mezo" and config.density not in (None, 1):
+        raise UserError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
+    if config.method != "s-mezo" and (config.mask != "dynamic" or config.refresh_every):
+        raise UserError(f"--mask and --refresh-every belong to s-mezo, not to {config.method}")
+    if config.refresh_every < 0 or (config.refresh_every and config.mask != "dynamic"):
+        raise UserError(
+            f"--refresh-every {config.refresh_every} with --mask {config.mask}: at least 0, and "
+            "only a dynamic mask has a threshold to take again"
+        )
+    for name, bound in (("seed", zo.MAX_RUN_SEED), ("steps", zo.MAX_STEP)):
+        if not 0 <= (getattr(config, name) or 0) < bound:
+            raise UserError(f"--{name} {getattr(config, name)}: from 0 to {bound - 1}")
+    try:
+        re.compile(config.select)
+    except re.error as error:
+        raise UserError(f"--select {config.select!r} is no regular expression: {error}") from error
+
+
+def make_run_directory(config: Config) -> Path:
+    """Create the run directory; UserError where it holds something or cannot be written."""
+    if config.out is not None:
+        run = Path(config.out)
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"--out {run} is already there and not empty; choose another name")
+    else:
+        model = "tiny" if config.model == Config.model else Path(config.model).name
+        data = Path(config.train_file).stem if config.train_file else config.task
+        name = f"{model}-{data}-{config.method}-seed{config.seed}"
+        names = (name + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
+        run = next(path for path in (Path("runs", name) for name in names) if not path.exists())
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", {})
+    except OSError as error:
+        raise UserError(f"cannot write to --out {run}: {error.strerror or error}") from error
+    return run
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+# ------------------------------------------------------------------ training
+
+
+def train(config: Config, run: Path, model, tokenizer, data: tasks.Data, handle) -> dict:
+    """[S] Algorithm 1, T steps. Returns the result so far; the model holds the last weights."""
+    loss_fn = tasks.classification_loss if data.classification else tasks.lm_loss
+    score = "all" if data.classification else "right"
+    sizes = {"batch_size": config.batch_size, "max_length": config.max_length}
+    validate = lambda: eval.accuracy(model, tokenizer, data.validation, **sizes).value  # noqa: E731
+    best, best_step, skipped, moved = (validate() if data.validation else None), 0, 0, None
+    recent, in_a_row = deque(maxlen=config.log_every), 0
+    bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True)
+    with open(run / "steps.csv", "w") as steps, open(run / "metrics.jsonl", "w") as metrics:
+        log = csv.writer(steps, lineterminator="\n")
+        log.writerow(("step", "seed", "a"))
+        for t in range(config.steps):  # for t ← 1 to T do
+            began = time.perf_counter()
+            # Sample minibatch B from X and random seed s
+            seed = zo.step_seed(config.seed, t)
+            chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
+            batch = tasks.collate(
+                tokenizer,
+                [data.train[i] for i in chosen],
+                score=score,
+                max_length=config.max_length,
+                device=model.device,
+            )
+            handle.refresh(t)  # h stays as it is, unless --refresh-every
+            # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
+            inputs = eval.model_inputs(model, batch)
+            losses = handle.losses(inputs, lambda logits, b=batch: loss_fn(logits, b), seed)
+            loss_plus, loss_minus = torch.stack(losses).tolist()
+            # proj_grad ← (l⁺ − l⁻) / 2ε
+            projected_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
+            # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
+            a = float(np.float32(-config.lr * projected_grad))
+            if not math.isfinite(a):
+                a, skipped, in_a_row = 0.0, skipped + 1, in_a_row + 1
+                stop_if_hopeless(config, in_a_row, loss_plus, loss_minus)
+            else:
+                in_a_row = 0
+                handle.update(seed, a)
+
+            log.writerow((t, seed, a))
+            steps.flush()
+            recent.append((loss_plus + loss_minus, time.perf_counter() - began))
+            step, line = t + 1, {}
+            if step % config.eval_every == 0 or step == config.steps:
+                line["validation_accuracy"] = accuracy = validate() if data.validation else None
+                if best is not None and accuracy > best:
+                    best, best_step = accuracy, step
+            if step % config.log_every == 0 or line:
+                loss, seconds = np.mean(recent, axis=0) / (2, 1)
+                line |= {
+                    "step": step,
+                    "loss": loss,
+                    "loss_plus": loss_plus,
+                    "loss_minus": loss_minus,
+                    "projected_grad": projected_grad,
+                    "active_density": handle.active_density(),
+                    "seconds_per_step": seconds,
+                    "skipped": skipped,
+                }
+                metrics.write(json.dumps(line) + "\n")
+                metrics.flush()
+                shown = {"loss": f"{loss:.4f}", "active": f"{line['active_density']:.1%}"}
+                bar.set_postfix(shown | ({} if best is None else {"best val": f"{best:.3f}"}))
+            bar.update()
+    bar.close()
+    return {"best_step": best_step if best is not None else config.steps, "skipped": skipped}
+
+
+def stop_if_hopeless(config: Config, in_a_row: int, loss_plus: float, loss_minus: float) -> None:
+    """A loss that is not finite never touches the weights; twenty of them in a row end the run."""
+    if in_a_row >= 20:
+        raise UserError(
+            f"the last {in_a_row} steps had a loss that is not finite (l⁺ {loss_plus}, l⁻ {loss_minus})"
+            f"; likely causes: --lr {config.lr} too high, --eps {config.eps} too large, or float16 "
+            "overflow (try --dtype bfloat16)"
+        )
+
+
+def draw_curve(run: Path, title: str, zero_shot: float) -> None:
+    """curve.png from metrics.jsonl: training loss, validation accuracy, active density."""
+    import matplotlib  # here: nothing else needs it, and it takes a second to import
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    steps = [line["step"] for line in lines]
+    left.plot(steps, [line["loss"] for line in lines])
+    left.set(xlabel="step", ylabel="training loss", title=title)
+    checked = [line for line in lines if line.get("validation_accuracy") is not None]
+    right.plot(
+        [line["step"] for line in checked],
+        [line["validation_accuracy"] for line in checked],
+        marker=".",
+        label="validation accuracy",
+    )
+    right.plot(steps, [line["active_density"] for line in lines], ":", label="active density")
+    right.axhline(zero_shot, color="gray", linewidth=0.8, label="zero-shot, test")
+    right.set(xlabel="step", ylim=(0, 1.02))
+    right.legend()
+    figure.savefig(run / "curve.png", dpi=120)
+
+
+def machine(device: torch.device) -> dict:
+    """Versions and hardware, for result.json: a figure without them is no result."""
+    import transformers
+
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        hardware = (
+            f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "hardware": hardware,
+        "peak_memory_bytes": peak,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def worth_compiling(config: Config, model) -> bool:
+    """Eager noise takes about 15 ns per weight and sweep, compiled 2, compiling some 30 s."""
+    if config.compile != "auto":
+        return config.compile == "yes"
+    weights = sum(p.numel() for p in model.parameters())
+    return model.device.type == "cuda" or weights * config.steps * 2 * 13e-9 > 60
+
+
+def main(argv=None) -> None:
+    given = vars(eval.make_parser(Config, __doc__.split("\n\n")[0]).parse_args(argv))
+    config, run = Config(**given), None
+    try:
+        check(config)
+        data = eval.load_data(config)
+        tokenizer, model_config = eval.load_tokenizer(config.model, config.trust_remote_code)
+        device = eval.choose_device(config.device)
+        family = "tiny" if config.model == Config.model else model_config.model_type
+        filled = presets(config, family)
+        for name, (value, _) in filled.items():
+            setattr(config, name, value)
+        run = make_run_directory(config)
+        fine_tune(config, run, given, filled, data, tokenizer, device)
+    except UserError as error:
+        raise SystemExit(eval.fail("train.py", error)) from None
+    except KeyboardInterrupt:
+        where = f"; {run} keeps the steps so far: eval.py --run {run} --step last" if run else ""
+        print(f"\ntrain.py: stopped{where}")
+        raise SystemExit(130) from None
+
+
+def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device: str) -> None:
+    """One run from the original weights to result.json."""
+    began = time.perf_counter()
+    for name, value in asdict(config).items():
+        source = filled[name][1] if name in filled else "you" if name in given else None
+        if source:
+            print(f"  {name:<14} {value!s:<24} {source}")
+    parts = [len(part) for part in (data.train, data.validation, data.test)]
+    print(f"  {'data':<14} {data.source}: train {parts[0]}, validation {parts[1]}, test {parts[2]}")
+    model = eval.load_model(config.model, config.dtype, device, config.trust_remote_code)
+    facts = {
+        "compiled": worth_compiling(config, model),
+        "model_fingerprint": eval.fingerprint(model),
+        "data_fingerprint": data.fingerprint,
+    }
+    settings = asdict(config) | facts
+    handle = eval.make_patch(model, settings)
+    write_json(run / "config.json", settings)
+    print(f"  {handle.report()}")
+    print(f"  {run}/" + ("; compiling the kernels takes the first seconds" * facts["compiled"]))
+
+    sizes = {"batch_size": config.batch_size, "max_length": config.max_length}
+    zero_shot = eval.accuracy(model, tokenizer, data.test, **sizes)
+    print(f"zero-shot test accuracy {zero_shot}")
+    trained = time.perf_counter()
+    result = train(config, run, model, tokenizer, data, handle)
+    seconds = time.perf_counter() - trained
+    last = best = eval.accuracy(model, tokenizer, data.test, **sizes)
+    handle.remove()
+    if result["best_step"] != config.steps:  # chosen by validation accuracy, never by test
+        del model, handle  # before the second copy is loaded
+        model, _ = eval.rebuild(settings, eval.read_steps(run)[: result["best_step"]])
+        best = eval.accuracy(model, tokenizer, data.test, **sizes)
+    if config.save_model:
+        model.save_pretrained(run / "model")
+        tokenizer.save_pretrained(run / "model")
+    result |= {
+        name: {"accuracy": found.value, "standard_error": found.error, "n": found.n}
+        for name, found in (("zero_shot", zero_shot), ("last", last), ("best", best))
+    }
+    result |= {"training_seconds": seconds, "seconds": time.perf_counter() - began}
+    result |= {"seed": config.seed, "data_seed": config.data_seed} | machine(model.device)
+    draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
+    write_json(run / "result.json", result)
+    print(f"test accuracy, last weights             {last}")
+    print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
+    print(f"{run}/ holds the run: {seconds / config.steps:.3f} s per step, {seconds:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
