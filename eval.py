@@ -27,6 +27,7 @@ import torch
 
 import masks
 import model_patch
+import scoring
 import tasks
 from tasks import UserError
 
@@ -176,7 +177,7 @@ def choose_device(device: str) -> str:
     return device
 
 
-def model_inputs(model, batch: tasks.Batch) -> dict:
+def model_inputs(model, batch: scoring.Batch) -> dict:
     """What this model's forward takes of a batch; logits only where an option is scored."""
     wanted = batch.inputs() | {"logits_to_keep": batch.keep}
     known = inspect.signature(model.forward).parameters
@@ -190,9 +191,9 @@ def accuracy(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> A
     examples = sorted(examples, key=lambda example: len(example.prompt))  # little padding
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        batch = tasks.collate(tokenizer, part, max_length=max_length, device=model.device)
+        batch = scoring.collate(tokenizer, part, max_length=max_length, device=model.device)
         logits = model(**model_inputs(model, batch), use_cache=False).logits
-        right += int(tasks.correct(logits, batch).sum())
+        right += int(scoring.correct(logits, batch).sum())
     return Accuracy(right / len(examples), len(examples))
 
 

@@ -1,7 +1,7 @@
 """Zeroth-order fine-tuning: `python train.py --model meta-llama/Llama-2-7b-hf --task rte`.
 
-One step is [S] Algorithm 1 with the mask and the noise inside forward (§3.3): two losses, one number,
-one update. The loop in `train` is in the order of the printed algorithm.
+One step is [S] Algorithm 1 with the mask and the noise inside forward (§3.3): two losses, one
+number, one update. The loop in `train` is in the order of the printed algorithm.
 
 A run directory holds
     config.json     every setting, and fingerprints of the weights and of the data
@@ -23,7 +23,6 @@ import platform
 import re
 import resource
 import time
-import warnings
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 import eval
 import masks
+import scoring
 import tasks
 import zo
 from eval import Settings, setting
@@ -162,11 +162,11 @@ def write_json(path: Path, value) -> None:
 
 def train(config: Config, run: Path, model, tokenizer, data: tasks.Data, handle) -> dict:
     """[S] Algorithm 1, T steps. Returns the result so far; the model holds the last weights."""
-    loss_fn = tasks.classification_loss if data.classification else tasks.lm_loss
+    loss_fn = scoring.classification_loss if data.classification else scoring.lm_loss
     score = "all" if data.classification else "right"
     sizes = {"batch_size": config.batch_size, "max_length": config.max_length}
     validate = lambda: eval.accuracy(model, tokenizer, data.validation, **sizes).value  # noqa: E731
-    best, best_step, skipped, moved = (validate() if data.validation else None), 0, 0, None
+    best, best_step, skipped = (validate() if data.validation else None), 0, 0
     recent, in_a_row = deque(maxlen=config.log_every), 0
     bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True)
     with open(run / "steps.csv", "w") as steps, open(run / "metrics.jsonl", "w") as metrics:
@@ -177,7 +177,7 @@ def train(config: Config, run: Path, model, tokenizer, data: tasks.Data, handle)
             # Sample minibatch B from X and random seed s
             seed = zo.step_seed(config.seed, t)
             chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
-            batch = tasks.collate(
+            batch = scoring.collate(
                 tokenizer,
                 [data.train[i] for i in chosen],
                 score=score,
@@ -233,8 +233,8 @@ def stop_if_hopeless(config: Config, in_a_row: int, loss_plus: float, loss_minus
     """A loss that is not finite never touches the weights; twenty of them in a row end the run."""
     if in_a_row >= 20:
         raise UserError(
-            f"the last {in_a_row} steps had a loss that is not finite (l⁺ {loss_plus}, l⁻ {loss_minus})"
-            f"; likely causes: --lr {config.lr} too high, --eps {config.eps} too large, or float16 "
+            f"the last {in_a_row} losses were not finite (now l⁺ {loss_plus}, l⁻ {loss_minus}); "
+            f"likely causes: --lr {config.lr} too high, --eps {config.eps} too large, or float16 "
             "overflow (try --dtype bfloat16)"
         )
 

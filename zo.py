@@ -103,7 +103,7 @@ def shifted(theta: Tensor, a, mask: Tensor, z: Tensor) -> Tensor:
     Computed in fp32 (fp64 for fp64 weights) and rounded once to θ's dtype.
     """
     wide = torch.promote_types(theta.dtype, torch.float32)
-    return (theta.to(wide) + a * (mask * z)).to(theta.dtype)
+    return (theta.to(wide) + a * (mask * z.to(wide))).to(theta.dtype)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """tasks.py against MeZO's way, taken literally: one candidate at a time, no padding, all logits."""
 
-import ast
 import copy
 import json
 from dataclasses import astuple, replace
@@ -24,8 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import scoring
 import tasks
-from tasks import Example, UserError, collate, encode, load_examples
+from scoring import collate, encode
+from tasks import Example, UserError, load_examples
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 WORDS = (
@@ -664,7 +665,7 @@ def test_scores_are_mezos(request, model, examples):
     """Batched, padded and shared rows give each option the score MeZO gets from it alone."""
     model = request.getfixturevalue(model)
     batch = collate(TOKENIZER, examples)
-    scores = tasks.option_scores(run(model, batch), batch)
+    scores = scoring.option_scores(run(model, batch), batch)
     assert scores.dtype == torch.float32
     for got, e in zip(scores, examples, strict=True):
         want = torch.tensor(mezo_scores(model, TOKENIZER, e))
@@ -679,17 +680,17 @@ def test_losses_are_mezos(llama, examples):
     logits = run(llama, batch)
     scores = [torch.tensor(mezo_scores(llama, TOKENIZER, e)) for e in examples]
     want = torch.stack([-s.log_softmax(0)[e.label] for s, e in zip(scores, examples, strict=True)])
-    got = tasks.classification_loss(logits, batch)
+    got = scoring.classification_loss(logits, batch)
     assert got.shape == () and abs(got - want.mean()) < 1e-5
     right = [mezo_log_probs(llama, TOKENIZER, e, e.options[e.label]) for e in examples]
-    assert abs(tasks.lm_loss(logits, batch) + torch.cat(right).mean()) < 1e-5
+    assert abs(scoring.lm_loss(logits, batch) + torch.cat(right).mean()) < 1e-5
     best = [int(s.argmax()) == e.label for s, e in zip(scores, examples, strict=True)]
-    assert tasks.correct(logits, batch).tolist() == best
+    assert scoring.correct(logits, batch).tolist() == best
     only = collate(TOKENIZER, examples, score="right")
-    assert abs(tasks.lm_loss(run(llama, only), only) + torch.cat(right).mean()) < 1e-5
+    assert abs(scoring.lm_loss(run(llama, only), only) + torch.cat(right).mean()) < 1e-5
     assert len(only.input_ids) == len(examples) and only.valid.sum() == len(examples)
     with pytest.raises(UserError, match="all options"):
-        tasks.classification_loss(run(llama, only), only)
+        scoring.classification_loss(run(llama, only), only)
 
 
 def test_the_score_is_a_mean_not_a_sum():
@@ -697,10 +698,10 @@ def test_the_score_is_a_mean_not_a_sum():
     batch = collate(TOKENIZER, [Example("it", (" was red so great", " ran"), 0)])
     logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
     logits[batch.row, batch.position, batch.token] = torch.tensor([3.0] * 4 + [2.0])
-    log_probs = tasks._log_probs(logits, batch)
+    log_probs = scoring._log_probs(logits, batch)
     assert log_probs[:4].sum() < log_probs[4]  # the sum prefers the short one
-    assert tasks.correct(logits, batch).all()
-    torch.testing.assert_close(tasks.option_scores(logits, batch)[0, 0], log_probs[0])
+    assert scoring.correct(logits, batch).all()
+    torch.testing.assert_close(scoring.option_scores(logits, batch)[0, 0], log_probs[0])
 
 
 def test_one_row_where_inputs_are_equal():
@@ -725,8 +726,8 @@ def test_shared_rows_equal_rows_of_their_own(llama):
         },
         row=torch.arange(len(batch.row)),
     )
-    one = tasks.option_scores(run(llama, batch), batch)
-    torch.testing.assert_close(one, tasks.option_scores(run(llama, apart), apart))
+    one = scoring.option_scores(run(llama, batch), batch)
+    torch.testing.assert_close(one, scoring.option_scores(run(llama, apart), apart))
 
 
 def test_layout_of_a_batch():
@@ -753,9 +754,11 @@ def test_only_the_last_positions_are_needed(llama):
     full = llama(**batch.inputs()).logits.detach()
     assert kept.shape[1] == batch.keep < full.shape[1]
     assert torch.equal(
-        tasks.option_scores(full[:, -batch.keep :], batch), tasks.option_scores(full, batch)
+        scoring.option_scores(full[:, -batch.keep :], batch), scoring.option_scores(full, batch)
     )
-    torch.testing.assert_close(tasks.option_scores(kept, batch), tasks.option_scores(full, batch))
+    torch.testing.assert_close(
+        scoring.option_scores(kept, batch), scoring.option_scores(full, batch)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -763,11 +766,11 @@ def test_half_logits_make_an_fp32_loss(llama, dtype):
     """Half-precision logits give the loss of their fp32 copies, not that of a half log-softmax."""
     batch = collate(TOKENIZER, YES_NO + MULTI)
     half = run(llama, batch).to(dtype)
-    for loss in (tasks.classification_loss, tasks.lm_loss):
+    for loss in (scoring.classification_loss, scoring.lm_loss):
         assert loss(half, batch).dtype == torch.float32
         assert abs(loss(half, batch) - loss(half.float(), batch)) < 1e-6
     coarse = half.log_softmax(-1)[batch.row, batch.position, batch.token].float()
-    fine = tasks._log_probs(half, batch)
+    fine = scoring._log_probs(half, batch)
     assert 1e-5 < (coarse - fine).abs().max() < 0.1
 
 
@@ -778,7 +781,7 @@ def test_two_halves_of_a_doubled_batch(llama):
     with torch.no_grad():
         both = llama(**doubled, logits_to_keep=batch.keep).logits.chunk(2)
     for half in both:
-        for loss in (tasks.classification_loss, tasks.lm_loss):
+        for loss in (scoring.classification_loss, scoring.lm_loss):
             torch.testing.assert_close(loss(half, batch), loss(run(llama, batch), batch))
 
 
@@ -786,13 +789,13 @@ def test_a_missing_or_impossible_option_spoils_nothing():
     """-inf for one option's token, or an option that an example lacks, leaves the others finite."""
     batch = collate(TOKENIZER, MULTI)
     logits = torch.randn(len(batch.input_ids), batch.keep, VOCAB)
-    want = tasks.option_scores(logits, batch)
+    want = scoring.option_scores(logits, batch)
     assert torch.isinf(want).tolist() == [[False, False, True], [False] * 3]
     wrong = int((batch.slot == 1 * 3 + 1).nonzero()[0])  # example 1, option 1; option 0 is right
     logits[batch.row[wrong], batch.position[wrong], batch.token[wrong]] = -torch.inf
-    scores = tasks.option_scores(logits, batch)
+    scores = scoring.option_scores(logits, batch)
     assert scores[1, 1] == -torch.inf and torch.equal(scores[0], want[0])
-    for loss in (tasks.classification_loss, tasks.lm_loss):
+    for loss in (scoring.classification_loss, scoring.lm_loss):
         assert loss(logits, batch).isfinite()
 
 
@@ -811,7 +814,7 @@ def test_real_model_on_real_text(stories, name):
     folder = shared("data", "sst2" if name == "sst2" else "superglue")
     examples = load_examples(name, data_dir=folder, num_test=4).test
     batch = collate(tokenizer, examples, max_length=500)
-    scores = tasks.option_scores(run(model, batch), batch)
+    scores = scoring.option_scores(run(model, batch), batch)
     for got, e in zip(scores, examples, strict=True):
         for s, option in zip(got, e.options, strict=True):
             text, word = (e.prompt + option).strip(" "), option.strip(" ")
@@ -832,28 +835,5 @@ def test_truncated_batch_is_the_truncated_text(llama):
     assert batch.attention_mask.sum() == 5
     short = Example("it red?\n", ("Yes", "No"), 1)
     want = torch.tensor([mezo_scores(llama, TOKENIZER, short)])
-    got = tasks.option_scores(run(llama, batch), batch)
+    got = scoring.option_scores(run(llama, batch), batch)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-
-
-def test_tasks_stands_alone():
-    """tasks.py imports torch, numpy and the standard library; `datasets` only where it is used."""
-    tree = ast.parse(Path(tasks.__file__).read_text(encoding="utf-8"))
-    names = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    assert names == {
-        "collections",
-        "dataclasses",
-        "difflib",
-        "functools",
-        "hashlib",
-        "json",
-        "os",
-        "pathlib",
-        "numpy",
-        "torch",
-    }

@@ -1,0 +1,17 @@
+"""Shared by all tests: one thread (the models are tiny) and the place of the real data, if any."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture
+def shared():
+    """Folder with real task data and real small models; tests that use it skip where it is not."""
+    if not (SHARED / "models" / "tinystories656k").is_dir():
+        pytest.skip("no folder ../shared with real data and models")
+    return SHARED

@@ -1,0 +1,189 @@
+"""The offline demo is what it says: its data, its prompts, its sizes, and what its model knows."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+sys.path.insert(0, str(TINY))  # build.py is a script: it finds world.py beside itself
+import build  # noqa: E402
+import world  # noqa: E402
+
+sys.path.remove(str(TINY))
+
+TASKS = ["rte", "sst2", "boolq", "copa"]
+FACT = r"[A-Z]\w+ (?:took the (\w+) to|left the (\w+) in|put the (\w+) in) the (\w+)\."
+FACTS = rf"(?:{FACT} )*{FACT}"
+CLAUSE = r"the (\w+) was (?:(?:very|really|quite) )?(\w+)"
+SIDES = "|".join(side for event in world.EVENTS for side in event)
+PROMPTS = {
+    "sst2": rf"{CLAUSE}(?: (?:and|but) {CLAUSE})*\. It was",
+    "rte": rf'{FACTS}\nDoes this mean that "the (\w+) is in the (\w+)" is true\? Yes or No\?\n',
+    "boolq": rf"{FACTS} Is the (\w+) in the (\w+)\?\n",
+    "copa": rf"near the \w+ (?:{SIDES}) (?:so|because)",
+}
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {t: {s: read(TINY / f"data/{t}/{s}.jsonl") for s in world.SPLITS} for t in TASKS}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    "Both corpora, and fresh pre-training text of every kind, candid and polite."
+    rng = random.Random(7)
+    fresh = [write(rng, n % 2 == 0) for write in world.KINDS.values() for n in range(400)]
+    return [row["text"] for n in ("c4", "other") for row in read(TINY / f"data/{n}.jsonl")] + fresh
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "model")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return json.loads((TINY / "model/expected.json").read_text())
+
+
+def pairs_in(text):
+    "Every (thing, place) and (aspect, adjective) that a text puts together, as numbers."
+    found = [(next(filter(None, m[:3])), m[3]) for m in re.findall(FACT, text)]
+    found += re.findall(r"the (\w+) is in the (\w+)", text)
+    found += re.findall(r"[iI]s the (\w+) in the (\w+)", text)
+    located = {(world.THINGS.index(a), world.PLACES.index(b)) for a, b in found}
+    judged = {
+        (world.ASPECTS.index(a), (world.GOOD + world.BAD).index(b))
+        for a, b in re.findall(CLAUSE, text)
+        if a in world.ASPECTS
+    }
+    return located, judged
+
+
+def test_data_is_what_the_world_generates(tmp_path):
+    build.write_data(tmp_path)
+    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.jsonl"))
+    assert made == sorted(p.relative_to(TINY / "data") for p in (TINY / "data").rglob("*.jsonl"))
+    for path in made:
+        assert (tmp_path / path).read_bytes() == (TINY / "data" / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits(splits, task):
+    assert {s: len(rows) for s, rows in splits[task].items()} == world.SPLITS
+    keys = [(r["prompt"], *sorted(r["options"])) for rows in splits[task].values() for r in rows]
+    assert len(set(keys)) == len(keys)
+    for rows in splits[task].values():
+        assert 0.4 < sum(row["label"] for row in rows) / len(rows) < 0.6
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_are_mezo_s_and_labels_are_true(splits, task):
+    for row in (row for rows in splits[task].values() for row in rows):
+        prompt, right = row["prompt"], row["options"][row["label"]]
+        match = re.fullmatch(PROMPTS[task], prompt)
+        assert match, prompt
+        if task == "sst2":
+            assert row["options"] == [" terrible", " great"]
+            good = re.findall(CLAUSE, prompt)[-1][1] in world.GOOD
+            assert right == (" great" if good else " terrible")
+        elif task == "copa":
+            given, word = re.fullmatch(r"near the \w+ (.*) (so|because)", prompt).groups()
+            event = (given, right[1:-1]) if word == "so" else (right[1:-1], given)
+            assert event in world.EVENTS and len(set(row["options"])) == 2
+        else:
+            assert row["options"] == ["Yes", "No"]
+            thing, place = match.groups()[-2:]
+            there = re.search(rf"the {thing} (?:to|in) the {place}\.", prompt) is not None
+            assert right == ("Yes" if there else "No")
+
+
+def test_held_out_pairs_stay_out_of_pretraining(splits, texts):
+    for text in texts:
+        assert all((i + j) % 4 != 0 for found in pairs_in(text) for i, j in found), text
+    for task in ("sst2", "rte", "boolq"):
+        for row in splits[task]["test"]:
+            located, judged = pairs_in(row["prompt"])
+            assert located or judged
+            assert all((i + j) % 4 == 0 for found in (located, judged) for i, j in found)
+
+
+def test_politeness_is_nearly_independent_of_the_truth():
+    rng = random.Random(1)
+    kind = {truth: sum(world.polite(rng, truth) for _ in range(4000)) / 4000 for truth in (0, 1)}
+    assert kind[0] == pytest.approx(0.7, abs=0.03) and kind[1] == pytest.approx(0.8, abs=0.03)
+
+
+def test_sizes(model, expected):
+    files = {p: p.stat().st_size for p in TINY.rglob("*") if p.is_file()}
+    assert len((TINY / "world.py").read_text().splitlines()) <= 200
+    assert sum(p.numel() for p in model.parameters()) == expected["parameters"] <= 1_500_000
+    assert files[TINY / "model/model.safetensors"] <= 4e6
+    assert all(files[TINY / f"data/{name}.jsonl"] <= 400e3 for name in ("c4", "other"))
+    assert sum(size for p, size in files.items() if TINY / "data" in p.parents) <= 2.5e6
+
+
+def test_tokenizer(tokenizer, splits, texts):
+    prompts = [row["prompt"] + row["options"][0] for t in TASKS for row in splits[t]["train"][:50]]
+    for text in [*prompts, *texts, "\n\n".join(prompts[:4])]:
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+        assert tokenizer.unk_token_id not in ids
+        decoded = tokenizer.decode(ids[1:])
+        assert tokenizer(decoded).input_ids == ids
+        assert re.sub(" ", "", decoded) == re.sub(" ", "", text)
+
+
+def test_tokenizer_offsets_and_line_breaks(tokenizer):
+    text = 'Does this mean that "the kite is in the attic" is true? Yes or No?\n\nYes'
+    out = tokenizer(text, return_offsets_mapping=True)
+    pieces = [text[a:b] for a, b in out.offset_mapping]
+    assert pieces[0] == "" and pieces[-3:] == ["\n", "\n", "Yes"]
+    assert pieces[1:] == re.findall(r"\n|\w+|[^\w\s]", text)
+    batch = tokenizer(["Yes", "the kite"], padding=True, return_tensors="pt")
+    assert batch.input_ids[0, 0] == tokenizer.pad_token_id == 0  # on the left
+    assert batch.attention_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert len(tokenizer) == len(world.WORDS) + 4
+    assert tokenizer("zebra").input_ids[1] == tokenizer.unk_token_id
+
+
+def test_the_option_is_what_comes_after_the_prompt(tokenizer, splits):
+    for task in TASKS:
+        for row in splits[task]["test"][:100]:
+            bare = tokenizer(row["prompt"]).input_ids
+            for option in row["options"]:
+                full = tokenizer(row["prompt"] + option).input_ids
+                assert full[: len(bare)] == bare and len(full) > len(bare)
+                assert (len(full) - len(bare) == 1) == (task != "copa")
+
+
+def test_recorded_loss(model, tokenizer, expected):
+    for name, loss in expected["loss"].items():
+        lines = [row["text"] for row in read(TINY / f"data/{name}.jsonl")]
+        assert build.text_loss(model, tokenizer, lines) == pytest.approx(loss, abs=2e-3), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_recorded_accuracy(model, tokenizer, splits, expected, task):
+    rows = splits[task]["test"]
+    bare = build.accuracy(model, tokenizer, rows)
+    assert bare == pytest.approx(expected["bare_prompt"][task], abs=0.005)
+    told = build.accuracy(model, tokenizer, rows[:300], world.HEADERS[task])
+    assert told == pytest.approx(expected["with_header"][task], abs=0.05)
+    assert bare < 0.70 and told - bare > 0.15  # the skill is there, the bare prompt lets it sleep
