@@ -99,6 +99,8 @@ class SmallWeights(Rule):
     the active density in the metrics.
     """
 
+    static = False
+
     def __init__(self, density: float, refresh_every: int = 0):
         super().__init__(density)
         self.refresh_every = refresh_every
