@@ -44,7 +44,7 @@ class Settings:
     """Which model, on which examples; train.py's settings are these and its own."""
 
     model: str = setting("tiny/model", "hub name or local folder")
-    task: str = setting("rte", f"one of {', '.join(tasks.TASKS)}")
+    task: str | None = setting(None, f"one of {', '.join(tasks.TASKS)}")
     data_dir: str | None = setting(None, "folder with the official files, such as RTE/train.jsonl")
     train_file: str | None = setting(
         None, 'a task of your own: JSONL of {"prompt", "options", "label"}'
@@ -79,9 +79,14 @@ def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for a value that cannot work, before anything is loaded."""
-    if not settings.train_file:
-        tasks.get_task(settings.task)
+    """Raise UserError for a value that cannot work, before anything is loaded; name the task."""
+    files = settings.train_file or settings.validation_file or settings.test_file
+    if settings.task is None and not files:
+        if settings.model != Settings.model:
+            raise UserError(f"give --task, one of {', '.join(tasks.TASKS)}, or files of your own")
+        settings.task = "rte"
+    if settings.task is not None:
+        settings.task = tasks.get_task(settings.task).name
     for name in ("batch_size", "max_length", "num_train", "num_test"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1")
@@ -93,11 +98,11 @@ def check(settings: Settings) -> None:
 
 def load_data(settings: Settings) -> tasks.Data:
     """The examples that the settings name. The tiny model brings data of its own."""
-    own = bool(settings.train_file or settings.validation_file or settings.test_file)
-    tiny = settings.model == Settings.model and not own
-    data_dir = settings.data_dir or (locate("tiny/data") if tiny else None)
+    data_dir = settings.data_dir
+    if data_dir is None and settings.task and settings.model == Settings.model:
+        data_dir = locate("tiny/data")
     return tasks.load_examples(
-        None if own else settings.task,
+        settings.task,
         data_dir=data_dir,
         train_file=settings.train_file,
         validation_file=settings.validation_file,

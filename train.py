@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 import eval
 import masks
+import model_patch
 import scoring
 import tasks
 import zo
 from eval import Settings, setting
-from model_patch import VECTORS
 from tasks import UserError
 
 
@@ -53,7 +53,9 @@ class Config(Settings):
     seed: int = setting(0, "of noise, random mask and batch order")
     mask: str = setting("dynamic", "s-mezo: re-taken every step, or kept from before", masks.KEPT)
     refresh_every: int = setting(0, "s-mezo: steps between new thresholds; 0 is never")
-    vectors: str = setting("masked", "what one-dimensional tensors (norms, biases) are", VECTORS)
+    vectors: str = setting(
+        "masked", "what one-dimensional tensors (norms, biases) are", model_patch.VECTORS
+    )
     select: str = setting("", "regular expression: only parameters whose name matches move")
     eval_every: int | None = setting(None, "steps between validations; default steps / 20")
     log_every: int | None = setting(None, "steps between lines of metrics; default steps / 200")
