@@ -149,10 +149,11 @@ class RandomMask(Rule):
         self.seed = seed
 
     def prepare(self, weight, stream):
-        return torch.tensor(zo.MAX_STREAMS + stream, device=weight.device)  # away from the noise's
+        numbers = [self.seed, zo.MAX_STREAMS + stream]  # a stream away from the noise's
+        return torch.tensor(numbers, device=weight.device)
 
     def mask(self, theta, index, state):
-        return zo.random_words(self.seed, state, index)[0] < int(self.density * 2**32)
+        return zo.random_words(state[0], state[1], index)[0] < int(self.density * 2**32)
 
 
 @torch.no_grad()

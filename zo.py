@@ -167,7 +167,8 @@ class Sweep:
     CHUNK = 1 << 16  # elements; 8-byte temporaries of this length stay in L2
 
     def __init__(self, compiled: bool = False):
-        self.kernel = torch.compile(_sweep, dynamic=True) if compiled else None
+        # fullgraph: a graph that breaks, or is compiled too often, is an error and not a slow run
+        self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True) if compiled else None
 
     @property
     def compiled(self) -> bool:
@@ -179,8 +180,10 @@ class Sweep:
         that a new value never recompiles. `out` may be θ itself, the same object."""
         assert theta.numel() <= MAX_ELEMENTS, f"{theta.numel()} elements exceed the 32-bit counter"
         if self.kernel is not None:
+            flat = theta.data  # without their bases, views of all kinds share one compilation
+            flats = [flat if out is theta else out.data for out in outs]
             try:
-                return self.kernel(outs, coefficients, theta, index, 0, seed, stream, mask, state)
+                return self.kernel(flats, coefficients, flat, index, 0, seed, stream, mask, state)
             except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 warnings.warn(f"torch.compile failed, running eager: {reason[0]}", stacklevel=2)

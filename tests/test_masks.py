@@ -120,6 +120,28 @@ def test_the_random_mask_is_regenerated_and_its_own():
     assert abs(z[first].mean()) < 6 / first.sum() ** 0.5
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        masks.Everything(),
+        masks.SmallWeights(0.3),
+        masks.ConstantMask(0.3),
+        masks.PackedMask(0.3),
+        masks.RandomMask(0.3),
+    ],
+)
+def test_every_rule_compiles_into_the_kernel(rule):
+    """The fused kernel moves exactly what the rule's mask says, for every rule."""
+    w, kernel = weight(4099), zo.Sweep(compiled=True)
+    state, numbers = rule.prepare(w, 3), [torch.tensor(n) for n in (zo.step_seed(1, 2), 3)]
+    outs = [torch.empty(4099), torch.empty(4099)]
+    kernel(outs, [torch.tensor(1.0), torch.tensor(-1.0)], w, *numbers, rule.mask, state)
+    assert kernel.compiled
+    mask = rule.mask(w, torch.arange(4099), state)
+    for out in outs:
+        assert torch.equal(out != w, mask)
+
+
 def test_everything_is_everything():
     """MeZO's mask is all ones."""
     assert mask_of(masks.Everything(), weight()).all()
