@@ -57,7 +57,7 @@ class Config(Settings):
         "masked", "what one-dimensional tensors (norms, biases) are", model_patch.VECTORS
     )
     select: str = setting("", "regular expression: only parameters whose name matches move")
-    eval_every: int | None = setting(None, "steps between validations; default steps / 20")
+    eval_every: int | None = setting(None, "steps between validations; default steps / 10")
     log_every: int | None = setting(None, "steps between lines of metrics; default steps / 200")
     compile: str = setting("auto", "fuse noise, mask and add", ("auto", "yes", "no"))
     out: str | None = setting(None, "run directory; default runs/ and a name")
@@ -97,7 +97,7 @@ def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
     if config.method == "mezo":
         found["density"] = 1.0, "MeZO moves every weight"
     steps = config.steps or found["steps"][0]
-    found["eval_every"] = max(1, steps // 20), "steps / 20"
+    found["eval_every"] = max(1, steps // 10), "steps / 10"
     found["log_every"] = max(1, steps // 200), "steps / 200"
     return {name: v for name, v in found.items() if getattr(config, name) is None}
 

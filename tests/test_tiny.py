@@ -1,5 +1,6 @@
 """The offline demo is what it says: its data, its prompts, its sizes, and what its model knows."""
 
+import dataclasses
 import json
 import random
 import re
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tasks
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 sys.path.insert(0, str(TINY))  # build.py is a script: it finds world.py beside itself
@@ -36,7 +39,14 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def splits():
-    return {t: {s: read(TINY / f"data/{t}/{s}.jsonl") for s in world.SPLITS} for t in TASKS}
+    """{task: {split: examples}}, as the project reads the committed files."""
+    found = {}
+    for task in TASKS:
+        sizes = {"num_train": 1500, "num_validation": 0, "num_test": 1000}
+        data = tasks.load_examples(task, data_dir=TINY / "data", **sizes)
+        parts = {"train": data.train, "val": data.test}
+        found[task] = {s: [dataclasses.asdict(e) for e in part] for s, part in parts.items()}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +88,27 @@ def pairs_in(text):
 
 def test_data_is_what_the_world_generates(tmp_path):
     build.write_data(tmp_path)
-    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.jsonl"))
-    assert made == sorted(p.relative_to(TINY / "data") for p in (TINY / "data").rglob("*.jsonl"))
+    made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.*"))
+    assert made == sorted(p.relative_to(TINY / "data") for p in (TINY / "data").rglob("*.*"))
     for path in made:
         assert (tmp_path / path).read_bytes() == (TINY / "data" / path).read_bytes(), path
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_splits(splits, task):
-    assert {s: len(rows) for s, rows in splits[task].items()} == world.SPLITS
+    assert {s: len(rows) for s, rows in splits[task].items()} == build.SPLITS
     keys = [(r["prompt"], *sorted(r["options"])) for rows in splits[task].values() for r in rows]
     assert len(set(keys)) == len(keys)
     for rows in splits[task].values():
         assert 0.4 < sum(row["label"] for row in rows) / len(rows) < 0.6
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_project_reads_what_the_world_wrote(splits, task):
+    """tasks.py makes of each row the very prompt and right option that the world means."""
+    for split, examples in build.task_splits(task).items():
+        meant = {(e["prompt"], e["options"][e["label"]]) for e in examples}
+        assert meant == {(e["prompt"], e["options"][e["label"]]) for e in splits[task][split]}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -100,7 +118,7 @@ def test_prompts_are_mezo_s_and_labels_are_true(splits, task):
         match = re.fullmatch(PROMPTS[task], prompt)
         assert match, prompt
         if task == "sst2":
-            assert row["options"] == [" terrible", " great"]
+            assert row["options"] == (" terrible", " great")
             good = re.findall(CLAUSE, prompt)[-1][1] in world.GOOD
             assert right == (" great" if good else " terrible")
         elif task == "copa":
@@ -108,7 +126,7 @@ def test_prompts_are_mezo_s_and_labels_are_true(splits, task):
             event = (given, right[1:-1]) if word == "so" else (right[1:-1], given)
             assert event in world.EVENTS and len(set(row["options"])) == 2
         else:
-            assert row["options"] == ["Yes", "No"]
+            assert set(row["options"]) == {"Yes", "No"}
             thing, place = match.groups()[-2:]
             there = re.search(rf"the {thing} (?:to|in) the {place}\.", prompt) is not None
             assert right == ("Yes" if there else "No")
@@ -118,7 +136,7 @@ def test_held_out_pairs_stay_out_of_pretraining(splits, texts):
     for text in texts:
         assert all((i + j) % 4 != 0 for found in pairs_in(text) for i, j in found), text
     for task in ("sst2", "rte", "boolq"):
-        for row in splits[task]["test"]:
+        for row in splits[task]["val"]:
             located, judged = pairs_in(row["prompt"])
             assert located or judged
             assert all((i + j) % 4 == 0 for found in (located, judged) for i, j in found)
@@ -165,7 +183,7 @@ def test_tokenizer_offsets_and_line_breaks(tokenizer):
 
 def test_the_option_is_what_comes_after_the_prompt(tokenizer, splits):
     for task in TASKS:
-        for row in splits[task]["test"][:100]:
+        for row in splits[task]["val"][:100]:
             bare = tokenizer(row["prompt"]).input_ids
             for option in row["options"]:
                 full = tokenizer(row["prompt"] + option).input_ids
@@ -181,7 +199,7 @@ def test_recorded_loss(model, tokenizer, expected):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_recorded_accuracy(model, tokenizer, splits, expected, task):
-    rows = splits[task]["test"]
+    rows = splits[task]["val"]
     bare = build.accuracy(model, tokenizer, rows)
     assert bare == pytest.approx(expected["bare_prompt"][task], abs=0.005)
     told = build.accuracy(model, tokenizer, rows[:100], world.HEADERS[task])

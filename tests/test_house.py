@@ -1,0 +1,101 @@
+"""What the README and the design say of the code, checked by machine."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+IMPORTS = {  # who may know whom: downward only
+    "zo": set(),
+    "masks": {"zo"},
+    "model_patch": {"masks", "zo"},
+    "tasks": set(),
+    "scoring": {"tasks"},
+    "eval": {"masks", "model_patch", "scoring", "tasks"},
+    "train": {"eval", "masks", "model_patch", "scoring", "tasks", "zo"},
+    "bench": {"eval", "masks", "model_patch", "train", "zo"},
+}
+
+
+def tree_of(name):
+    return ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+
+
+def imported(nodes):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_the_modules_are_these():
+    """No module stands at the top that the design does not name."""
+    assert {p.stem for p in ROOT.glob("*.py")} == set(IMPORTS)
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_imports_run_downward(name):
+    """zo, masks and tasks need torch and numpy alone; nobody imports train but bench."""
+    ours = {n for n in imported(ast.walk(tree_of(name))) if n in IMPORTS}
+    assert ours == IMPORTS[name]
+    if name in ("zo", "masks", "tasks", "scoring"):
+        outside = set(imported(tree_of(name).body)) - set(IMPORTS)
+        assert outside <= {"torch", "numpy"} | set(__import__("sys").stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_modules_are_short_and_every_public_name_is_explained(name):
+    """No module over 360 lines; every public function and class has a docstring."""
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    assert source.count("\n") <= 360
+    for node in tree_of(name).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if node.name not in ("main", "setting", "show"):
+                assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
+
+
+def commands():
+    text = README.replace("\\\n", " ")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_readme_has_flags_that_exist(command):
+    """Commands in the README parse: script, flags and values are real."""
+    words = shlex.split(command)[1:]
+    assert (ROOT / words[0]).is_file(), words[0]
+    if words[0] in ("train.py", "eval.py"):
+        settings = train.Config if words[0] == "train.py" else eval.Settings
+        parser = eval.make_parser(settings, "")
+        for flag in ("--run", "--step", "--split", "--shots") if words[0] == "eval.py" else ():
+            parser.add_argument(flag)
+        parser.parse_args(words[1:])
+    else:
+        source = (ROOT / words[0]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in words[1:] if word.startswith("--"))
+
+
+def test_the_readmes_table_of_modules_is_true():
+    """Every top-level module is listed, with the number of lines that it has, within ten."""
+    listed = dict(re.findall(r"^\| \[?`(\w+)\.py`[^|]*\| *(\d+) *\|", README, re.M))
+    assert set(listed) == set(IMPORTS)
+    for name, lines in listed.items():
+        really = (ROOT / f"{name}.py").read_text(encoding="utf-8").count("\n")
+        assert abs(int(lines) - really) <= 10, f"{name}.py has {really} lines, README says {lines}"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """Local links and pictures in the README exist."""
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
