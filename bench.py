@@ -27,7 +27,7 @@ import eval
 import masks
 import zo
 from model_patch import patch
-from train import machine
+from record import machine
 
 SHAPES = {  # name: (model type, what makes its shape)
     "tiny": ("llama", dict(hidden_size=96, intermediate_size=256, layers=3, heads=3, vocab=155)),

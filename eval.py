@@ -13,7 +13,6 @@ are about a megabyte, and the weights they rebuild are bit-identical on the same
 """
 
 import argparse
-import csv
 import hashlib
 import inspect
 import json
@@ -27,6 +26,7 @@ import torch
 
 import masks
 import model_patch
+import record
 import scoring
 import tasks
 from tasks import UserError
@@ -148,7 +148,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), config
     except Exception as error:  # gated, misspelt, offline, custom code: each has a type of its own
-        why = " ".join(str(error).split())[:160]
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"cannot load model {name!r} ({why}); check the name, log in with `hf auth login` if "
             "it is gated, or give a local folder"
@@ -236,35 +236,12 @@ def make_patch(model, settings: dict) -> model_patch.Patch:
         raise UserError(str(error)) from error
 
 
-def read_steps(run: Path) -> list[tuple[int, int, float]]:
-    """The step log: (step, seed, a) per line. A last line without its newline is torn: left out."""
-    text = (run / "steps.csv").read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    steps = []
-    for number, row in enumerate(csv.reader(lines[1:])):
-        try:
-            step, seed, a = int(row[0]), int(row[1]), float(row[2])
-        except (ValueError, IndexError):
-            step = -1
-        if step != number:
-            raise UserError(f"{run}/steps.csv: line {number + 2} is {row!r}, not step {number}")
-        steps.append((step, seed, a))
-    return steps
-
-
 def replay(handle: model_patch.Patch, steps) -> None:
     """θ_0 → θ_T: apply the logged updates. Leaves the model patched."""
     for step, seed, a in steps:
         handle.refresh(step)
         if a:  # a skipped step has a = 0
             handle.update(seed, a)
-
-
-def open_run(run: Path) -> tuple[dict, list]:
-    """(config.json, steps) of a run directory."""
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run} is no run directory: it has no config.json")
-    return json.loads((run / "config.json").read_text()), read_steps(run)
 
 
 def rebuild(config: dict, steps):
@@ -329,7 +306,7 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str) -> str:
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UserError(f"--run brings its own settings; leave out {names}")
-    config, steps = open_run(run)
+    config, steps = record.open_run(run)
     if step in (None, "best"):
         if not (run / "result.json").is_file():
             raise UserError(f"{run} has not finished, so no step is best yet; try --step last")

@@ -3,37 +3,23 @@
 One step is [S] Algorithm 1 with the mask and the noise inside forward (§3.3): two losses, one
 number, one update. The loop in `train` is in the order of the printed algorithm.
 
-A run directory holds
-    config.json     every setting, and fingerprints of the weights and of the data
-    steps.csv       step, seed, a = −η · proj_grad: with the original weights, this *is* the result
-    metrics.jsonl   what to look at: losses, gradient, active density, validation accuracy
-    result.json     accuracies with standard errors, seconds, peak memory, versions, hardware
-    curve.png       loss and accuracy against steps
-    model/          with --save-model: an ordinary Hugging Face checkpoint
-
-Settings come from three places, printed at the start: the command line, else [S]'s tables (by model
-family and task), else the defaults below.
+What a run writes is in record.py. Settings come from three places, printed at the start: the
+command line, else [S]'s tables (by model family and task), else the defaults below.
 """
 
-import csv
-import json
 import math
-import os
-import platform
 import re
-import resource
 import time
-from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import eval
 import masks
 import model_patch
+import record
 import scoring
 import tasks
 import zo
@@ -132,50 +118,28 @@ def check(config: Config) -> None:
         raise UserError(f"--select {config.select!r} is no regular expression: {error}") from error
 
 
-def make_run_directory(config: Config) -> Path:
-    """Create the run directory; UserError where it holds something or cannot be written."""
-    if config.out is not None:
-        run = Path(config.out)
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"--out {run} is already there and not empty; choose another name")
-    else:
-        model = "tiny" if config.model == Config.model else Path(config.model).name
-        data = Path(config.train_file).stem if config.train_file else config.task
-        name = f"{model}-{data}-{config.method}-seed{config.seed}"
-        names = (name + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
-        run = next(path for path in (Path("runs", name) for name in names) if not path.exists())
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "config.json", {})
-    except OSError as error:
-        raise UserError(f"cannot write to --out {run}: {error.strerror or error}") from error
-    return run
-
-
-def write_json(path: Path, value) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(beside, path)
+def run_name(config: Config) -> str:
+    """The name of a run that was not given one."""
+    model = "tiny" if config.model == Config.model else Path(config.model).name
+    data = Path(config.train_file).stem if config.train_file else config.task
+    return f"{model}-{data}-{config.method}-seed{config.seed}"
 
 
 # ------------------------------------------------------------------ training
 
 
 def train(config: Config, run: Path, model, tokenizer, data: tasks.Data, handle) -> dict:
-    """[S] Algorithm 1, T steps. Returns the result so far; the model holds the last weights."""
+    """[S] Algorithm 1, T steps; the model holds the last weights. Returns what `Record` found."""
     loss_fn = scoring.classification_loss if data.classification else scoring.lm_loss
     score = "all" if data.classification else "right"
     sizes = {"batch_size": config.batch_size, "max_length": config.max_length}
-    validate = lambda: eval.accuracy(model, tokenizer, data.validation, **sizes).value  # noqa: E731
-    best, best_step, skipped = (validate() if data.validation else None), 0, 0
-    recent, in_a_row = deque(maxlen=config.log_every), 0
-    bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True)
-    with open(run / "steps.csv", "w") as steps, open(run / "metrics.jsonl", "w") as metrics:
-        log = csv.writer(steps, lineterminator="\n")
-        log.writerow(("step", "seed", "a"))
+
+    def validate() -> float | None:
+        if data.validation:
+            return eval.accuracy(model, tokenizer, data.validation, **sizes).value
+
+    with record.Record(config, run, validate()) as log:
         for t in range(config.steps):  # for t ← 1 to T do
-            began = time.perf_counter()
             # Sample minibatch B from X and random seed s
             seed = zo.step_seed(config.seed, t)
             chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
@@ -186,106 +150,23 @@ def train(config: Config, run: Path, model, tokenizer, data: tasks.Data, handle)
                 max_length=config.max_length,
                 device=model.device,
             )
-            handle.refresh(t)  # h stays as it is, unless --refresh-every
+            handle.refresh(t)  # h is fixed, unless --refresh-every says otherwise
             # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
             inputs = eval.model_inputs(model, batch)
             losses = handle.losses(inputs, lambda logits, b=batch: loss_fn(logits, b), seed)
             loss_plus, loss_minus = torch.stack(losses).tolist()
             # proj_grad ← (l⁺ − l⁻) / 2ε
             projected_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
-            # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
+            # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i, unless a loss is not finite
             a = float(np.float32(-config.lr * projected_grad))
-            if not math.isfinite(a):
-                a, skipped, in_a_row = 0.0, skipped + 1, in_a_row + 1
-                stop_if_hopeless(config, in_a_row, loss_plus, loss_minus)
-            else:
-                in_a_row = 0
+            if math.isfinite(a):
                 handle.update(seed, a)
-
-            log.writerow((t, seed, a))
-            steps.flush()
-            recent.append((loss_plus + loss_minus, time.perf_counter() - began))
-            step, line = t + 1, {}
-            if step % config.eval_every == 0 or step == config.steps:
-                line["validation_accuracy"] = accuracy = validate() if data.validation else None
-                if best is not None and accuracy > best:
-                    best, best_step = accuracy, step
-            if step % config.log_every == 0 or line:
-                loss, seconds = np.mean(recent, axis=0) / (2, 1)
-                line |= {
-                    "step": step,
-                    "loss": loss,
-                    "loss_plus": loss_plus,
-                    "loss_minus": loss_minus,
-                    "projected_grad": projected_grad,
-                    "active_density": handle.active_density(),
-                    "seconds_per_step": seconds,
-                    "skipped": skipped,
-                }
-                metrics.write(json.dumps(line) + "\n")
-                metrics.flush()
-                shown = {"loss": f"{loss:.4f}", "active": f"{line['active_density']:.1%}"}
-                bar.set_postfix(shown | ({} if best is None else {"best val": f"{best:.3f}"}))
-            bar.update()
-    bar.close()
-    return {"best_step": best_step if best is not None else config.steps, "skipped": skipped}
-
-
-def stop_if_hopeless(config: Config, in_a_row: int, loss_plus: float, loss_minus: float) -> None:
-    """A loss that is not finite never touches the weights; twenty of them in a row end the run."""
-    if in_a_row >= 20:
-        raise UserError(
-            f"the last {in_a_row} losses were not finite (now l⁺ {loss_plus}, l⁻ {loss_minus}); "
-            f"likely causes: --lr {config.lr} too high, --eps {config.eps} too large, or float16 "
-            "overflow (try --dtype bfloat16)"
-        )
-
-
-def draw_curve(run: Path, title: str, zero_shot: float) -> None:
-    """curve.png from metrics.jsonl: training loss, validation accuracy, active density."""
-    import matplotlib  # here: nothing else needs it, and it takes a second to import
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    steps = [line["step"] for line in lines]
-    left.plot(steps, [line["loss"] for line in lines])
-    left.set(xlabel="step", ylabel="training loss", title=title)
-    checked = [line for line in lines if line.get("validation_accuracy") is not None]
-    right.plot(
-        [line["step"] for line in checked],
-        [line["validation_accuracy"] for line in checked],
-        marker=".",
-        label="validation accuracy",
-    )
-    right.plot(steps, [line["active_density"] for line in lines], ":", label="active density")
-    right.axhline(zero_shot, color="gray", linewidth=0.8, label="zero-shot, test")
-    right.set(xlabel="step", ylim=(0, 1.02))
-    right.legend()
-    figure.savefig(run / "curve.png", dpi=120)
-
-
-def machine(device: torch.device) -> dict:
-    """Versions and hardware, for result.json: a figure without them is no result."""
-    import transformers
-
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        hardware = (
-            f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "hardware": hardware,
-        "peak_memory_bytes": peak,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+            log.step(t, seed, a, loss_plus, loss_minus, projected_grad)
+            if log.validation_due():
+                log.validation(validate())
+            if log.metrics_due():
+                log.metrics(handle.active_density())
+    return log.result()
 
 
 def worth_compiling(config: Config, model) -> bool:
@@ -308,7 +189,7 @@ def main(argv=None) -> None:
         filled = presets(config, family)
         for name, (value, _) in filled.items():
             setattr(config, name, value)
-        run = make_run_directory(config)
+        run = record.make_run_directory(config.out, run_name(config))
         fine_tune(config, run, given, filled, data, tokenizer, device)
     except UserError as error:
         raise SystemExit(eval.fail("train.py", error)) from None
@@ -335,7 +216,7 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
     }
     settings = asdict(config) | facts
     handle = eval.make_patch(model, settings)
-    write_json(run / "config.json", settings)
+    record.write_json(run / "config.json", settings)
     print(f"  {handle.report()}")
     print(f"  {run}/" + ("; compiling the kernels takes the first seconds" * facts["compiled"]))
 
@@ -349,7 +230,7 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
     handle.remove()
     if result["best_step"] != config.steps:  # chosen by validation accuracy, never by test
         del model, handle  # before the second copy is loaded
-        model, _ = eval.rebuild(settings, eval.read_steps(run)[: result["best_step"]])
+        model, _ = eval.rebuild(settings, record.read_steps(run)[: result["best_step"]])
         best = eval.accuracy(model, tokenizer, data.test, **sizes)
     if config.save_model:
         model.save_pretrained(run / "model")
@@ -359,9 +240,9 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
         for name, found in (("zero_shot", zero_shot), ("last", last), ("best", best))
     }
     result |= {"training_seconds": seconds, "seconds": time.perf_counter() - began}
-    result |= {"seed": config.seed, "data_seed": config.data_seed} | machine(model.device)
-    draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
-    write_json(run / "result.json", result)
+    result |= {"seed": config.seed, "data_seed": config.data_seed} | record.machine(model.device)
+    record.draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
+    record.write_json(run / "result.json", result)
     print(f"test accuracy, last weights             {last}")
     print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
     print(f"{run}/ holds the run: {seconds / config.steps:.3f} s per step, {seconds:.0f} s in all")

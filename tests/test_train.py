@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import eval
+import record
 import tasks
 import train
 
@@ -61,7 +62,7 @@ def lines(path):
 
 
 def weights_of(run_directory, step):
-    config, steps = eval.open_run(run_directory)
+    config, steps = record.open_run(run_directory)
     model, _ = eval.rebuild(config, steps[:step])
     return [p.detach() for p in model.parameters()]
 
@@ -206,7 +207,7 @@ def test_the_log_of_an_interrupted_run_can_be_evaluated(folder, tmp_path, monkey
     monkeypatch.undo()
     with open(tmp_path / "run" / "steps.csv", "a") as file:
         file.write("5,12,0.0")  # no newline: the process died while writing
-    assert len(eval.read_steps(tmp_path / "run")) == 5
+    assert len(record.read_steps(tmp_path / "run")) == 5
     eval.main([f"--run={tmp_path / 'run'}", "--step=last"])
     assert "after 5 steps" in capsys.readouterr().out
 
@@ -243,8 +244,8 @@ def test_settings_and_their_sources_are_printed_first(folder, tmp_path, capsys):
 def test_the_default_run_directory_has_a_name_of_its_own(folder, tmp_path, monkeypatch):
     """Without --out runs are numbered, never overwritten."""
     monkeypatch.chdir(tmp_path)
-    config = train.Config(model="some/llama", task="rte", seed=3)
-    names = [train.make_run_directory(config).as_posix() for _ in range(2)]
+    name = train.run_name(train.Config(model="some/llama", task="rte", seed=3))
+    names = [record.make_run_directory(None, name).as_posix() for _ in range(2)]
     assert names == ["runs/llama-rte-s-mezo-seed3", "runs/llama-rte-s-mezo-seed3-2"]
 
 
