@@ -18,7 +18,8 @@ lines cost. A rule of your own is these few lines:
     class LargeWeights(Rule):
         def prepare(self, weight, stream):
             return threshold(weight, 1 - self.density)
-        def mask(self, theta, index, state):
+        @staticmethod
+        def mask(theta, index, state):
             return theta.abs() > state
 
     rule               the mask is                                   kept
@@ -79,15 +80,21 @@ class Rule:
         """What must be kept for `weight`, on its device; called before training."""
         return torch.empty(0, device=weight.device)
 
-    def mask(self, theta: Tensor, index: Tensor, state: Tensor) -> Tensor:
-        """m for the elements `index` of the flattened weight, whose values are `theta`; boolean."""
+    @staticmethod
+    def mask(theta: Tensor, index: Tensor, state: Tensor) -> Tensor:
+        """m for the elements `index` of the flattened weight, whose values are `theta`; boolean.
+
+        Static: all it knows of its weight is what `prepare` returned, so one compiled kernel serves
+        every tensor and every run.
+        """
         raise NotImplementedError
 
 
 class Everything(Rule):
     """MeZO: every weight moves."""
 
-    def mask(self, theta, index, state):
+    @staticmethod
+    def mask(theta, index, state):
         return torch.ones_like(theta, dtype=torch.bool)
 
 
@@ -108,7 +115,8 @@ class SmallWeights(Rule):
     def prepare(self, weight, stream):
         return threshold(weight, self.density)
 
-    def mask(self, theta, index, state):
+    @staticmethod
+    def mask(theta, index, state):
         return get_mask(theta, state)
 
 
@@ -118,7 +126,8 @@ class ConstantMask(Rule):
     def prepare(self, weight, stream):
         return get_mask(weight.detach().flatten(), threshold(weight, self.density))
 
-    def mask(self, theta, index, state):
+    @staticmethod
+    def mask(theta, index, state):
         return state[index]
 
 
@@ -133,7 +142,8 @@ class PackedMask(ConstantMask):
             packed[: column.numel()] |= column << bit
         return packed
 
-    def mask(self, theta, index, state):
+    @staticmethod
+    def mask(theta, index, state):
         return (state[index >> 3] >> (index & 7) & 1).bool()
 
 
@@ -149,11 +159,13 @@ class RandomMask(Rule):
         self.seed = seed
 
     def prepare(self, weight, stream):
-        numbers = [self.seed, zo.MAX_STREAMS + stream]  # a stream away from the noise's
-        return torch.tensor(numbers, device=weight.device)
+        bound = int(self.density * 2**32)
+        return torch.tensor([self.seed, zo.MAX_STREAMS + stream, bound], device=weight.device)
 
-    def mask(self, theta, index, state):
-        return zo.random_words(state[0], state[1], index)[0] < int(self.density * 2**32)
+    @staticmethod
+    def mask(theta, index, state):
+        seed, stream, bound = state[0], state[1], state[2]
+        return zo.random_words(seed, stream, index)[0] < bound
 
 
 @torch.no_grad()

@@ -142,6 +142,24 @@ def test_every_rule_compiles_into_the_kernel(rule):
         assert torch.equal(out != w, mask)
 
 
+def test_one_compilation_serves_every_density_seed_and_run():
+    """A new rule of a known kind does not compile again; past eight, dynamo would go eager."""
+    w, numbers = weight(4099), [torch.tensor(n) for n in (zo.step_seed(1, 2), 3)]
+    torch.compiler.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seed in range(12):
+        rule, kernel, out = (
+            masks.RandomMask(0.1 + 0.05 * seed, seed),
+            zo.Sweep(True),
+            torch.empty(4099),
+        )
+        state = rule.prepare(w, seed)
+        kernel([out], [torch.tensor(1.0)], w, *numbers, rule.mask, state)
+        assert kernel.compiled
+        assert torch.equal(out != w, rule.mask(w, torch.arange(4099), state))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
 def test_everything_is_everything():
     """MeZO's mask is all ones."""
     assert mask_of(masks.Everything(), weight()).all()
