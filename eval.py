@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -171,6 +172,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remot
         device_map=None if device == "cpu" else {"": device},  # never twice in memory
         trust_remote_code=trust_remote_code,
     )
+    if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # threads cost more than they save on matrices this small
     return model.eval()  # OPT has dropout 0.1, which would drown the probes
 
 

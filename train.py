@@ -245,7 +245,7 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
     record.write_json(run / "result.json", result)
     print(f"test accuracy, last weights             {last}")
     print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
-    print(f"{run}/ holds the run: {seconds / config.steps:.3f} s per step, {seconds:.0f} s in all")
+    print(f"{run}/ holds the run; {config.steps} steps and their validation took {seconds:.0f} s")
 
 
 if __name__ == "__main__":

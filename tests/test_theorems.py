@@ -12,13 +12,13 @@ and checks it through the functions of zo.py that train the language models (`ga
     f(θ,m,ε)    L_ẑ(θ) = E L(θ + ε ẑ)          g_m          ∇L_m(θ) = m ⊙ ∇L(θ)
     f.grad(θ,m,ε), times m                     ∇̂L_ẑ(θ) = m ⊙ ∇L_ẑ(θ)
 
-False alarms. A mean of N draws is compared with its expectation within 12 standard errors. The
-samples are polynomials, mostly of degree at most 4, in Gaussians, and none is more than 330
-standard deviations large, but for a probability of 1e-9; so Bernstein's inequality bounds a false
-alarm by 2 exp(-72 / (1 + 12 · 330 / 3√N)) < 1e-8. There are fewer than 100 such comparisons:
-**below 1e-6 for the whole file.** (Lemma 1's have degree 2: below 1e-20. The bounds of Theorem 1
-leave room of many standard errors beyond that.) And it is one throw, not one per run: hypothesis is
-derandomized and every seed is a constant, so a given version gives the same numbers every time.
+False alarms. A mean over N draws is compared with its expectation within 20 standard errors. The
+samples are polynomials of degree 4 in Gaussians; none is larger than 700 standard deviations, but
+for a probability of 1e-9, and so Bernstein's inequality bounds a false alarm by
+2 exp(−200 / (1 + 20 · 700 / 3√N)) < 1e-8. There are fewer than 100 such comparisons: **below 1e-6
+for the whole file.** (Lemma 1's samples have degree 2: below 1e-20. Inequalities have room beyond
+the 20.) And it is one throw, not one per run: hypothesis is derandomized and every seed is a
+constant, so a given version gives the same numbers every time.
 
 Run `pytest -s tests/test_theorems.py` for the numbers that the README quotes.
 """
@@ -27,28 +27,25 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import masks
 import zo
 
-N = 1 << 18
-fixed = settings(derandomize=True, deadline=None, database=None, max_examples=12)
+N = 1 << 18  # draws
+NOTHING = torch.tensor(False)  # the mask of no weight
+fixed = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=12,
+    phases=[Phase.generate],  # a failure is shown as found; making it smaller takes a minute
+)
 seeds = st.integers(0, 2**48 - 1)
 epsilons = st.sampled_from([1e-3, 0.03, 0.3, 2.0])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "These tensors are small; waking a second core for them costs more than it gives."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------ what the tests are made of
@@ -73,14 +70,14 @@ class Function:
         "a_j, damped by the part of w_j that ẑ shakes."
         return self.a * torch.exp(-(eps**2) / 2 * (m.double() @ (self.W**2).T))
 
-    def __call__(self, theta, m=torch.tensor(0), eps=0.0):
+    def __call__(self, theta, m=NOTHING, eps=0.0):
         "L(θ); with a mask and ε, L_ẑ(θ) = E L(θ + ε ẑ) (eq. 7)."
         m = m.expand(theta.shape)
         bowl = ((theta - self.b) @ self.A * (theta - self.b)).sum(-1) / 2
         shaken = eps**2 / 2 * (m * self.A.diagonal()).sum(-1)  # E ½ (εẑ)ᵀ A (εẑ)
         return bowl + shaken + (self._waves(m, eps) * (theta @ self.W.T + self.phi).cos()).sum(-1)
 
-    def grad(self, theta, m=torch.tensor(0), eps=0.0):
+    def grad(self, theta, m=NOTHING, eps=0.0):
         "∇L(θ); with a mask and ε, ∇L_ẑ(θ)."
         waves = self._waves(m.expand(theta.shape), eps)
         return (theta - self.b) @ self.A - waves * (theta @ self.W.T + self.phi).sin() @ self.W
@@ -97,9 +94,16 @@ class Function:
         return -float(self.a.abs().sum())
 
 
+def round_bowl(d, L=1.0):
+    "L(θ) = (L/2) ‖θ‖²: every bound that holds with equality somewhere does so here."
+    none = torch.zeros(0, dtype=torch.float64)
+    zero = torch.zeros(d, dtype=torch.float64)
+    return Function(L * torch.eye(d, dtype=torch.float64), zero, none, none.view(0, d), none)
+
+
 @st.composite
 def problems(draw, waves=0):
-    """(f, θ, m): random spectrum, dimension, minimum, waves, start, mask; θ is (1, d), m is (d,)."""
+    "(f, θ, m): random spectrum, dimension, minimum, waves, start and mask; θ (1, d), m (d,)."
     d = draw(st.integers(1, 8))
     m = torch.tensor(draw(st.lists(st.booleans(), min_size=d, max_size=d).filter(any)))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
@@ -131,7 +135,7 @@ def estimate(f, theta, m, z, eps):
 
 def step(f, theta, m, z, *, lr, eps):
     "One step of Algorithm 1 for every row of θ, each with its own z."
-    return zo.shifted(theta, -lr * slopes(f, theta, m, z, eps)[:, None], m, z)
+    return zo.shifted(theta, (-lr * slopes(f, theta, m, z, eps))[:, None], m, z)
 
 
 def descend(f, theta, get_mask, *, lr, eps, seed, steps):
@@ -150,15 +154,14 @@ def squared(v):
 
 
 def interval(samples):
-    "(mean, 12 standard errors) over the rows."
-    return samples.mean(0), 12 * samples.std(0) / math.sqrt(len(samples))
+    "(mean, 20 standard errors) over the rows."
+    return samples.mean(0), 20 * samples.std(0) / math.sqrt(len(samples))
 
 
 def assert_expectation(samples, expected):
     mean, error = interval(samples)
-    rounding = 1e-6 * samples.abs().mean(0)  # ε z is added to θ with 53 bits, then cancels
-    off = (mean - expected).abs()
-    assert (off <= error + rounding).all(), f"{mean} should be {expected}, ± {error}"
+    rounding = 1e-9 * (1 + samples.abs().mean(0))
+    assert ((mean - expected).abs() <= error + rounding).all(), f"{mean} ± {error}, not {expected}"
 
 
 # ------------------------------------------------------------------ 1. Algorithms 1 to 3
@@ -197,11 +200,11 @@ def test_algorithm_1_is_its_parts(seed, eps, lr, density):
     torch.testing.assert_close(
         torch.tensor([l_plus, l_minus, proj_grad], dtype=torch.float64),
         torch.stack([loss(plus), loss(minus), g]),
-        rtol=1e-5,
-        atol=1e-5,
+        rtol=1e-9,
+        atol=1e-9,
     )
     for new, old, z, m_i in zip(theta, start, z_hat, m, strict=True):
-        torch.testing.assert_close(new, old - lr * g * z, rtol=1e-5, atol=1e-5 * float(1 + g.abs()))
+        torch.testing.assert_close(new, old - lr * g * z, rtol=1e-9, atol=1e-9)
         assert torch.equal(new[~m_i], old[~m_i]), "a weight outside the mask moved"
 
 
@@ -214,7 +217,7 @@ def test_step_is_algorithm_1(problem, seed, eps):
     ours = step(f, theta, m, zo.gaussian(seed, 0, theta.shape).double(), lr=lr, eps=eps)
     theirs = theta.clone()
     zo.sparse_mezo_step([theirs], lambda: f(theirs), lambda _: [m], lr=lr, eps=eps, seed=seed)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @fixed
@@ -246,6 +249,23 @@ def test_algorithm_3_selects_the_smallest(seed, d, density):
     assert torch.equal(theta.abs()[m].sort().values, theta.abs().sort().values[:k])
 
 
+@fixed
+@given(seeds, st.sampled_from([0.05, 0.5]))
+def test_a_random_mask_does_not_know_the_noise(seed, density):
+    """R-MeZO: every E below is over z for a given m, so E[z_i | m_i] = 0 and E[z_i² | m_i] = 1.
+
+    Even where mask and noise have one seed: the same random words would give a chosen weight a
+    large or a small z.
+    """
+    index = torch.arange(N >> 2)
+    rule = masks.RandomMask(density, seed=seed)
+    m = rule.mask(index, index, rule.prepare(index, 0))
+    z = zo.gaussian(seed, 0, index.shape).double()
+    for chosen in (z[m], z[~m]):
+        assert_expectation(chosen, 0)
+        assert_expectation(chosen**2, 1)
+
+
 # ------------------------------------------------------------------ 2. Assumption 1
 
 
@@ -266,7 +286,7 @@ def test_assumption_1(problem, r):
         assert gap.abs() <= f.L / 2 * squared(there - theta) * (1 + 1e-6) + 1e-12
         turn = (f.grad(there) - f.grad(theta)).norm()
         assert turn <= f.L * (there - theta).norm() * (1 + 1e-9)
-    bowl = Function(f.A, f.b, f.a * 0, f.W, f.phi)
+    bowl = Function(f.A, f.b, 0 * f.a, f.W, f.phi)
     assert (bowl.grad(theta + r * top) - bowl.grad(theta)).norm() > bowl.L / 2 * r**2
 
 
@@ -286,56 +306,46 @@ def test_two_points_see_the_slope(problem, seed, eps):
     torch.testing.assert_close(slopes(f, theta, m, z, eps), slope, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("waves", [0, 3])
-def test_lemma_1(waves):
-    """Lemma 1 (eqs. 4, 8): E[g_ẑ(θ)] = ∇̂L_ẑ(θ) = m ⊙ ∇L_ẑ(θ), and zero outside the mask.
+@fixed
+@given(problems() | problems(waves=3), seeds, epsilons)
+def test_lemma_1(problem, seed, eps):
+    """Lemma 1 (eqs. 4, 8): E[g_ẑ(θ)] = ∇̂L_ẑ(θ) = m ⊙ ∇L_ẑ(θ), and g_ẑ is zero outside the mask.
 
-    On a quadratic smoothing adds a constant (waves = 0), so E[g_ẑ] = m ⊙ ∇L and ε drops out. With
-    waves ∇̂L_ẑ depends on ε; the closed form of `Function` is what the mean must meet. (The line
-    after eq. 9 in [S] says ∇L_m where ∇̂L_ẑ is meant.)
+    On a quadratic smoothing adds a constant, so E[g_ẑ] = m ⊙ ∇L and ε drops out. With waves ∇̂L_ẑ
+    depends on ε, and the closed form of `Function` is what the mean must meet. (The line after eq.
+    9 in [S] says ∇L_m where ∇̂L_ẑ is meant: they differ by Lemma 2's distance.)
     """
-
-    @fixed
-    @given(problems(waves), seeds, epsilons)
-    def check(problem, seed, eps):
-        f, theta, m = problem
-        g = estimate(f, theta, m, draws(seed, N, theta.shape[1]), eps)
-        assert_expectation(g, (m * f.grad(theta, m, eps))[0])
-        assert (g[:, ~m] == 0).all()
-        if not waves:
-            torch.testing.assert_close(f.grad(theta, m, eps), f.grad(theta))
-
-    check()
+    f, theta, m = problem
+    g = estimate(f, theta, m, draws(seed, N, len(m)), eps)
+    assert_expectation(g, (m * f.grad(theta, m, eps))[0])
+    assert (g[:, ~m] == 0).all()
+    if len(f.a) == 0:
+        assert_expectation(g, (m * f.grad(theta))[0])
 
 
-def test_second_moment():
+@fixed
+@given(problems(), seeds, epsilons)
+def test_second_moment(problem, seed, eps):
     """E‖g_ẑ‖² = (k + 2) ‖m ⊙ ∇L‖² on a quadratic (k is d̂ in [S]): the price of k directions.
 
     g_ẑ = ⟨∇L_m, ẑ⟩ ẑ. Turn the axes until ∇L_m lies along the first of the k that move:
     E⟨∇L_m, ẑ⟩²‖ẑ‖² = ‖∇L_m‖² E z₁²(z₁² + z₂² + … + z_k²) = ‖∇L_m‖² (3 + k − 1).
     """
-
-    @fixed
-    @given(problems(), seeds, epsilons)
-    def check(problem, seed, eps):
-        f, theta, m = problem
-        g = estimate(f, theta, m, draws(seed, N, theta.shape[1]), eps)
-        assert_expectation(squared(g), (int(m.sum()) + 2) * squared(m * f.grad(theta)))
-
-    check()
+    f, theta, m = problem
+    g = estimate(f, theta, m, draws(seed, N, len(m)), eps)
+    assert_expectation(squared(g), (int(m.sum()) + 2) * squared(m * f.grad(theta)))
 
 
 def test_second_moment_table():
-    """The same ratio, E‖g_ẑ‖² / ‖m ⊙ ∇L‖² = k + 2, for k = 1 … 64 of 64 weights."""
-    f = Function(torch.eye(64).double(), *(torch.zeros(s).double() for s in (64, 0, (0, 64), 0)))
-    theta = torch.linspace(-1, 2, 64, dtype=torch.float64)[None]
-    z = draws(1, 1 << 16, 64)
-    print(f"\n{'k':>20} {'E‖g‖²/‖∇L_m‖²':>16} {'k + 2':>6}")
-    for k in (1, 4, 16, 64):
-        m = torch.arange(64) % (64 // k) == 0
+    """The same ratio, E‖g_ẑ‖² / ‖m ⊙ ∇L‖² = k + 2, for k = 1 … 32 of 32 weights."""
+    d = 32
+    f, theta = round_bowl(d), torch.linspace(-1, 2, d, dtype=torch.float64)[None]
+    z = draws(1, 1 << 16, d)
+    print(f"\n{'k':>6} {'E‖g‖²/‖∇L_m‖²':>18} {'k + 2':>6}")
+    for k in (1, 4, 16, 32):
+        m = torch.arange(d) % (d // k) == 0
         ratio = squared(estimate(f, theta, m, z, 1e-3)) / squared(m * f.grad(theta))
-        mean, error = interval(ratio)
-        print(f"{k:>20} {float(mean):>9.2f} ± {float(error / 12):.2f} {k + 2:>6}")
+        print(f"{k:>6} {ratio.mean():>9.2f} ± {ratio.std() / len(z) ** 0.5:>6.2f} {k + 2:>6}")
         assert_expectation(ratio, k + 2)
 
 
@@ -350,7 +360,7 @@ def test_lemma_2(problem, eps):
     It is true, and much too careful. Eq. 14 bounds ‖∇̂L_ẑ − ∇L_m‖ by (εL/2) E‖ẑ‖³ ≤
     (εL/2)(d̂+3)^{3/2}. But ∇̂L_ẑ(θ) is the mean of m ⊙ ∇L(θ + εẑ), and gradients move by at most
     L times the distance: ‖∇̂L_ẑ − ∇L_m‖ ≤ L E‖εẑ‖ ≤ εL √d̂. So the last term can be 2ε²L²d̂, smaller
-    by d̂²/4: for 10⁹ weights an ε 10⁹ times larger does no harm.
+    by d̂²/4, and Theorem 1 need ask for ε = O(σ/(d̂L)) only, not O(σ/(d̂^{3/2}L)).
     """
     f, theta, m = problem
     k = int(m.sum())
@@ -376,26 +386,22 @@ def test_eq_14_is_attained():
 # ------------------------------------------------------------------ 5. the proof of Theorem 1
 
 
-def test_eq_16():
-    """Eq. 16: |L_ẑ(θ) − L(θ)| ≤ (ε²L/2) d̂, with equality for L(θ) = (L/2)‖θ‖²; L_ẑ = E L(θ + εẑ)."""
-
-    @fixed
-    @given(problems(waves=3), seeds, epsilons)
-    def check(problem, seed, eps):
-        f, theta, m = problem
-        gap = f(theta, m, eps) - f(theta)
-        assert gap.abs() <= eps**2 * f.L / 2 * m.sum() + 1e-12
-        lifted = f(zo.shifted(theta, eps, m, draws(seed, N >> 2, theta.shape[1]))) - f(theta)
-        assert_expectation(lifted, gap)
-        bowl = Function(3 * torch.eye(len(m)).double(), f.b, f.a * 0, f.W, f.phi)
-        torch.testing.assert_close(
-            bowl(theta, m, eps) - bowl(theta), eps**2 * 3 / 2 * m.sum()[None].double()
-        )
-
-    check()
+@fixed
+@given(problems(waves=3), seeds, epsilons)
+def test_eq_16(problem, seed, eps):
+    """Eq. 16: |L_ẑ(θ) − L(θ)| ≤ (ε²L/2) d̂, with equality for L(θ) = (L/2)‖θ‖²."""
+    f, theta, m = problem
+    gap = f(theta, m, eps) - f(theta)
+    assert gap.abs() <= eps**2 * f.L / 2 * m.sum() + 1e-12
+    assert_expectation(f(zo.shifted(theta, eps, m, draws(seed, N, len(m)))) - f(theta), gap)
+    bowl = round_bowl(len(m), L=3.0)
+    widest = eps**2 * bowl.L / 2 * m.sum().double()
+    torch.testing.assert_close(bowl(theta, m, eps) - bowl(theta), widest[None])
 
 
-def test_eq_20():
+@fixed
+@given(problems(waves=3), seeds, epsilons)
+def test_eq_20(problem, seed, eps):
     """Eq. 20, corrected: E‖g_ẑ‖² ≤ 4(d̂+2) ‖∇̂L_ẑ‖² + 3ε²L²(d̂+4)³.
 
     Eq. 20 prints 4(d̂+4)²; eq. 23 quotes it as 4(d̂+4). The square comes from the last line of eq.
@@ -404,24 +410,16 @@ def test_eq_20():
     Theorem 1's linear d̂ hangs on it. The ε term is eq. 20's own; its "=" in the third line is "≤".
 
     Against the true gradient, more directly: g_ẑ = (⟨∇L_m, ẑ⟩ + h) ẑ with |h| ≤ (εL/2)‖ẑ‖², and
-    (a + b)² ≤ 2a² + 2b², E‖ẑ‖⁶ = d̂(d̂+2)(d̂+4) give
-    E‖g_ẑ‖² ≤ 2(d̂+2) ‖∇L_m‖² + (ε²L²/2) d̂(d̂+2)(d̂+4) (Nesterov & Spokoiny's theorem 4).
+    a²/2 − b² ≤ (a + b)² ≤ 2a² + 2b², E‖ẑ‖⁶ = d̂(d̂+2)(d̂+4) put E‖g_ẑ‖² between one half and twice
+    (d̂+2) ‖∇L_m‖², up to (ε²L²/2) d̂(d̂+2)(d̂+4) (above: Nesterov & Spokoiny's theorem 4).
     """
-
-    @fixed
-    @given(problems(waves=3), seeds, epsilons)
-    def check(problem, seed, eps):
-        f, theta, m = problem
-        k, e = int(m.sum()), eps**2 * f.L**2
-        second = squared(estimate(f, theta, m, draws(seed, N >> 2, theta.shape[1]), eps))
-        mean, error = interval(second)
-        smoothed, g_m = squared(m * f.grad(theta, m, eps)), squared(m * f.grad(theta))
-        assert mean - error <= 4 * (k + 2) * smoothed + 3 * e * (k + 4) ** 3
-        assert mean - error <= 2 * (k + 2) * g_m + e / 2 * k * (k + 2) * (k + 4)
-        if eps <= 1e-3:  # what is left as ε → 0 is the second moment
-            assert (mean - (k + 2) * g_m).abs() <= error + 0.1 * eps * f.L * (k + 4) ** 3
-
-    check()
+    f, theta, m = problem
+    k, e = int(m.sum()), eps**2 * f.L**2
+    mean, error = interval(squared(estimate(f, theta, m, draws(seed, N, len(m)), eps)))
+    smoothed, g_m = squared(m * f.grad(theta, m, eps)), squared(m * f.grad(theta))
+    assert mean - error <= 4 * (k + 2) * smoothed + 3 * e * (k + 4) ** 3
+    assert mean - error <= 2 * (k + 2) * g_m + e / 2 * k * (k + 2) * (k + 4)
+    assert mean + error >= (k + 2) / 2 * g_m - e / 4 * k * (k + 2) * (k + 4)
 
 
 @fixed
@@ -445,138 +443,255 @@ def test_constants_of_the_proof(d_hat):
     assert 2 * 8 * n * Fraction(3, 32) * n + n**3 / 2 == n**2 * (d_hat + 7) / 2
 
 
-def test_eq_24():
-    """Eq. 24: with η = 1/(4(d̂+4)L) a step has E L_ẑ(θ_{t+1}) ≤ L_ẑ(θ_t) − ‖∇̂L_ẑ(θ_t)‖²/(8(d̂+4)L)
-    + (3ε²/32) L(d̂+4).
+@fixed
+@given(problems(waves=3), seeds, epsilons)
+def test_eq_24(problem, seed, eps):
+    """Eq. 24: E L_ẑ(θ_{t+1}) ≤ L_ẑ(θ_t) − ‖∇̂L_ẑ(θ_t)‖²/(8(d̂+4)L) + (3ε²/32) L(d̂+4), if
+    η = 1/(4(d̂+4)L).
 
     Taylor's bound (Assumption 1 for L_ẑ, a mean of functions that have it), then Lemma 1 for the
     inner product and eq. 20 for the square.
     """
-
-    @fixed
-    @given(problems(waves=3), seeds, epsilons)
-    def check(problem, seed, eps):
-        f, theta, m = problem
-        n = int(m.sum()) + 4
-        z = draws(seed, N >> 2, theta.shape[1])
-        after = f(step(f, theta, m, z, lr=1 / (4 * n * f.L), eps=eps), m, eps)
-        mean, error = interval(after - f(theta, m, eps))
-        gain = squared(m * f.grad(theta, m, eps)) / (8 * n * f.L)
-        assert mean - error <= -gain + 3 * eps**2 / 32 * f.L * n
-
-    check()
+    f, theta, m = problem
+    n = int(m.sum()) + 4
+    lr = 1 / (4 * n * f.L)
+    after = f(step(f, theta, m, draws(seed, N >> 2, len(m)), lr=lr, eps=eps), m, eps)
+    mean, error = interval(after - f(theta, m, eps))
+    gain = squared(m * f.grad(theta, m, eps)) / (8 * n * f.L)
+    assert mean - error <= -gain + 3 * eps**2 / 32 * f.L * n
 
 
 # ------------------------------------------------------------------ 6. Theorem 1
 
 
-@pytest.mark.parametrize("mask", ["static", "dynamic"])
-def test_theorem_1(mask):
+@fixed
+@given(problems() | problems(waves=3), seeds, st.sampled_from([1e-3, 0.1]))
+def test_theorem_1(problem, seed, eps):
     """Theorem 1 (eqs. 25, 26, corrected), η = 1/(4(d̂+4)L): the average over t = 0 … T of
     E‖∇L_m(θ_t)‖² is at most 16(d̂+4)L (L_ẑ(θ_0) − L_ẑ*)/(T+1) + (ε²L²/2)(d̂+4)²(d̂+7).
 
     Sum eq. 24 over t: the L_ẑ telescope and leave the average of ‖∇̂L_ẑ(θ_t)‖²; Lemma 2 doubles it.
-    On quadratics the last iterate stays below it too, and is checked; in general it need not (next
-    test). With Algorithm 1's dynamic mask L_ẑ is another function at every step and does not
-    telescope; on a quadratic L itself does, since there ∇̂L_ẑ = ∇L_m, and d̂ is the largest d̂_t.
+    That needs one L_ẑ, hence one mask: here the functions with waves. Algorithm 1's dynamic mask
+    makes L_ẑ another function at every step. On a quadratic L itself telescopes, since ∇̂L_ẑ = ∇L_m,
+    with the largest d̂_t for d̂; so here the quadratics have the dynamic mask. On them the last
+    iterate stays below as well; in general it need not (next test).
     """
-
-    @settings(fixed, max_examples=8)
-    @given(problems(waves=0 if mask == "dynamic" else 3), seeds, st.sampled_from([1e-3, 0.1]))
-    def check(problem, seed, eps):
-        f, theta, m = problem
-        d, T, seed = theta.shape[1], 200, seed >> 24
-        h = theta.abs()[0, m].max()
-        get_mask = (lambda _: m) if mask == "static" else (lambda t: masks.get_mask(t, h))
-        k = int(m.sum()) if mask == "static" else d
-        n, start = k + 4, theta.expand(32, -1)
-        path = descend(f, start, get_mask, lr=1 / (4 * n * f.L), eps=eps, seed=seed, steps=T)
-        norms = torch.stack([squared(m_t * f.grad(t)) for t, m_t in path], -1)  # [copies, T + 1]
-        floor = eps**2 * f.L**2 / 2 * n**2 * (k + 7)
-        bound = 16 * n * f.L * (f(theta, m, eps) - f.below) / (T + 1) + floor
-        assert sum(interval(norms.mean(-1))) <= bound
-        if not len(f.a):
-            assert sum(interval(norms[:, -1])) <= bound
-
-    check()
-
-
-def test_theorem_1_holds_for_the_average_not_for_the_last_iterate():
-    """Eqs. 6 and 25 print θ_T; the sum of eq. 24 bounds the average over t, and only that.
-
-    One weight, d̂ = 1, L = 1, on a long gentle slope (0.1) that turns into a steep one (1) where
-    step T will find it. The gradient is larger at the end than the bound printed for θ_T; the
-    average is where the proof puts it.
-    """
-    gentle, steep, T, eps = 0.1, 1.0, 4000, 1e-4
-    n, L = 5, 1.0
-    lr = 1 / (4 * n * L)
-    a1 = gentle * lr * (T - 230)  # after so many steps the slope turns,
-    a2 = a1 + (steep - gentle) / L  # is steep from here
-    a3 = a2 + steep * lr * 400  # for about 400 steps,
-    a4 = a3 + steep / L  # and is flat, at the minimum, from here
-    turn = lambda x, a: L * (x - a).clamp(min=0)  # noqa: E731
-    f = lambda x: (  # noqa: E731
-        -gentle * x
-        - (turn(x, a1) ** 2 - turn(x, a2) ** 2 - turn(x, a3) ** 2 + turn(x, a4) ** 2) / 2
-    )[:, 0]
-    grad = lambda x: (  # noqa: E731
-        -gentle - turn(x, a1) + turn(x, a2) + turn(x, a3) - turn(x, a4)
-    )
-    start, one = torch.zeros(256, 1, dtype=torch.float64), torch.tensor([True])
-    path = descend(f, start, lambda _: one, lr=lr, eps=eps, seed=3, steps=T)
-    norms = torch.stack([squared(grad(t)) for t, _ in path], -1)
-    fall = float(f(start[:1]) - f(torch.tensor([[a4]], dtype=torch.float64)))
-    bound = 16 * n * L * fall / (T + 1)  # of eq. 26; the ε term is 1e-6
-    last, error = interval(norms[:, -1])
-    print(f"\n  E‖∇L‖² at θ_T {last:.2f}, printed bound {bound:.2f}, average {norms.mean():.3f}")
-    assert last - error > bound + 1e-6
+    f, theta, m = problem
+    h, T = theta[0, m].abs().max(), 200
+    quadratic = len(f.a) == 0
+    get_mask = (lambda theta: masks.get_mask(theta, h)) if quadratic else (lambda theta: m)
+    d_hat = len(m) if quadratic else int(m.sum())
+    n, copies = d_hat + 4, theta.expand(32, -1)
+    lr = 1 / (4 * n * f.L)
+    path = descend(f, copies, get_mask, lr=lr, eps=eps, seed=seed >> 24, steps=T)
+    norms = torch.stack([squared(m_t * f.grad(theta_t)) for theta_t, m_t in path], -1)  # [32, T+1]
+    first = 16 * n * f.L * (f(theta, m, eps) - f.below) / (T + 1)
+    bound = first + eps**2 * f.L**2 / 2 * n**2 * (d_hat + 7)
     assert sum(interval(norms.mean(-1))) <= bound
+    if quadratic:
+        assert sum(interval(norms[:, -1])) <= bound
+
+
+def test_theorem_1_is_about_the_average():
+    """Eqs. 6, 25 and 26 print θ_T, but the sum of eq. 24 bounds the average over t, and only that.
+
+    One weight, d̂ = 1, L = 1: a gentle slope that turns steep where step T will find it. At θ_T the
+    squared gradient is twice what eq. 26 allows; the average is where the proof puts it.
+    """
+    gentle, steep, L, T, eps = 0.1, 1.0, 1.0, 4000, 1e-4
+    n = 1 + 4
+    lr = 1 / (4 * n * L)
+    widths = [
+        gentle * lr * (T - 230),  # this far at the gentle slope, some T − 230 steps,
+        (steep - gentle) / L,  # as fast as L allows to the steep one,
+        steep * lr * 400,  # this far at the steep slope, some 400 steps,
+        steep / L,  # and again as fast as L allows to the minimum
+    ]
+    knots, turns = torch.tensor(widths).double().cumsum(0), torch.tensor([1, -1, -1, 1])
+    past = lambda x: (x - knots).clamp(min=0)  # noqa: E731
+    f = lambda x: -gentle * x[:, 0] - L / 2 * (turns * past(x) ** 2).sum(-1)  # noqa: E731
+    slope = lambda x: -gentle - L * (turns * past(x)).sum(-1)  # noqa: E731
+    start, m = torch.zeros(256, 1, dtype=torch.float64), torch.tensor([True])
+    path = descend(f, start, lambda theta: m, lr=lr, eps=eps, seed=3, steps=T)
+    norms = torch.stack([slope(theta) ** 2 for theta, _ in path], -1)  # [256, T + 1]
+    bound = float(16 * n * L * (f(start[:1]) - f(knots[-1:, None])) / (T + 1)) + eps**2 * 100
+    last, error = interval(norms[:, -1])
+    print(f"\n  E‖∇L‖² at θ_T {last:.2f}, on average {norms.mean():.2f}, bound {bound:.2f}")
+    assert last - error > bound >= sum(interval(norms.mean(-1)))
 
 
 def test_theorem_1_steps_grow_linearly():
-    """Theorem 1, eq. 27: T = O(d̂L/σ²) steps reach E‖∇L_m(θ_T)‖² ≤ σ²: linear in d̂ and in 1/σ².
+    """Theorem 1, eq. 27: T = O(d̂L/σ²) steps to E‖∇L_m(θ_T)‖² ≤ σ²: linear in d̂ and in 1/σ².
 
-    A quadratic whose d̂ eigenvalues lie evenly on a logarithmic scale from L down, each direction
-    holding the same share of L(θ_0) − L* = 1: with η = 1/(4(d̂+4)L) step T has just finished those
-    above 1/(ηT), and ‖∇L‖² ~ 1/(ηT). (One curvature μ for all would converge faster, like log 1/σ²:
-    the next section.) Half of the weights are outside the mask and cost nothing. The theorem hides
-    the factor L_ẑ(θ_0) − L* in its O.
+    A quadratic with d̂ eigenvalues evenly on a logarithmic scale from L down, every direction with
+    the same share of L(θ_0) − L* = 1. With η = 1/(4(d̂+4)L), step T has just finished the directions
+    above 1/(ηT), and the others have ‖∇L‖² ~ 1/(ηT). (With all eigenvalues above some μ > 0 the end
+    is faster, ~ log 1/σ²: section 7.) The theorem's O hides the factor L_ẑ(θ_0) − L*.
     """
-    L, copies, octaves = 1.0, 24, 9
-    sizes = [8, 16, 32, 64]
-    targets = [2.0**-i * 0.02 for i in range(4)]  # σ²
-    scale = torch.zeros(len(sizes), 128, dtype=torch.float64)
-    for row, k in zip(scale, sizes, strict=True):
-        row[: 2 * k : 2] = L * 2.0 ** (-octaves * torch.arange(k, dtype=torch.float64) / (k - 1))
-    lam = scale.repeat_interleave(copies, 0)
+    L, octaves, copies = 1.0, 9, 16
+    sizes, targets = torch.tensor([8, 16, 24, 32]), 1 / torch.tensor([25, 50, 100, 200])  # d̂, σ²
+    lam = torch.zeros(len(sizes), 40, dtype=torch.float64)  # A = diag(lam), 8 to 32 weights move
+    for row, k in zip(lam, sizes, strict=True):
+        row[:k] = L * 2.0 ** (-octaves * (torch.arange(k) + 0.5) / k)
+    lam = lam.repeat_interleave(copies, 0)
     m = lam > 0
-    k = m.sum(-1)
+    k = m.sum(-1, keepdim=True)
+    start = torch.where(m, (2 / (k * lam)).sqrt(), 1.0)
+    lr = 1 / (4 * (k[:, 0] + 4) * L)
     f = lambda theta: (lam * theta**2).sum(-1) / 2  # noqa: E731
-    start = torch.where(m, (2 / (k[:, None] * lam)).sqrt(), torch.ones(()))
-    lr = 1 / (4 * (k[:, None] + 4) * L)
     reached = torch.zeros(len(sizes), len(targets))
-    path = descend(f, start, lambda _: m, lr=lr[:, 0], eps=1e-3, seed=4, steps=10_000)
+    path = descend(f, start, lambda theta: m, lr=lr, eps=1e-3, seed=4, steps=6000)
     for t, (theta, _) in enumerate(path):
         norms = squared(lam * theta).view(len(sizes), copies).mean(-1)  # E‖∇L_m(θ_t)‖²
-        for j, target in enumerate(targets):
-            reached[:, j] = torch.where((reached[:, j] == 0) & (norms <= target), t, reached[:, j])
+        reached[(reached == 0) & (norms[:, None] <= targets)] = t
         if reached.all():
             break
-    x, y = torch.tensor(sizes, dtype=torch.float), torch.tensor(targets)
-    in_d = _slope((x + 4).log(), reached.log())
-    in_sigma = _slope(y.log().neg(), reached.T.log())
-    per_weight = _slope(x, reached)
-    print(
-        f"\n  steps until E‖∇L_m‖² ≤ σ²; d̂ = {sizes} down, 1/σ² = {[1 / t for t in targets]} right"
-    )
+    in_d, in_sigma = fit((sizes + 4).log(), reached.log()), fit(-targets.log(), reached.T.log())
+    print("\n  steps to E‖∇L_m‖² ≤ σ²   1/σ² = " + "".join(f"{1 / t:>7.0f}" for t in targets))
     for size, row in zip(sizes, reached, strict=True):
-        print(f"  {size:>6} {row.int().tolist()}")
-    print(f"  T ~ (d̂+4)^{in_d.mean():.2f}, T ~ (1/σ²)^{in_sigma.mean():.2f}, ", end="")
-    print(f"dT/dd̂ = {[round(float(s), 1) for s in per_weight]}")
+        print(f"{f'd̂ = {size}':>33} " + "".join(f"{t:>7.0f}" for t in row))
+    print(f"  T ~ (d̂ + 4)^{in_d.mean():.2f} and (1/σ²)^{in_sigma.mean():.2f}; ", end="")
+    print(f"at 1/σ² = 200 each weight costs {fit(sizes, reached)[-1]:.0f} steps")
+    assert ((in_d - 1).abs() < 0.15).all() and ((in_sigma - 1).abs() < 0.15).all()
 
 
-def _slope(x, y):
+def fit(x, y):
     "Least squares: the slope of every column of y against x."
-    x = x - x.mean()
+    x = x - x.float().mean()
     return (x[:, None] * y).sum(0) / (x**2).sum()
+
+
+def test_theorem_1_epsilon_is_an_upper_limit():
+    """Before eq. 27 [S] prints ε = Ω(σ/(d̂^{3/2} L)); ε = O(…) is meant: ε must be small enough.
+
+    A bowl with ripples, d̂ = 3. A large ε looks over the ripples: g_ẑ leads to the bottom of L_ẑ,
+    where ∇L_m is not zero, however many steps are taken (Lemma 2's ε term, seen). At the theorem's
+    ε the same number of steps reaches ‖∇L_m‖² ≤ σ².
+    """
+    d, sigma, m = 3, 0.1, torch.ones(3, dtype=torch.bool)
+    f = round_bowl(d)
+    f.a, f.W = torch.full((d,), 0.25).double(), 4 * f.A
+    f.phi = torch.full((d,), math.pi / 2).double()
+    start = torch.ones(64, d, dtype=torch.float64)
+    ends = []
+    for eps in (sigma / (d**1.5 * f.L), 2.0):
+        lr = 1 / (4 * (d + 4) * f.L)
+        path = descend(f, start, lambda theta: m, lr=lr, eps=eps, seed=5, steps=1000)
+        *_, (theta, _) = path
+        ends.append(interval(squared(f.grad(theta))))
+        print(f"\n  ε = {eps:.3f}: E‖∇L_m(θ_T)‖² = {ends[-1][0]:.1e}, σ² = {sigma**2:.0e}", end="")
+    (small, above), (large, below) = ends
+    assert small + above <= sigma**2 < large - below
+
+
+# ------------------------------------------------------------------ 7. [Q]: k and c
+#
+# ‖∇L_m‖ → 0 says that the *masked* gradient vanishes. How much of the gradient that is, [Q] calls
+# c = ‖m ⊙ ∇F‖² / ‖∇F‖², the mask's coverage, and then the rates are about ∇F itself. (Derived here;
+# they have the form of [Q] §2.3, whose full text we do not have.)
+
+
+def coverage(f, theta, m):
+    "c, row by row."
+    return squared(m * f.grad(theta)) / squared(f.grad(theta))
+
+
+def largest_gradients(f, theta, k):
+    "The mask of the k largest |∇F|, row by row."
+    g = f.grad(theta).abs()
+    return torch.zeros_like(g, dtype=torch.bool).scatter(1, g.topk(k).indices, True)
+
+
+@fixed
+@given(problems(), seeds, epsilons)
+def test_one_step_decrease(problem, seed, eps):
+    """With η = 1/(L(k+2)): E[F(θ_t) − F(θ_{t+1})] ≥ c/(2L(k+2)) ‖∇F‖², with equality for A = L·I.
+
+    F(θ − ηg_ẑ) ≤ F − η⟨∇F, g_ẑ⟩ + (Lη²/2)‖g_ẑ‖². The mean of the inner product is ‖∇F_m‖² (Lemma
+    1), of the square (k+2)‖∇F_m‖²: a gain of (η − Lη²(k+2)/2) ‖∇F_m‖². It is largest at this η and
+    zero at twice this η, so that for A = L·I no step size makes k + 2 smaller.
+    """
+    f, theta, m = problem
+    k, z = int(m.sum()), draws(seed, N, len(m))
+    lr = 1 / (f.L * (k + 2))
+    mean, error = interval(f(theta) - f(step(f, theta, m, z, lr=lr, eps=eps)))
+    assert mean + error >= coverage(f, theta, m) / (2 * f.L * (k + 2)) * squared(f.grad(theta))
+    f = round_bowl(len(m), f.L)
+    once, twice = (f(theta) - f(step(f, theta, m, z, lr=r * lr, eps=eps)) for r in (1, 2))
+    gain = coverage(f, theta, m) / (2 * f.L * (k + 2)) * squared(f.grad(theta))
+    assert_expectation(once, gain)
+    assert_expectation(twice, 0)
+
+
+@fixed
+@given(problems(), seeds)
+def test_linear_rate_under_PL(problem, seed):
+    """If ‖∇F‖² ≥ 2μ (F − F*) (PL), then E[F(θ_T) − F*] ≤ (1 − μc/(L(k+2)))^T (F(θ_0) − F*).
+
+    One step's decrease, with PL put in for ‖∇F‖², T times; c is the smallest of the path. The mask
+    is the k largest gradient coordinates, chosen anew at every step, so that c ≥ k/d.
+    """
+    f, theta, m = problem
+    k, mu, c = int(m.sum()), torch.linalg.eigvalsh(f.A)[0], torch.ones(())
+    get_mask, lr = lambda theta: largest_gradients(f, theta, k), 1 / (f.L * (k + 2))
+    start = theta.expand(512, -1)
+    path = descend(f, start, get_mask, lr=lr, eps=1e-3, seed=seed >> 24, steps=40)
+    for t, (theta_t, m_t) in enumerate(path):
+        mean, error = interval(f(theta_t))
+        assert mean - error <= (1 - mu * c / (f.L * (k + 2))) ** t * f(theta) * (1 + 1e-9)
+        c = min(c, coverage(f, theta_t, m_t).min())
+        assert c >= k / len(m) - 1e-9
+
+
+def test_static_mask_counts_the_worst_c():
+    """For a static mask the smallest c_t along the path counts, not the c_0 it was chosen for.
+
+    F = ½‖θ‖², 2 of 10 coordinates move and hold 90 % of the gradient. As they are solved, c_t falls
+    to 0: F stops at the tenth it cannot reach, above the rate that c_0 promises, while ‖∇F_m‖ → 0
+    keeps Theorem 1 true. A static mask is a bet that the important weights stay important.
+    """
+    d, k, T = 10, 2, 60
+    f, m = round_bowl(d), torch.arange(d) < k
+    theta = torch.where(m, 0.9 / k, 0.1 / (d - k)).double().sqrt()[None]
+    start = theta.expand(512, -1)
+    path = descend(f, start, lambda theta: m, lr=1 / (k + 2), eps=1, seed=6, steps=T)
+    path = [theta_t for theta_t, _ in path]
+    c_0, worst = coverage(f, theta, m), min(coverage(f, theta_t, m).min() for theta_t in path)
+    promised, bound = ((1 - c / (k + 2)) ** T * f(theta) for c in (c_0, worst))
+    end, error = interval(f(path[-1]))
+    masked = squared(m * f.grad(path[-1])).mean()
+    print(f"\n  c {float(c_0):.2f} → {worst:.0e}; F_T/F_0 = {float(end / f(theta)):.3f}, ", end="")
+    print(f"c_0 promises {float(promised / f(theta)):.0e}; ‖∇F_m‖² = {masked:.0e}")
+    assert promised < end - error and end + error <= bound
+    assert masked < 1e-3 < squared(f.grad(path[-1])).min()
+
+
+def test_figure_of_merit_is_k_over_c():
+    """Steps ∝ k/c: a random mask gains nothing (c ≈ k/d), one on the largest gradients does.
+
+    F = ½‖θ‖² with |∇F_i| ~ i^{-0.8}; 10 of 200 weights move, η = 1/(L(k+2)). One step's decrease,
+    relative to that of moving every weight, is (d+2) c/(k+2). `masks.RandomMask` gives every row a
+    mask of its own.
+    """
+    d, k, rows = 200, 10, 1 << 13
+    f = round_bowl(d)
+    theta = torch.arange(1, d + 1).double()[None] ** -0.8
+    rule, index = masks.RandomMask(k / d, seed=7), torch.arange(rows * d)
+    choices = {
+        "every weight": torch.ones(1, d, dtype=torch.bool),
+        "random": rule.mask(index, index, rule.prepare(theta, 0)).view(rows, d),
+        "largest gradients": largest_gradients(f, theta, k),
+    }
+    z, all_weights = draws(8, rows, d), squared(f.grad(theta)) / (2 * (d + 2))
+    gain = {}
+    print(f"\n{'mask':>18} {'k':>6} {'c':>6} {'k/c':>6} {'(d+2)c/(k+2)':>14} {'measured':>10}")
+    for name, m in choices.items():
+        n, c = m.sum(-1), coverage(f, theta, m)
+        lower = f(step(f, theta, m, z, lr=1 / (n + 2), eps=1e-3))
+        gain[name] = float((f(theta) - lower).mean() / all_weights)
+        n_mean, c_mean, merit = n.double().mean(), c.mean(), ((d + 2) * c / (n + 2)).mean()
+        print(f"{name:>18} {n_mean:>6.1f} {c_mean:>6.3f} {n_mean / c_mean:>6.1f}", end="")
+        print(f" {merit:>14.2f} {gain[name]:>10.2f}")
+        if name == "random":
+            assert_expectation(c, k / d)
+    assert 0.5 < gain["random"] < 1.5 and gain["largest gradients"] > 5

@@ -17,6 +17,7 @@ import eval
 import record
 import tasks
 import train
+import zo
 
 ROOT = Path(train.__file__).resolve().parent
 WORDS = [*"abcdefghij", "red", "blue", ".", "?"]
@@ -127,6 +128,15 @@ def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(folder, tmp_path)
         run(folder, tmp_path / name, f"--seed={seed}")
         logs.append((tmp_path / name / "steps.csv").read_text())
     assert logs[0] == logs[1] != logs[2]
+
+
+def test_the_log_is_minus_lr_times_proj_grad_and_a_fresh_seed(folder, tmp_path):
+    """a = −η · proj_grad, and step t has the seed step_seed(seed, t)."""
+    run(folder, tmp_path / "run", "--log-every=1", "--seed=5")
+    steps = record.read_steps(tmp_path / "run")
+    for (t, seed, a), m in zip(steps, lines(tmp_path / "run" / "metrics.jsonl"), strict=True):
+        assert seed == zo.step_seed(5, t)
+        assert a == pytest.approx(-1e-3 * m["projected_grad"], rel=1e-6)
 
 
 def test_the_recorded_loss_curve(folder, tmp_path):
