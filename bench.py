@@ -88,6 +88,9 @@ class Peak:
 
     def __init__(self, device: str):
         self.gpu = device.startswith("cuda")
+        self.before = 0  # the interpreter and its libraries: not the model's doing
+        self.reset()
+        self.before = self.read()
 
     def reset(self) -> None:
         if self.gpu:
@@ -97,12 +100,13 @@ class Peak:
 
     def read(self) -> int:
         if self.gpu:
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated() - self.before
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 - self.before
 
 
 def timed(function, device: str) -> float:
+    """Seconds of one call, the GPU's queue emptied before and after."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -114,7 +118,9 @@ def timed(function, device: str) -> float:
 
 @torch.no_grad()
 def bench(args) -> dict:
+    """All rows, measured in turn with the unit; returns what goes into the JSON."""
     device, dtype = args.device, getattr(torch, args.dtype)
+    peak = Peak(device)
     model = build(args.shape, dtype, device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = max(p.numel() * p.element_size() for p in model.parameters())
@@ -154,7 +160,7 @@ def bench(args) -> dict:
         "r-mezo": ours(masks.RandomMask(0.25)),
     }
     rows = {name: row for name, row in rows.items() if not args.rows or name in args.rows}
-    peak, found = Peak(device), {}
+    found = {}
     plain = rows.get("two forwards", (nothing, lambda n: (loss(), loss()), nothing))[1]
     for name, (prepare, step, finish) in rows.items():
         prepare()

@@ -4,7 +4,7 @@
     python eval.py --model MODEL --task rte --shots 32       in-context, 32 solved examples
     python eval.py --run runs/…                              a run of train.py, rebuilt from its log
 
-An example counts as right when the right option has the highest mean log-probability (tasks.py).
+An example counts as right when the right option has the highest mean log-probability (scoring.py).
 Accuracies come with their standard error, √(p (1 − p) / n), and n.
 
 A run is its step log. θ_T follows from the original weights and one line per step, (seed, a) with
@@ -18,12 +18,14 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import masks
 import model_patch
@@ -121,6 +123,8 @@ def locate(name: str) -> str:
 
 
 class Accuracy(NamedTuple):
+    """Share of n examples answered right."""
+
     value: float
     n: int
 
@@ -166,20 +170,33 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remot
     device = choose_device(device)
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(
-        locate(name),
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        device_map=None if device == "cpu" else {"": device},  # never twice in memory
-        trust_remote_code=trust_remote_code,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            locate(name),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=None if device == "cpu" else {"": device},  # never twice in memory
+            trust_remote_code=trust_remote_code,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # no weights, or no causal LM
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"cannot load the weights of {name!r} as a causal LM: {why}") from error
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads cost more than they save on matrices this small
     return model.eval()  # OPT has dropout 0.1, which would drown the probes
 
 
+def usable_length(max_length: int, model_config) -> int:
+    """max_length, or the number of positions that the model has where that is less."""
+    return min(max_length, getattr(model_config, "max_position_embeddings", None) or max_length)
+
+
 def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this torch sees no GPU; use --device cpu")
     return device
@@ -197,7 +214,7 @@ def accuracy(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> A
     """Share of examples whose right option has the highest mean log-probability."""
     right = 0
     examples = sorted(examples, key=lambda example: len(example.prompt))  # little padding
-    for start in range(0, len(examples), batch_size):
+    for start in tqdm(range(0, len(examples), batch_size), "evaluating", leave=False, delay=5):
         part = examples[start : start + batch_size]
         batch = scoring.collate(tokenizer, part, max_length=max_length, device=model.device)
         logits = model(**model_inputs(model, batch), use_cache=False).logits
@@ -264,23 +281,29 @@ def main(argv=None) -> None:
     parser = make_parser(Settings, __doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, help="a run directory of train.py, instead of a model")
     parser.add_argument("--step", help="with --run: best (default), last or a step number")
+    parser.add_argument("--save", help="with --run: write its weights as a checkpoint here")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--shots", type=int, default=0, help="solved examples before the prompt")
     given = vars(parser.parse_args(argv))
     run, split, shots = given.pop("run", None), given.pop("split"), given.pop("shots")
-    step = given.pop("step", None)
+    step, save = given.pop("step", None), given.pop("save", None)
     try:
-        if run is None and step is not None:
-            raise UserError(f"--step {step} needs --run")
+        if run is None and (step or save):
+            raise UserError("--step and --save: these need --run")
         if shots < 0:
             raise UserError(f"--shots {shots}: at least 0")
-        print(evaluate_run(run, step, given, split) if run else evaluate(given, split, shots))
-    except UserError as error:
+        if run is not None:
+            print(evaluate_run(run, step, given, split, save))
+        else:
+            print(evaluate(given, split, shots))
+    except (UserError, torch.OutOfMemoryError) as error:
         raise SystemExit(fail("eval.py", error)) from None
 
 
 def fail(program: str, error: Exception) -> int:
-    print(f"{program}: error: {error}", file=sys.stderr)
+    hint = "; try a smaller --batch-size or --max-length"
+    hint = hint if isinstance(error, torch.OutOfMemoryError) else ""
+    print(f"{program}: error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
     return 2
 
 
@@ -289,7 +312,8 @@ def evaluate(given: dict, split: str, shots: int) -> str:
     settings = Settings(**given)
     check(settings)
     data = load_data(settings)
-    tokenizer, _ = load_tokenizer(settings.model, settings.trust_remote_code)
+    tokenizer, model_config = load_tokenizer(settings.model, settings.trust_remote_code)
+    settings.max_length = usable_length(settings.max_length, model_config)
     if shots > len(data.train):
         raise UserError(f"--shots {shots}: there are {len(data.train)} training examples")
     examples = getattr(data, split)
@@ -304,8 +328,9 @@ def evaluate(given: dict, split: str, shots: int) -> str:
     return f"{settings.model}, {how}, {data.source}: {split} accuracy {found}"
 
 
-def evaluate_run(run: Path, step: str | None, given: dict, split: str) -> str:
+def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str | None) -> str:
     """Accuracy of a run of train.py after its best, its last or any other step."""
+    device = given.pop("device", None)
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UserError(f"--run brings its own settings; leave out {names}")
@@ -322,13 +347,21 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str) -> str:
         raise UserError(
             f"--step {step}: best, last, or 0 … {len(steps)}, which is what {run} logged"
         )
+    if device is not None:  # rebuilt elsewhere: equal bits only on the same kind of device
+        config["device"] = device
     settings = Settings(**{f.name: config[f.name] for f in fields(Settings)})
     data = load_data(settings)
+    examples = getattr(data, split)
+    if not examples:
+        raise UserError(f"the {split} split is empty")
     if data.fingerprint != config["data_fingerprint"]:
         raise UserError(f"the data that {run} was trained on have changed")
     model, tokenizer = rebuild(config, steps[:stop])
+    if save is not None:
+        model.save_pretrained(save)
+        tokenizer.save_pretrained(save)
     sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length}
-    found = accuracy(model, tokenizer, getattr(data, split), **sizes)
+    found = accuracy(model, tokenizer, examples, **sizes)
     return f"{run} after {stop} steps, {data.source}: {split} accuracy {found}"
 
 

@@ -1,4 +1,4 @@
-"""§3.3 of [S]: mask and noise exist only inside forward, for any Hugging Face causal LM.
+"""§3.3 of [S]: mask and noise exist only inside forward, for Hugging Face causal LMs.
 
     y⁽ⁱ⁾ = (θ⁽ⁱ⁾ + ε m(θ⁽ⁱ⁾) ⊙ z⁽ⁱ⁾) x⁽ⁱ⁾ + b⁽ⁱ⁾             [S] §3.3, one layer at a time
 
@@ -11,15 +11,17 @@ forward with them.
     losses(…, seed)   l⁺ and l⁻                  rule       m = GetMask(θ, h), see masks.py
     update(seed, a)   θ ← θ + a ẑ, a = −ηg       stream     i, the number of the tensor
 
-How it works.
-  Both probes run in one pass. The batch is stacked twice, [x; x]. A wrapper splits every tensor
-  argument that holds the doubled batch, gives θ + ε ẑ the first half and θ − ε ẑ the second, and
-  joins the results: one traversal, one noise draw and one weight read where MeZO has two, four and
-  six. There is no model-specific code: wrapped is whatever owns a parameter, be it Linear,
-  Embedding, norm, Conv1D or fused experts. Where a module's input has lost the batch dimension the
-  two probes run one after the other instead; that works for every model and costs a second draw.
-  Tied weights agree, because noise belongs to the parameter, not to the module that uses it. An
-  embedding draws the noise of the looked-up rows alone.
+How it works. Both probes run in one pass: the batch is stacked twice, [x; x]; a wrapper splits
+every tensor argument that holds the doubled batch, gives θ + ε ẑ the first half and θ − ε ẑ the
+second, and joins the results. One traversal, one noise draw and one weight read, where MeZO has
+two, four and six. An embedding draws the noise of the looked-up rows alone. Tied weights agree,
+because noise belongs to the parameter, not to the module that uses it.
+
+There is no model-specific code: wrapped is whatever owns a parameter, be it Linear, Embedding,
+norm, Conv1D or fused experts. The one condition is that a parameter is used by the forward of the
+module that owns it; one that is not (Mamba reads its convolution's weight directly) is an error
+that names it. Where a module's input has lost the batch dimension the two probes run one after the
+other.
 
 Why it matters. θ is bit-identical after any number of probes; in place, ±ε drifts per step by ten
 times a typical update in fp16, by eighty times in bf16. The mask comes from the unperturbed θ by
@@ -256,9 +258,9 @@ class Patch:
         `seed` is the probes' own. Computed in fp32, rounded to nearest in θ's dtype.
         """
         with self._open(seed):
+            number = {d: torch.tensor(a, dtype=torch.float32, device=d) for d in self._eps}
             for p in self.moving.values():
-                coefficient = torch.tensor(a, dtype=torch.float32, device=p.weight.device)
-                self._shift(p, [p.flat], [coefficient])
+                self._shift(p, [p.flat], [number[p.weight.device]])
 
     def refresh(self, step: int) -> None:
         """Before step `step`: take thresholds again where the rule says so ([S]'s ablation)."""
@@ -322,7 +324,11 @@ def _choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
         if not re.search(select, name) or (vector and vectors == "frozen"):
             continue
         assert stream < zo.MAX_STREAMS, f"parameter {stream} exceeds {zo.MAX_STREAMS} noise streams"
-        assert parameter.is_contiguous(), f"{name} is not contiguous"
+        if not (parameter.is_floating_point() and parameter.is_contiguous()):
+            raise ValueError(
+                f"{name} ({parameter.dtype}) cannot move: only contiguous floating-point weights "
+                "can, so a quantised checkpoint must be loaded in 16 or 32 bits"
+            )
         its, weight = (free if vector and vectors == "free" else rule), parameter.detach()
         try:
             state = its.prepare(weight, stream)

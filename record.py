@@ -18,7 +18,6 @@ import os
 import platform
 import resource
 import time
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +31,30 @@ STEPS, METRICS = "steps.csv", "metrics.jsonl"
 
 def make_run_directory(out: str | None, name: str) -> Path:
     """`out`, or runs/`name` with a number; UserError where it holds something or is read-only."""
-    if out is not None:
-        run = Path(out)
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"--out {run} is already there and not empty; choose another name")
-    else:
-        names = (name + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
-        run = next(path for path in (Path("runs", name) for name in names) if not path.exists())
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "config.json", {})
-    except OSError as error:
-        raise UserError(f"cannot write to --out {run}: {error.strerror or error}") from error
-    return run
+    number = 1
+    while True:
+        run = Path(out) if out is not None else Path("runs", name + f"-{number}" * (number > 1))
+        try:
+            if out is not None and run.is_dir() and not any(run.iterdir()):
+                run.rmdir()  # an empty folder will do
+            run.mkdir(parents=True)  # one of two runs started together gets the name, not both
+            write_json(run / "config.json", {})
+            return run
+        except FileExistsError as error:
+            if out is not None:
+                message = f"--out {run} is already there and not empty; choose another name"
+                raise UserError(message) from error
+            number += 1
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"cannot write to --out {run}: {why}") from error
+
+
+def discard(run: Path) -> None:
+    """Give the name back where a run failed before its first step."""
+    if not (run / STEPS).exists():
+        (run / "config.json").unlink(missing_ok=True)
+        run.rmdir()
 
 
 def write_json(path: Path, value) -> None:
@@ -58,7 +68,10 @@ def open_run(run: Path) -> tuple[dict, list]:
     """(config.json, steps) of a run directory."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run directory: it has no config.json")
-    return json.loads((run / "config.json").read_text()), read_steps(run)
+    config = json.loads((run / "config.json").read_text())
+    if not config or not (run / STEPS).is_file():
+        raise UserError(f"{run} stopped before its first step: there is nothing to rebuild")
+    return config, read_steps(run)
 
 
 def read_steps(run: Path) -> list[tuple[int, int, float]]:
@@ -83,7 +96,7 @@ class Record:
     def __init__(self, config, run: Path, validation_accuracy: float | None):
         self.config, self.steps, self.skipped, self.in_a_row = config, 0, 0, 0
         self.best, self.best_step = validation_accuracy, 0
-        self.recent = deque(maxlen=config.log_every)  # (loss, seconds) of finite steps
+        self.recent: list[tuple] = []  # (loss, seconds) of finite steps since the last metrics
         self.line: dict = {}
         self.began = time.perf_counter()
         self.log_file, self.metrics_file = open(run / STEPS, "w"), open(run / METRICS, "w")
@@ -149,7 +162,7 @@ class Record:
         shown |= {"loss": f"{loss:.4f}"} if loss is not None else {}
         shown |= {"best val": f"{self.best:.3f}"} if self.best is not None else {}
         self.bar.set_postfix(shown)
-        self.line = {}
+        self.line, self.recent = {}, []
         self.began = time.perf_counter()
 
     def result(self) -> dict:

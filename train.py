@@ -78,7 +78,7 @@ def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
             f"[S] Table 8: sparsity {sparsity} on {config.task}",
         )
     if family == "tiny":
-        found["lr"] = TINY["lr"][config.method], "tiny/README.md: best of a grid"
+        found["lr"] = TINY["lr"][config.method], "best of the README's grid"
         found["steps"] = TINY["steps"], "enough for the tiny model"
     if config.method == "mezo":
         found["density"] = 1.0, "MeZO moves every weight"
@@ -153,7 +153,10 @@ def train(config: Config, run: Path, model, tokenizer, data: tasks.Data, handle)
             handle.refresh(t)  # h is fixed, unless --refresh-every says otherwise
             # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
             inputs = eval.model_inputs(model, batch)
-            losses = handle.losses(inputs, lambda logits, b=batch: loss_fn(logits, b), seed)
+            try:
+                losses = handle.losses(inputs, lambda logits, b=batch: loss_fn(logits, b), seed)
+            except ValueError as error:  # a weight that forward never used
+                raise UserError(str(error)) from error
             loss_plus, loss_minus = torch.stack(losses).tolist()
             # proj_grad ← (l⁺ − l⁻) / 2ε
             projected_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
@@ -185,13 +188,16 @@ def main(argv=None) -> None:
         data = eval.load_data(config)
         tokenizer, model_config = eval.load_tokenizer(config.model, config.trust_remote_code)
         device = eval.choose_device(config.device)
+        config.max_length = eval.usable_length(config.max_length, model_config)
         family = "tiny" if config.model == Config.model else model_config.model_type
         filled = presets(config, family)
         for name, (value, _) in filled.items():
             setattr(config, name, value)
         run = record.make_run_directory(config.out, run_name(config))
         fine_tune(config, run, given, filled, data, tokenizer, device)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
+        if run is not None:
+            record.discard(run)
         raise SystemExit(eval.fail("train.py", error)) from None
     except KeyboardInterrupt:
         where = f"; {run} keeps the steps so far: eval.py --run {run} --step last" if run else ""
@@ -214,7 +220,10 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
         "model_fingerprint": eval.fingerprint(model),
         "data_fingerprint": data.fingerprint,
     }
-    settings = asdict(config) | facts
+    settings = asdict(config) | facts | {"dtype": str(model.dtype).removeprefix("torch.")}
+    for name in ("model", "data_dir", "train_file", "validation_file", "test_file"):
+        if settings[name] and Path(settings[name]).exists():  # to be replayed from anywhere
+            settings[name] = str(Path(settings[name]).resolve())
     handle = eval.make_patch(model, settings)
     record.write_json(run / "config.json", settings)
     print(f"  {handle.report()}")
@@ -226,6 +235,8 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
     trained = time.perf_counter()
     result = train(config, run, model, tokenizer, data, handle)
     seconds = time.perf_counter() - trained
+    result["compiled"] = handle.sweep.compiled
+    record.write_json(run / "result.json", result)  # whatever fails from here, best_step is known
     last = best = eval.accuracy(model, tokenizer, data.test, **sizes)
     handle.remove()
     if result["best_step"] != config.steps:  # chosen by validation accuracy, never by test
@@ -241,8 +252,8 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
     }
     result |= {"training_seconds": seconds, "seconds": time.perf_counter() - began}
     result |= {"seed": config.seed, "data_seed": config.data_seed} | record.machine(model.device)
-    record.draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
     record.write_json(run / "result.json", result)
+    record.draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
     print(f"test accuracy, last weights             {last}")
     print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
     print(f"{run}/ holds the run; {config.steps} steps and their validation took {seconds:.0f} s")

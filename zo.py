@@ -167,8 +167,10 @@ class Sweep:
     CHUNK = 1 << 16  # elements; 8-byte temporaries of this length stay in L2
 
     def __init__(self, compiled: bool = False):
-        # fullgraph: a graph that breaks, or is compiled too often, is an error and not a slow run
-        self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True) if compiled else None
+        self.kernel = None
+        if compiled:  # a broken graph, or one compiled too often, is an error and not a slow run
+            torch._dynamo.config.recompile_limit = 64  # three per rule and dtype; the default is 8
+            self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True)
 
     @property
     def compiled(self) -> bool:
@@ -184,6 +186,8 @@ class Sweep:
             flats = [flat if out is theta else out.data for out in outs]
             try:
                 return self.kernel(flats, coefficients, flat, index, 0, seed, stream, mask, state)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 warnings.warn(f"torch.compile failed, running eager: {reason[0]}", stacklevel=2)

@@ -394,21 +394,44 @@ def test_compiled_probes_equal_eager_ones():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+def test_quantised_weights_are_refused():
+    """An integer parameter cannot move: an error that names it, not rewritten codes."""
+    model = Odd(nn.Linear(8, 8)).eval()
+    codes = torch.zeros(64, 1, dtype=torch.uint8)
+    model.middle.weight = nn.Parameter(codes, requires_grad=False)
+    with pytest.raises(ValueError, match=r"middle\.weight \(torch\.uint8\) cannot move"):
+        patch(model, masks.Everything())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_the_probes_equal_the_literal_algorithm_1(dtype, compiled):
-    """On CUDA too: θ keeps its bits, losses and noise agree with the literal algorithm."""
+@pytest.mark.parametrize("rule", RULES)
+def test_on_a_gpu_the_step_equals_the_literal_algorithm_1(dtype, compiled, rule):
+    """On CUDA too: θ keeps its bits in a probe, and the step is that of Algorithm 1."""
     model = build("llama-tied", dtype).cuda()
-    literal, inputs = copy.deepcopy(model), {k: v.cuda() for k, v in batch().items()}
-    rule = RULES["mezo"]
-    handle, before = patch(model, rule, eps=EPS, compiled=compiled), bits(model)
+    inputs = {k: v.cuda() for k, v in batch().items()}
+    before = bits(model)
+    handle = patch(model, RULES[rule], eps=EPS, compiled=compiled)
+    wanted = masks_by(RULES[rule], model)([p.detach() for p in model.parameters()])
     plus, minus = handle.losses(inputs, loss_fn, SEED)
-    assert same(before, bits(model))
-    get_masks = lambda theta: [torch.ones_like(t, dtype=torch.bool) for t in theta]  # noqa: E731
-    want = literal_step(literal, get_masks, inputs, lr=LR, eps=EPS, seed=SEED)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert plus.item() == pytest.approx(want[0], rel=tolerance)
-    assert minus.item() == pytest.approx(want[1], rel=tolerance)
+    assert same(before, bits(model)) and handle.sweep.compiled == compiled
+    literal = copy.deepcopy(build("llama-tied", dtype)).cuda()
+    losses = []
+    for sign in (+1, -1):
+        for i, (p, old) in enumerate(zip(literal.parameters(), before, strict=True)):
+            z = zo.gaussian(SEED, i, old.shape, device="cuda")
+            p.data = zo.shifted(old, sign * EPS, wanted[i], z)
+        with torch.no_grad():
+            losses.append(loss_fn(literal(**inputs, use_cache=False).logits))
+    assert plus.item() == pytest.approx(losses[0].item(), rel=1e-5)
+    assert (plus - minus).item() == pytest.approx((losses[0] - losses[1]).item(), rel=0.1)
+    handle.update(SEED, 0.01)
+    for i, (p, old) in enumerate(zip(model.parameters(), before, strict=True)):
+        z = zo.gaussian(SEED, i, old.shape, device="cuda")
+        want = zo.shifted(old, 0.01, wanted[i], z)
+        assert torch.equal(p == old, want == old) or dtype != torch.float32
+        torch.testing.assert_close(p.detach(), want, rtol=1e-2 if dtype != torch.float32 else 1e-5,
+                                   atol=1e-5)  # fmt: skip
     z = zo.gaussian(SEED, 5, (1000,), device="cuda").cpu()
     torch.testing.assert_close(z, zo.gaussian(SEED, 5, (1000,)), rtol=1e-5, atol=1e-5)

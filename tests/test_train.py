@@ -222,6 +222,55 @@ def test_the_log_of_an_interrupted_run_can_be_evaluated(folder, tmp_path, monkey
     assert "after 5 steps" in capsys.readouterr().out
 
 
+def test_a_run_that_failed_before_its_first_step_gives_its_name_back(folder, tmp_path, capsys):
+    """A wrong --select costs nothing but the error: the corrected command may use the same --out."""
+    assert exit_code(arguments(folder, tmp_path / "run", "--select=nothing-like-this")) == 2
+    assert not (tmp_path / "run").exists()
+    run(folder, tmp_path / "run", "--select=proj")
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "config.json").write_text("{}")
+    assert exit_code([f"--run={tmp_path / 'early'}", "--step=last"], eval.main) == 2
+    assert "stopped before its first step" in capsys.readouterr().err
+
+
+def test_what_fails_after_training_does_not_lose_the_result(folder, tmp_path, monkeypatch):
+    """best_step is on disk before the second model is loaded, so eval.py can go on from there."""
+
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(eval, "rebuild", no_memory)
+    script = iter([0.5, 0.9, 0.4])
+    original = eval.accuracy
+    monkeypatch.setattr(
+        eval, "accuracy",
+        lambda m, t, examples, **k: eval.Accuracy(next(script), 30)
+        if len(examples) == 30 else original(m, t, examples, **k),
+    )  # fmt: skip
+    assert exit_code(arguments(folder, tmp_path / "run", "--eval-every=4")) == 2
+    monkeypatch.undo()
+    eval.main([f"--run={tmp_path / 'run'}", f"--save={tmp_path / 'saved'}"])
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    rebuilt = weights_of(tmp_path / "run", 4)
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), rebuilt, strict=True))
+
+
+def test_a_run_can_be_evaluated_from_another_folder(folder, tmp_path, monkeypatch, capsys):
+    """Paths in config.json are absolute, the dtype is the one that was used."""
+    monkeypatch.chdir(folder)
+    train.main(["--model=model", "--train-file=train.jsonl", "--test-file=test.jsonl", "--lr=1e-3",
+                "--steps=2", f"--out={tmp_path / 'run'}"])  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    eval.main([f"--run={tmp_path / 'run'}", "--device=cpu"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_prompt_longer_than_the_models_positions_is_cut(folder):
+    """--max-length is bounded by what the model can number."""
+    assert eval.usable_length(2048, build("gpt2").config) == 64
+    assert eval.usable_length(32, build("gpt2").config) == 32
+
+
 # ------------------------------------------------------------------ settings
 
 
@@ -328,7 +377,7 @@ def test_bad_input_is_one_line_and_exit_code_2(typed, folder, tmp_path, capsys, 
         (["--run=/nowhere"], "no run directory"),
         (["--run={run}", "--task=rte"], "leave out --task"),
         (["--run={run}", "--step=9"], "best, last, or 0 … 8"),
-        (["--step=3"], "needs --run"),
+        (["--step=3"], "these need --run"),
         (["--shots=-1"], "at least 0"),
         (["--model={folder}/model", "--train-file={folder}/train.jsonl",
           "--test-file={folder}/test.jsonl", "--shots=500"], "60 training examples"),
