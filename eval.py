@@ -193,6 +193,7 @@ def usable_length(max_length: int, model_config) -> int:
 
 
 def choose_device(device: str) -> str:
+    """A device that is there: auto is the GPU if torch sees one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):

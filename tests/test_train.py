@@ -223,7 +223,7 @@ def test_the_log_of_an_interrupted_run_can_be_evaluated(folder, tmp_path, monkey
 
 
 def test_a_run_that_failed_before_its_first_step_gives_its_name_back(folder, tmp_path, capsys):
-    """A wrong --select costs nothing but the error: the corrected command may use the same --out."""
+    """A wrong --select costs the error alone: the next command may use the same --out."""
     assert exit_code(arguments(folder, tmp_path / "run", "--select=nothing-like-this")) == 2
     assert not (tmp_path / "run").exists()
     run(folder, tmp_path / "run", "--select=proj")
