@@ -302,6 +302,7 @@ def main(argv=None) -> None:
 
 
 def fail(program: str, error: Exception) -> int:
+    """Print one line; the exit code of bad input."""
     hint = "; try a smaller --batch-size or --max-length"
     hint = hint if isinstance(error, torch.OutOfMemoryError) else ""
     print(f"{program}: error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)

@@ -60,7 +60,11 @@ GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
     "llama": ("[S] Table 6", {"mezo": 1e-6, "s-mezo": 3e-6, "r-mezo": 3e-6}),
     "mistral": ("[S] Table 7", {"mezo": 1e-7, "s-mezo": 3e-6, "r-mezo": 3e-6}),
 }
-TINY = {"lr": {"mezo": 3e-4, "s-mezo": 3e-3, "r-mezo": 1e-3}, "steps": 300}
+TINY = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
+    "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
+    "s-mezo": {"sst2": 1e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
+    "r-mezo": {"sst2": 3e-3, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
+}
 
 
 def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
@@ -78,8 +82,9 @@ def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
             f"[S] Table 8: sparsity {sparsity} on {config.task}",
         )
     if family == "tiny":
-        found["lr"] = TINY["lr"][config.method], "best of the README's grid"
-        found["steps"] = TINY["steps"], "enough for the tiny model"
+        rate = TINY[config.method].get(config.task, min(TINY[config.method].values()))
+        found["lr"] = rate, "best of the grid in tiny/compare.py"
+        found["steps"] = 300, "enough for the tiny model"
     if config.method == "mezo":
         found["density"] = 1.0, "MeZO moves every weight"
     steps = config.steps or found["steps"][0]
@@ -200,7 +205,10 @@ def main(argv=None) -> None:
             record.discard(run)
         raise SystemExit(eval.fail("train.py", error)) from None
     except KeyboardInterrupt:
-        where = f"; {run} keeps the steps so far: eval.py --run {run} --step last" if run else ""
+        if run is not None:
+            record.discard(run)
+        kept = run is not None and run.exists()
+        where = f"; {run} keeps the steps so far: eval.py --run {run} --step last" if kept else ""
         print(f"\ntrain.py: stopped{where}")
         raise SystemExit(130) from None
 
