@@ -104,7 +104,9 @@ class Patch:
 
     def _wrap(self, module, owned):
         forward = module.forward
-        rows_only = type(module) is nn.Embedding and module.max_norm is None
+        ordinary = "forward" not in module.__dict__  # nobody else has wrapped it
+        rows_only = ordinary and type(module) is nn.Embedding and module.max_norm is None
+        linear = ordinary and type(module) is nn.Linear
 
         @functools.wraps(forward)
         def probed(*args, **kwargs):
@@ -122,6 +124,8 @@ class Patch:
                 ]
             else:
                 with self._perturbed(owned, signs) as weights:
+                    if linear and both:
+                        return self._linear(module, weights, *args, **kwargs)
                     outputs = [
                         self._run(module, forward, w, s, a, k)
                         for s, w, (a, k) in zip(signs, weights, calls, strict=True)
@@ -186,6 +190,15 @@ class Patch:
         finally:
             module._parameters.update(own)
             self._sign = outer
+
+    def _linear(self, module: nn.Linear, weights: list[dict], input: Tensor) -> Tensor:
+        """nn.Linear's forward on both halves, into one output: joining two would copy them."""
+        out = input.new_empty(*input.shape[:-1], module.out_features)
+        for own, x, y in zip(weights, input.chunk(2), out.chunk(2), strict=True):
+            w, b = own.get("weight", module.weight).T, own.get("bias", module.bias)
+            x, y = x.reshape(-1, module.in_features), y.view(-1, module.out_features)
+            torch.mm(x, w, out=y) if b is None else torch.addmm(b, x, w, out=y)
+        return out
 
     def _rows(self, sign: int, p: Moving, input: Tensor) -> Tensor:
         """nn.Embedding's forward at θ + sign · ε ẑ, for the token ids `input`."""
