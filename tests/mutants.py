@@ -27,7 +27,7 @@ IMPORTED_ONCE = ["torch", "transformers.models.llama.modeling_llama", "hypothesi
 
 ONE_PASS = "        if self.one_pass:\n            rows"
 LAST_LINE = "perturb_parameters(theta, -lr * g, seed, masks)"
-UPDATE = "        with self._open(seed):\n            for p in"
+UPDATE = "        with self._open(seed):\n            number"
 CLEAN_UP = """        try:
             yield
         finally:
