@@ -248,7 +248,10 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args()
-    args.device = eval.choose_device(args.device)
+    try:
+        args.device = eval.choose_device(args.device)
+    except eval.UserError as error:
+        raise SystemExit(eval.fail("bench.py", error)) from None
     torch.manual_seed(0)
     print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}")
     found = bench(args)

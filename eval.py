@@ -82,7 +82,7 @@ def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for a value that cannot work, before anything is loaded; name the task."""
+    """Raise UserError for a value that cannot work, before anything is loaded; name task and data."""
     files = settings.train_file or settings.validation_file or settings.test_file
     if settings.task is None and not files:
         if settings.model != Settings.model:
@@ -90,6 +90,8 @@ def check(settings: Settings) -> None:
         settings.task = "rte"
     if settings.task is not None:
         settings.task = tasks.get_task(settings.task).name
+        if settings.data_dir is None and settings.model == Settings.model and not files:
+            settings.data_dir = locate("tiny/data")  # the tiny model brings data of its own
     for name in ("batch_size", "max_length", "num_train", "num_test"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1")
@@ -100,13 +102,10 @@ def check(settings: Settings) -> None:
 
 
 def load_data(settings: Settings) -> tasks.Data:
-    """The examples that the settings name. The tiny model brings data of its own."""
-    data_dir = settings.data_dir
-    if data_dir is None and settings.task and settings.model == Settings.model:
-        data_dir = locate("tiny/data")
+    """The examples that the settings name, once `check` has completed them."""
     return tasks.load_examples(
         settings.task,
-        data_dir=data_dir,
+        data_dir=settings.data_dir,
         train_file=settings.train_file,
         validation_file=settings.validation_file,
         test_file=settings.test_file,
@@ -305,7 +304,10 @@ def fail(program: str, error: Exception) -> int:
     """Print one line; the exit code of bad input."""
     hint = "; try a smaller --batch-size or --max-length"
     hint = hint if isinstance(error, torch.OutOfMemoryError) else ""
-    print(f"{program}: error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
+    print(
+        f"{program}: error: {(str(error) or type(error).__name__).splitlines()[0]}{hint}",
+        file=sys.stderr,
+    )
     return 2
 
 

@@ -265,6 +265,16 @@ def test_a_run_can_be_evaluated_from_another_folder(folder, tmp_path, monkeypatc
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_a_run_of_the_offline_default_can_be_evaluated(tmp_path, monkeypatch, capsys):
+    """`train.py` without model or data, then `eval.py --run`: the README's two commands."""
+    monkeypatch.chdir(ROOT)
+    train.main(["--steps=2", "--num-test=20", "--num-validation=10", f"--out={tmp_path / 'run'}"])
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    eval.main([f"--run={tmp_path / 'run'}", "--step=last"])
+    assert "after 2 steps" in capsys.readouterr().out
+
+
 def test_a_prompt_longer_than_the_models_positions_is_cut(folder):
     """--max-length is bounded by what the model can number."""
     assert eval.usable_length(2048, build("gpt2").config) == 64
