@@ -82,7 +82,7 @@ def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for a value that cannot work, before anything is loaded; name task and data."""
+    """Raise UserError for a value that cannot work, before loading; name task and data."""
     files = settings.train_file or settings.validation_file or settings.test_file
     if settings.task is None and not files:
         if settings.model != Settings.model:
