@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-import eval
+import loading
 import masks
 import zo
 from model_patch import patch
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="134m")
     parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
     parser.add_argument("--tokens", type=int, default=64, help="per row (default 64)")
-    parser.add_argument("--dtype", choices=eval.DTYPES[1:], default="float32")
+    parser.add_argument("--dtype", choices=loading.DTYPES[1:], default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=7, help="measured steps per row (default 7)")
     parser.add_argument("--rows", nargs="*", help="only these rows")
@@ -249,9 +249,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args()
     try:
-        args.device = eval.choose_device(args.device)
-    except eval.UserError as error:
-        raise SystemExit(eval.fail("bench.py", error)) from None
+        args.device = loading.choose_device(args.device)
+    except loading.UserError as error:
+        raise SystemExit(loading.fail("bench.py", error)) from None
     torch.manual_seed(0)
     print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}")
     found = bench(args)

@@ -17,19 +17,20 @@ import numpy as np
 import torch
 
 import eval
+import loading
 import masks
 import model_patch
 import record
 import scoring
 import tasks
 import zo
-from eval import Settings, setting
+from loading import Settings, setting
 from tasks import UserError
 
 
 @dataclass
 class Config(Settings):
-    """Every setting of a run: those of eval.py and these. None: filled in by `presets`."""
+    """Every setting of a run: those of loading.py and these. None: filled in by `presets`."""
 
     method: str = setting("s-mezo", "which weights move", masks.METHODS)
     density: float | None = setting(None, "share of the weights that move, in (0, 1]")
@@ -95,7 +96,7 @@ def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
 
 def check(config: Config) -> None:
     """Raise UserError for a value that cannot work, before anything is loaded."""
-    eval.check(config)
+    loading.check(config)
     for name in ("eps", "lr", "steps", "eval_every", "log_every"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -186,14 +187,14 @@ def worth_compiling(config: Config, model) -> bool:
 
 
 def main(argv=None) -> None:
-    given = vars(eval.make_parser(Config, __doc__.split("\n\n")[0]).parse_args(argv))
+    given = vars(loading.make_parser(Config, __doc__.split("\n\n")[0]).parse_args(argv))
     config, run = Config(**given), None
     try:
         check(config)
-        data = eval.load_data(config)
-        tokenizer, model_config = eval.load_tokenizer(config.model, config.trust_remote_code)
-        device = eval.choose_device(config.device)
-        config.max_length = eval.usable_length(config.max_length, model_config)
+        data = loading.load_data(config)
+        tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
+        device = loading.choose_device(config.device)
+        config.max_length = loading.usable_length(config.max_length, model_config)
         family = "tiny" if config.model == Config.model else model_config.model_type
         filled = presets(config, family)
         for name, (value, _) in filled.items():
@@ -203,7 +204,7 @@ def main(argv=None) -> None:
     except (UserError, torch.OutOfMemoryError) as error:
         if run is not None:
             record.discard(run)
-        raise SystemExit(eval.fail("train.py", error)) from None
+        raise SystemExit(loading.fail("train.py", error)) from None
     except KeyboardInterrupt:
         if run is not None:
             record.discard(run)
@@ -222,10 +223,10 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
             print(f"  {name:<14} {value!s:<24} {source}")
     parts = [len(part) for part in (data.train, data.validation, data.test)]
     print(f"  {'data':<14} {data.source}: train {parts[0]}, validation {parts[1]}, test {parts[2]}")
-    model = eval.load_model(config.model, config.dtype, device, config.trust_remote_code)
+    model = loading.load_model(config.model, config.dtype, device, config.trust_remote_code)
     facts = {
         "compiled": worth_compiling(config, model),
-        "model_fingerprint": eval.fingerprint(model),
+        "model_fingerprint": loading.fingerprint(model),
         "data_fingerprint": data.fingerprint,
     }
     settings = asdict(config) | facts | {"dtype": str(model.dtype).removeprefix("torch.")}

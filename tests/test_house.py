@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import eval
+import loading
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,9 +19,10 @@ IMPORTS = {  # who may know whom: downward only
     "tasks": set(),
     "scoring": {"tasks"},
     "record": {"tasks"},
-    "eval": {"masks", "model_patch", "record", "scoring", "tasks"},
-    "train": {"eval", "masks", "model_patch", "record", "scoring", "tasks", "zo"},
-    "bench": {"eval", "masks", "model_patch", "record", "zo"},
+    "loading": {"tasks"},
+    "eval": {"loading", "masks", "model_patch", "record", "scoring", "tasks"},
+    "train": {"eval", "loading", "masks", "model_patch", "record", "scoring", "tasks", "zo"},
+    "bench": {"loading", "masks", "model_patch", "record", "zo"},
 }
 
 
@@ -76,8 +77,8 @@ def test_every_command_of_the_readme_has_flags_that_exist(command):
     words = shlex.split(command)[1:]
     assert (ROOT / words[0]).is_file(), words[0]
     if words[0] in ("train.py", "eval.py"):
-        settings = train.Config if words[0] == "train.py" else eval.Settings
-        parser = eval.make_parser(settings, "")
+        settings = train.Config if words[0] == "train.py" else loading.Settings
+        parser = loading.make_parser(settings, "")
         for flag in ("--run", "--step", "--split", "--shots") if words[0] == "eval.py" else ():
             parser.add_argument(flag)
         parser.parse_args(words[1:])

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import eval
+import loading
 import record
 import tasks
 import train
@@ -277,8 +278,8 @@ def test_a_run_of_the_offline_default_can_be_evaluated(tmp_path, monkeypatch, ca
 
 def test_a_prompt_longer_than_the_models_positions_is_cut(folder):
     """--max-length is bounded by what the model can number."""
-    assert eval.usable_length(2048, build("gpt2").config) == 64
-    assert eval.usable_length(32, build("gpt2").config) == 32
+    assert loading.usable_length(2048, build("gpt2").config) == 64
+    assert loading.usable_length(32, build("gpt2").config) == 32
 
 
 # ------------------------------------------------------------------ settings
@@ -363,7 +364,7 @@ def test_bad_input_is_one_line_and_exit_code_2(typed, folder, tmp_path, capsys, 
     def never(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(eval, "load_model", never)
+    monkeypatch.setattr(loading, "load_model", never)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
