@@ -281,6 +281,17 @@ class Patch:
             if step and p.rule.refresh_every and step % p.rule.refresh_every == 0:
                 p.state = p.rule.prepare(p.weight, int(p.stream))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """{name: flat tensor} of all that training changes: what a snapshot holds."""
+        return {p.name: p.flat for p in self.moving.values()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put a snapshot's values back, bit for bit."""
+        assert tensors.keys() == self.tensors().keys(), "a snapshot of other tensors"
+        for p in self.moving.values():
+            p.flat.copy_(tensors[p.name])
+
     def active_density(self) -> float:
         """Share of the weights in moving tensors that are inside the mask now."""
         for p in self.moving.values():
