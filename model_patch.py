@@ -35,33 +35,17 @@ where the printed order rounds twice on its way there through θ + ε ẑ.
 
 import contextlib
 import functools
-import re
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import masks
+import moving
+import quant
 import zo
-
-
-@dataclass
-class Moving:
-    """One tensor that moves: its weight, its noise stream, its rule and what the rule keeps."""
-
-    name: str
-    weight: Tensor  # shares the parameter's memory; updates write through it
-    flat: Tensor  # the same, as one dimension
-    stream: Tensor  # 0-dim int64, on the weight's device
-    rule: masks.Rule
-    state: Tensor
-    active: int = -1  # how many elements are inside the mask; −1: not counted
-    used: bool = False  # has a probe gone through it?
-
-
-VECTORS = ("masked", "free", "frozen")
+from moving import Few, Moving
 
 
 class LostBatch(Exception):
@@ -69,21 +53,44 @@ class LostBatch(Exception):
 
 
 class Patch:
-    """A model under zeroth-order training; made by `patch`, undone by `remove`.
+    """A model whose weights can be probed and updated under `rule`; undone by `remove`.
 
+    handle = patch(model, rule)
     loss_plus, loss_minus = handle.losses(inputs, loss_fn, seed)
     handle.update(seed, -lr * zo.projected_grad(loss_plus, loss_minus, eps))
+
+    eps: ε, 1e-3 in both papers. vectors: what happens to one-dimensional tensors (norms, biases),
+    of which [S] says nothing: "masked" like the rest, "free" (all of them move) or "frozen".
+    select: a regular expression on parameter names; all parameters by default, as in MeZO and [S].
+    index: [Q], {parameter name: its places that move}; nothing else does, and there is no choice by
+    rule, vectors or select. rounding: of updates to 16-bit weights, "nearest" or "stochastic".
+    compiled: fuse noise, mask and add (needs a C++ compiler, on a GPU Triton).
     """
 
-    def __init__(self, model, rule, *, eps, vectors, select, compiled):
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: masks.Rule,
+        *,
+        eps: float = 1e-3,
+        vectors: str = "masked",
+        select: str = "",
+        index: dict[str, Tensor] | None = None,
+        rounding: str = "nearest",
+        compiled: bool = False,
+    ):
         if model.training:
             raise ValueError(
                 "the model is in training mode, where dropout would drown the probes; "
                 "call model.eval() first"
             )
         self.model, self.eps, self.sweep = model, eps, zo.Sweep(compiled)
-        self.moving = _choose(model, rule, vectors, select)
-        devices = {p.weight.device for p in self.moving.values()}
+        self.stochastic = rounding == "stochastic"
+        if index is not None:
+            self.moving = moving.few(model, index)
+        else:
+            self.moving = moving.choose(model, rule, vectors, select)
+        devices = {p.flat.device for p in self.moving.values()}
         self._eps = {d: [torch.tensor(s * eps, device=d) for s in (+1, -1)] for d in devices}
         self._seed: dict | None = None  # per device; a probe is open while it is set
         self._sign: int | None = None  # None: both probes at once; +1 or −1: that one alone
@@ -98,6 +105,8 @@ class Patch:
                 for name, p in module._parameters.items()
                 if id(p) in self.moving
             }
+            if id(module) in self.moving:  # a 4-bit layer
+                owned["weight"] = self.moving[id(module)]
             if owned:
                 self.wrapped.append((module, module.__dict__.get("forward")))
                 module.forward = self._wrap(module, owned)
@@ -106,7 +115,7 @@ class Patch:
         forward = module.forward
         ordinary = "forward" not in module.__dict__  # nobody else has wrapped it
         rows_only = ordinary and type(module) is nn.Embedding and module.max_norm is None
-        linear = ordinary and type(module) is nn.Linear
+        linear = ordinary and type(module) in (nn.Linear, quant.DenseSparseLinear)
 
         @functools.wraps(forward)
         def probed(*args, **kwargs):
@@ -158,17 +167,33 @@ class Patch:
 
     @contextlib.contextmanager
     def _perturbed(self, owned, signs):
-        """For each sign the module's parameters as θ + sign · ε ẑ, {name: tensor}, in scratch."""
+        """For each sign, in turn, the module's parameters as θ + sign · ε ẑ, {name: tensor}."""
+        if isinstance(few := owned.get("weight"), Few):
+            try:
+                yield self._scattered(few, signs)
+            finally:
+                few.settle()
+            return
         before, copies = dict(self._taken), [{} for _ in signs]
         for name, p in owned.items():
             buffers = self._take(p)[: len(signs)]
-            self._shift(p, buffers, [self._eps[p.weight.device][s < 0] for s in signs])
+            self._shift(p, buffers, [self._eps[p.flat.device][s < 0] for s in signs])
             for copy, buffer in zip(copies, buffers, strict=True):
                 copy[name] = buffer.view_as(p.weight)
         try:
             yield copies
         finally:
             self._taken = before
+
+    def _scattered(self, p: Few, signs):
+        """One matrix for both probes, unpacked once: value + ε z goes into its k places, and when
+        the next sign is asked for value − ε z."""
+        values = [torch.empty_like(p.flat) for _ in signs]
+        self._shift(p, values, [self._eps[p.flat.device][s < 0] for s in signs])
+        weight = p.layer.dense() if p.weight is None else p.weight
+        for value in values:
+            weight.view(-1)[p.index] = value.to(weight.dtype)
+            yield {"weight": weight}
 
     def _take(self, p: Moving) -> list[Tensor]:
         """Two flat buffers of p's size, after those that outer modules hold; grown where needed."""
@@ -182,20 +207,22 @@ class Patch:
 
     def _run(self, module, forward, weights: dict[str, Tensor], sign: int, args, kwargs):
         """`forward` with `weights` in place of the module's own; modules inside follow `sign`."""
-        own = {name: module._parameters[name] for name in weights}
+        own = dict(module._parameters)
         outer, self._sign = self._sign, sign
         module._parameters.update(weights)
         try:
             return forward(*args, **kwargs)
         finally:
+            module._parameters.clear()  # a 4-bit layer has no weight of its own
             module._parameters.update(own)
             self._sign = outer
 
-    def _linear(self, module: nn.Linear, weights: list[dict], input: Tensor) -> Tensor:
+    def _linear(self, module: nn.Linear, weights, input: Tensor) -> Tensor:
         """nn.Linear's forward on both halves, into one output: joining two would copy them."""
         out = input.new_empty(*input.shape[:-1], module.out_features)
         for own, x, y in zip(weights, input.chunk(2), out.chunk(2), strict=True):
-            w, b = own.get("weight", module.weight).T, own.get("bias", module.bias)
+            w = (own["weight"] if "weight" in own else module.weight).T
+            b = own.get("bias", module.bias)
             x, y = x.reshape(-1, module.in_features), y.view(-1, module.out_features)
             torch.mm(x, w, out=y) if b is None else torch.addmm(b, x, w, out=y)
         return out
@@ -206,15 +233,15 @@ class Patch:
         index = input[..., None] * columns + torch.arange(columns, device=input.device)
         theta = p.weight[input]
         out = torch.empty_like(theta)
-        a = self._eps[p.weight.device][sign < 0]
+        a = self._eps[p.flat.device][sign < 0]
         self._shift(p, [out.view(-1)], [a], theta.view(-1), index.view(-1))
         return out
 
-    def _shift(self, p: Moving, outs, coefficients, theta=None, index=None) -> None:
+    def _shift(self, p: Moving, outs, coefficients, theta=None, index=None, stochastic=False):
         """out ← θ + a m⊙z for each (out, a), of the whole tensor or of the elements at `index`."""
-        theta = p.flat if theta is None else theta
-        seed = self._seed[p.weight.device]
-        self.sweep(outs, coefficients, theta, seed, p.stream, p.rule.mask, p.state, index)
+        theta, index = (p.flat, p.index) if theta is None else (theta, index)
+        seed, state = self._seed[p.flat.device], p.state
+        self.sweep(outs, coefficients, theta, seed, p.stream, p.rule.mask, state, index, stochastic)
 
     @contextlib.contextmanager
     def _open(self, seed: int, *, sign: int | None = None, doubled=(0, 0)):
@@ -268,12 +295,13 @@ class Patch:
     def update(self, seed: int, a: float) -> None:
         """The last loop of [S] Algorithm 1, θ ← θ + a m⊙z in place, with a = −η · proj_grad.
 
-        `seed` is the probes' own. Computed in fp32, rounded to nearest in θ's dtype.
+        `seed` is the probes' own. Computed in fp32 and rounded to θ's dtype.
         """
         with self._open(seed):
             number = {d: torch.tensor(a, dtype=torch.float32, device=d) for d in self._eps}
             for p in self.moving.values():
-                self._shift(p, [p.flat], [number[p.weight.device]])
+                self._shift(p, [p.flat], [number[p.flat.device]], stochastic=self.stochastic)
+                p.settle()
 
     def refresh(self, step: int) -> None:
         """Before step `step`: take thresholds again where the rule says so ([S]'s ablation)."""
@@ -291,23 +319,29 @@ class Patch:
         assert tensors.keys() == self.tensors().keys(), "a snapshot of other tensors"
         for p in self.moving.values():
             p.flat.copy_(tensors[p.name])
+            p.settle()
 
     def active_density(self) -> float:
         """Share of the weights in moving tensors that are inside the mask now."""
+        return self._active() / sum(p.size for p in self.moving.values())
+
+    def _active(self) -> int:
         for p in self.moving.values():
             if p.active < 0 or not p.rule.static:
                 p.active = masks.active_count(p.rule, p.flat, p.state)
-        moving = self.moving.values()
-        return sum(p.active for p in moving) / sum(p.flat.numel() for p in moving)
+        return sum(p.active for p in self.moving.values())
 
     def report(self) -> str:
         """What was patched, in one line."""
-        size = sum(p.flat.numel() for p in self.moving.values())
+        packed = [m for m in self.model.modules() if isinstance(m, quant.DenseSparseLinear)]
         total = sum(p.numel() for p in self.model.parameters())
-        move = round(self.active_density() * size)
+        total += sum(layer.in_features * layer.out_features for layer in packed)
+        move = self._active()
         return (
             f"patched {len(self.wrapped)} modules with {len(self.moving)} tensors; "
             f"{move:,} of {total:,} weights move ({move / total:.2%})"
+            + f"; {len(packed)} matrices are in 4 bits"
+            * bool(packed)
         )
 
     def remove(self) -> None:
@@ -319,50 +353,7 @@ class Patch:
         self.wrapped, self._scratch = [], {}
 
 
-def patch(
-    model: nn.Module,
-    rule: masks.Rule,
-    *,
-    eps: float = 1e-3,
-    vectors: str = "masked",
-    select: str = "",
-    compiled: bool = False,
-) -> Patch:
-    """Wrap `model` so that its weights can be probed and updated under `rule`.
-
-    eps: ε, 1e-3 in both papers. vectors: what happens to one-dimensional tensors (norms, biases),
-    of which [S] says nothing: "masked" like the rest, "free" (all of them move) or "frozen".
-    select: a regular expression on parameter names; all parameters by default, as in MeZO and [S].
-    compiled: fuse noise, mask and add (needs a C++ compiler, on a GPU Triton).
-    """
-    return Patch(model, rule, eps=eps, vectors=vectors, select=select, compiled=compiled)
-
-
-def _choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
-    """{id(parameter): Moving} of the unique parameters that move, numbered in the model's order."""
-    if vectors not in VECTORS:
-        raise ValueError(f"vectors is {vectors!r}; it can be masked, free or frozen")
-    chosen, free = {}, masks.Everything()
-    for stream, (name, parameter) in enumerate(model.named_parameters()):
-        vector = parameter.dim() < 2
-        if not re.search(select, name) or (vector and vectors == "frozen"):
-            continue
-        assert stream < zo.MAX_STREAMS, f"parameter {stream} exceeds {zo.MAX_STREAMS} noise streams"
-        if not (parameter.is_floating_point() and parameter.is_contiguous()):
-            raise ValueError(
-                f"{name} ({parameter.dtype}) cannot move: only contiguous floating-point weights "
-                "can, so a quantised checkpoint must be loaded in 16 or 32 bits"
-            )
-        its, weight = (free if vector and vectors == "free" else rule), parameter.detach()
-        try:
-            state = its.prepare(weight, stream)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        number = torch.tensor(stream, device=weight.device)
-        chosen[id(parameter)] = Moving(name, weight, weight.view(-1), number, its, state)
-    if not chosen:
-        raise ValueError(f"no parameter moves: none matches {select!r} with vectors={vectors!r}")
-    return chosen
+patch = Patch
 
 
 def _join(first, second):

@@ -71,9 +71,8 @@ def random_words(seed, stream, index: Tensor):
     return philox(index, seed >> 32 << 16 | stream, seed & WORD)
 
 
-def normal(seed, stream, index: Tensor) -> Tensor:
-    """z ~ N(0, 1), fp32, one per element of `index`: Box-Muller on that element's two words."""
-    word0, word1 = random_words(seed, stream, index)
+def normal(word0: Tensor, word1: Tensor) -> Tensor:
+    """z ~ N(0, 1), fp32: Box-Muller on the two words of each element."""
     radius = torch.sqrt(-2.0 * torch.log((word0.float() + 1.0) * 2.0**-32))  # log of (0, 1]
     return radius * torch.cos(word1.float() * (2.0 * math.pi * 2.0**-32))
 
@@ -87,7 +86,8 @@ def gaussian(seed: int, stream: int, shape, *, start: int = 0, device="cpu") -> 
     assert 0 <= stream < 2 * MAX_STREAMS, f"stream {stream} does not fit 16 bits"
     assert 0 <= seed < 1 << 48, f"seed {seed} does not fit 48 bits"
     assert 0 <= start <= start + numel <= MAX_ELEMENTS, f"element {start + numel} exceeds 32 bits"
-    return normal(seed, stream, torch.arange(start, start + numel, device=device)).view(shape)
+    index = torch.arange(start, start + numel, device=device)
+    return normal(*random_words(seed, stream, index)).view(shape)
 
 
 def step_seed(run_seed: int, step: int) -> int:
@@ -100,10 +100,25 @@ def step_seed(run_seed: int, step: int) -> int:
 def shifted(theta: Tensor, a, mask: Tensor, z: Tensor) -> Tensor:
     """The one primitive: θ + a·m⊙z, with a ∈ {ε, −2ε, −ε, −η·proj_grad}.
 
-    Computed in fp32 (fp64 for fp64 weights) and rounded once to θ's dtype.
+    Computed in fp32 (fp64 for fp64 weights) and returned so; the caller rounds once, to θ's dtype.
     """
     wide = torch.promote_types(theta.dtype, torch.float32)
-    return (theta.to(wide) + a * (mask * z.to(wide))).to(theta.dtype)
+    return theta.to(wide) + a * (mask * z.to(wide))
+
+
+def round_stochastically(value: Tensor, dtype: torch.dtype, word0: Tensor, word1: Tensor) -> Tensor:
+    """fp32 `value` to a neighbour in fp16 or bf16, up or down, so that the mean is `value`.
+
+    An update far below the spacing of θ's dtype is lost by rounding to nearest, every time; this
+    way it arrives on average. The 16 random bits are the low bytes of z's own two words, which
+    their conversion to fp32 in `normal` drops (but for one word in 256): no second draw.
+    """
+    info = torch.finfo(dtype)
+    power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent of value
+    spacing = power.clamp(min=info.tiny) * info.eps  # between neighbours in dtype; exact
+    uniform = ((word0 & 0xFF) << 8 | word1 & 0xFF).float() * 2.0**-16  # [0, 1)
+    low = torch.floor(value / spacing)
+    return ((low + (value / spacing - low > uniform)) * spacing).to(dtype)
 
 
 @torch.no_grad()
@@ -115,7 +130,7 @@ def perturb_parameters(theta: list[Tensor], a: float, seed: int, masks: list[Ten
     """
     for stream, (theta_i, mask_i) in enumerate(zip(theta, masks, strict=True)):
         z_i = gaussian(seed, stream, theta_i.shape, device=theta_i.device)
-        theta_i.copy_(shifted(theta_i, a, mask_i, z_i))
+        theta_i.copy_(shifted(theta_i, a, mask_i, z_i))  # rounds to θ's dtype
 
 
 def projected_grad(loss_plus, loss_minus, eps: float):
@@ -147,14 +162,18 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 # ------------------------------------------------------------------ one pass over memory
 
 
-def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state):
+def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, stochastic):
     """out ← θ + a·m⊙z for each (out, a), z drawn once. Flat tensors; element i of θ is `index[i]`,
     or start + i where `index` is None. `mask(theta, index, state)` gives m."""
     if index is None:
         index = torch.arange(theta.numel(), device=theta.device) + start
-    m, z = mask(theta, index, state), normal(seed, stream, index)
+    m, words = mask(theta, index, state), random_words(seed, stream, index)
+    z = normal(*words)
     for out, a in zip(outs, coefficients, strict=True):
-        out.copy_(shifted(theta, a, m, z))
+        value = shifted(theta, a, m, z)
+        if stochastic and out.element_size() < 4:  # 32-bit weights hear every update
+            value = round_stochastically(value, out.dtype, *words)
+        out.copy_(value)  # rounds to nearest
 
 
 class Sweep:
@@ -177,15 +196,20 @@ class Sweep:
         return self.kernel is not None
 
     @torch.no_grad()
-    def __call__(self, outs, coefficients, theta, seed, stream, mask, state, index=None) -> None:
-        """Flat `outs` ← θ + a·m⊙z. Numbers (a, seed, stream) are 0-dim tensors on θ's device, so
-        that a new value never recompiles. `out` may be θ itself, the same object."""
+    def __call__(
+        self, outs, coefficients, theta, seed, stream, mask, state, index=None, stochastic=False
+    ) -> None:
+        """Flat `outs` ← θ + a·m⊙z, rounded to nearest in their dtype or stochastically. Numbers (a,
+        seed, stream) are 0-dim tensors on θ's device, so that a new value never recompiles. `out`
+        may be θ itself, the same object."""
         assert theta.numel() <= MAX_ELEMENTS, f"{theta.numel()} elements exceed the 32-bit counter"
         if self.kernel is not None:
             flat = theta.data  # without their bases, views of all kinds share one compilation
             flats = [flat if out is theta else out.data for out in outs]
             try:
-                return self.kernel(flats, coefficients, flat, index, 0, seed, stream, mask, state)
+                return self.kernel(
+                    flats, coefficients, flat, index, 0, seed, stream, mask, state, stochastic
+                )
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
@@ -204,5 +228,6 @@ class Sweep:
                 stream,
                 mask,
                 state,
+                stochastic,
             )
         return None

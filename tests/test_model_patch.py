@@ -421,7 +421,7 @@ def test_on_a_gpu_the_step_equals_the_literal_algorithm_1(dtype, compiled, rule)
     for sign in (+1, -1):
         for i, (p, old) in enumerate(zip(literal.parameters(), before, strict=True)):
             z = zo.gaussian(SEED, i, old.shape, device="cuda")
-            p.data = zo.shifted(old, sign * EPS, wanted[i], z)
+            p.data = zo.shifted(old, sign * EPS, wanted[i], z).to(dtype)
         with torch.no_grad():
             losses.append(loss_fn(literal(**inputs, use_cache=False).logits))
     assert plus.item() == pytest.approx(losses[0].item(), rel=1e-5)
@@ -429,7 +429,7 @@ def test_on_a_gpu_the_step_equals_the_literal_algorithm_1(dtype, compiled, rule)
     handle.update(SEED, 0.01)
     for i, (p, old) in enumerate(zip(model.parameters(), before, strict=True)):
         z = zo.gaussian(SEED, i, old.shape, device="cuda")
-        want = zo.shifted(old, 0.01, wanted[i], z)
+        want = zo.shifted(old, 0.01, wanted[i], z).to(dtype)
         assert torch.equal(p == old, want == old) or dtype != torch.float32
         torch.testing.assert_close(p.detach(), want, rtol=1e-2 if dtype != torch.float32 else 1e-5,
                                    atol=1e-5)  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import masks
 import zo
 
 seeds = st.integers(0, 2**48 - 1)
@@ -241,7 +242,7 @@ def test_the_eager_kernel_is_the_primitive_in_chunks(dtype):
     zo.Sweep()(outs, [torch.tensor(x) for x in a], **sweep_arguments(theta))
     z = zo.gaussian(zo.step_seed(3, 5), 9, theta.shape)
     for out, x in zip(outs, a, strict=True):
-        assert torch.equal(out, zo.shifted(theta, x, theta.abs() <= 0.5, z))
+        assert torch.equal(out, zo.shifted(theta, x, theta.abs() <= 0.5, z).to(theta.dtype))
 
 
 def test_the_compiled_kernel_is_the_eager_one():
@@ -280,3 +281,53 @@ def test_without_a_compiler_one_warning_then_eager(monkeypatch):
     eager = [torch.empty(10)]
     zo.Sweep()(eager, [torch.tensor(1.0)], **sweep_arguments(theta))
     assert torch.equal(out[0], eager[0]) and not kernel.compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [1.0001, -0.3, 3e-5, -7e-7, 0.0, 2.0, 1e4 + 0.3])
+def test_stochastic_rounding_is_unbiased(dtype, value):
+    """A value goes to one of its two neighbours in fp16 or bf16, and its mean is the value."""
+    n = 1 << 18
+    words = zo.random_words(zo.step_seed(1, 2), 3, torch.arange(n))
+    got = zo.round_stochastically(torch.full((n,), value), dtype, *words)
+    assert got.dtype == dtype
+    exact = torch.tensor(value, dtype=torch.float32)
+    near = exact.to(dtype)
+    found = set(got.unique().tolist())
+    toward = torch.tensor(float("inf") if near.float() < exact else -float("inf"), dtype=dtype)
+    neighbours = {near.item()} | (
+        {near.nextafter(toward).item()} if near.float() != exact else set()
+    )
+    assert found <= neighbours and (len(found) == 2 or near.float() == exact or value == -7e-7)
+    spread = max(neighbours) - min(neighbours)
+    assert abs(got.double().mean().item() - exact.item()) <= 5 * spread / 2 / n**0.5 + 1e-12
+
+
+def test_stochastic_rounding_does_not_see_the_noise():
+    """Whether a weight is rounded up is uncorrelated with its z, so the mean update stays a z."""
+    n = 1 << 20
+    words = zo.random_words(zo.step_seed(4, 2), 0, torch.arange(n))
+    z = zo.normal(*words)
+    up = zo.round_stochastically(torch.full((n,), 1 + 2**-9), torch.bfloat16, *words).float() - 1
+    assert up.unique().numel() == 2
+    for power in (1, 2, 3):
+        correlation = torch.corrcoef(torch.stack([up, z**power]))[0, 1].item()
+        assert abs(correlation) < 5 / n**0.5
+
+
+def test_a_small_update_arrives_on_average():
+    """bf16 weights of 1, updates of 1e-4: nearest loses all of them, stochastic none on average."""
+    theta, moved = torch.ones(1 << 17, dtype=torch.bfloat16), {}
+    for stochastic in (False, True):
+        weight, sweep, total = theta.clone(), zo.Sweep(), torch.zeros(1 << 17)
+        for step in range(100):
+            seed, a = torch.tensor(zo.step_seed(0, step)), torch.tensor(1e-4)
+            state = torch.empty(0)
+            sweep([weight], [a], weight, seed, torch.tensor(7), masks.Everything.mask, state,
+                  stochastic=stochastic)  # fmt: skip
+            total += 1e-4 * zo.gaussian(zo.step_seed(0, step), 7, (1 << 17,))
+        moved[stochastic] = (weight.float() - 1, total)
+    assert (moved[False][0] == 0).all()
+    got, want = moved[True]
+    slope = (got @ want / (want @ want)).item()
+    assert slope == pytest.approx(1, abs=0.1)

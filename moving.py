@@ -1,0 +1,107 @@
+"""The tensors that move: which they are, and what is known of each.
+
+    choose      all parameters, or those that `select` and `vectors` leave, under a rule: [S], MeZO
+    few         k places of certain matrices, named by an index: [Q], the sensitive weights
+
+Every moving tensor has a noise stream of its own, a number. Tied parameters are one tensor.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import masks
+import quant
+import zo
+
+VECTORS = ("masked", "free", "frozen")
+ROUNDING = ("nearest", "stochastic")
+
+
+@dataclass
+class Moving:
+    """One tensor that moves: its weight, its noise stream, its rule and what the rule keeps."""
+
+    name: str
+    weight: Tensor  # shares the parameter's memory; updates write through it
+    flat: Tensor  # the same, as one dimension
+    stream: Tensor  # 0-dim int64, on the weight's device
+    rule: masks.Rule
+    state: Tensor
+    size: int  # elements of the whole weight
+    active: int = -1  # how many elements are inside the mask; −1: not counted
+    used: bool = False  # has a probe gone through it?
+    index: Tensor | None = None  # of `flat` in the noise; None: all elements, in their order
+
+    def settle(self) -> None:
+        """Called when `flat` has changed, and after a probe."""
+
+
+@dataclass
+class Few(Moving):
+    """[Q]: the k places `index` of one matrix move; `flat` holds their values, in fp32.
+
+    An fp16 copy would lose most updates of size 1e-6. `weight` is the 16-bit matrix itself: at its
+    k places it is scratch, rewritten from `flat` whenever it is read. In 4 bits there is no such
+    matrix (None): the layer unpacks one.
+    """
+
+    layer: quant.DenseSparseLinear | None = None
+
+    def settle(self):
+        if self.weight is not None:
+            self.weight.view(-1)[self.index] = self.flat.to(self.weight.dtype)
+
+
+def choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
+    """{id(parameter): Moving} of the unique parameters that move, numbered in the model's order."""
+    if vectors not in VECTORS:
+        raise ValueError(f"vectors is {vectors!r}; it can be masked, free or frozen")
+    chosen, free = {}, masks.Everything()
+    for stream, (name, parameter) in enumerate(model.named_parameters()):
+        vector = parameter.dim() < 2
+        if not re.search(select, name) or (vector and vectors == "frozen"):
+            continue
+        assert stream < zo.MAX_STREAMS, f"parameter {stream} exceeds {zo.MAX_STREAMS} noise streams"
+        if not (parameter.is_floating_point() and parameter.is_contiguous()):
+            raise ValueError(
+                f"{name} ({parameter.dtype}) cannot move: only contiguous floating-point weights "
+                "can, so a quantised checkpoint must be loaded in 16 or 32 bits"
+            )
+        its, weight = (free if vector and vectors == "free" else rule), parameter.detach()
+        try:
+            state = its.prepare(weight, stream)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        number = torch.tensor(stream, device=weight.device)
+        flat = weight.view(-1)
+        chosen[id(parameter)] = Moving(name, weight, flat, number, its, state, flat.numel())
+    if not chosen:
+        raise ValueError(f"no parameter moves: none matches {select!r} with vectors={vectors!r}")
+    return chosen
+
+
+def few(model, index: dict[str, Tensor]) -> dict[int, Few]:
+    """{id(parameter or 4-bit layer): Few}; streams are numbered by name, alike in 16 and 4 bits."""
+    chosen, rule = {}, masks.Everything()
+    for number, (name, places) in enumerate(sorted(index.items())):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, quant.DenseSparseLinear):
+            key, weight, places, values = layer, None, layer.index, layer.values
+            size = layer.in_features * layer.out_features
+        else:
+            key, layer = model.get_parameter(name), None
+            weight, size = key.detach(), key.numel()
+            last = int(places[-1])
+            assert weight.is_contiguous() and last < size, f"{name}: place {last} of {size}"
+            places = places.to(weight.device, torch.int64)
+            values = weight.view(-1)[places].float()
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name}: the weight holds NaN or infinity")
+        stream, state = torch.tensor(number, device=values.device), rule.prepare(values, number)
+        chosen[id(key)] = Few(
+            name, weight, values, stream, rule, state, size, index=places, layer=layer
+        )
+    return chosen

@@ -1,0 +1,178 @@
+"""w = dense + sparse: the weights that stand still in 4 bits, the few that move beside them.
+
+    code       paper                        [Q] §3.5: fine-tune 0.1 %, quantise the rest
+    index      where m = 1, k places        positions in the flattened weight
+    values     w_sparse = m ⊙ w             fp32 masters, the only thing that training changes
+    dense      w_dense = (1 − m) ⊙ w        NF4 codes, two per byte, and a scale per block of 64
+
+The k sensitive values leave first: their places become 0, which NF4 represents exactly, so
+dense + sparse is w there bit for bit, and a large value no longer stretches its block's scale.
+
+NF4 (Dettmers et al., 2023) is a table of 16 levels, the quantiles of a normal distribution scaled
+to [−1, 1]; a block of 64 weights is divided by its largest magnitude and each goes to the nearest
+level. `nf4_encode` and `nf4_decode` say it in torch; bitsandbytes, which has kernels for CPU and
+CUDA, does the work, and a test holds the two equal.
+
+    bytes per weight                4-bit codes   scales   together   Llama-2-7B's 6.476e9 weights
+    fp32 scales                     0.5           1/16     0.5625     3.64 GB
+    double quantisation             0.5           1/64 ⁺   0.5157     3.34 GB
+    sparse part, density 0.001      8 bytes of index and 4 of value each: 0.08 GB
+
+(⁺ 8-bit scales, and one fp32 number for every 256 of them.)
+
+Deviation from [Q]: the paper quantises with SqueezeLLM, a 16-entry codebook per output row fitted
+by k-means weighted with squared gradients. NF4 needs no fitting and has kernels everywhere.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NF4 = (  # bitsandbytes' table; the middle of the two halves is an exact 0
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK = 64
+
+
+def nf4_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scales): of each weight the nearest level, of each block of 64 the largest |w|."""
+    blocks = weight.float().view(-1, BLOCK)
+    scales = blocks.abs().amax(dim=1, keepdim=True)
+    unit = blocks * torch.where(scales > 0, 1 / scales, 0)
+    levels = torch.tensor(NF4, device=weight.device)
+    codes = torch.bucketize(
+        unit, (levels[1:] + levels[:-1]) / 2
+    )  # between two levels: their middle
+    return codes.to(torch.uint8).flatten(), scales.flatten()
+
+
+def nf4_decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """The weights that codes and scales stand for, fp32 and flat."""
+    levels = torch.tensor(NF4, device=codes.device)
+    return (levels[codes.long()].view(-1, BLOCK) * scales[:, None]).flatten()
+
+
+class DenseSparseLinear(nn.Module):
+    """y = (dense + sparse) x + b, dense in 4 bits: stands where an nn.Linear stood.
+
+    `dense` unpacks the whole matrix, with zeros where the sparse values belong; `weight` puts them
+    there. Both are made for one forward and dropped: in memory stay codes, scales, index, values.
+    """
+
+    def __init__(self, weight: Tensor, index: Tensor, bias=None, double_quant: bool = False):
+        """`weight` (out, in) in the compute dtype is read, not kept; `index`: sorted places."""
+        from bitsandbytes.functional import quantize_4bit  # two seconds, and only [Q] needs it
+
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        if weight.numel() % BLOCK:
+            raise ValueError(f"{tuple(weight.shape)} weights do not fill blocks of {BLOCK}")
+        self.bias = bias
+        index = index.to(weight.device, torch.int64)
+        dense = weight.detach().reshape(-1).clone()
+        self.index, self.values = index, dense[index].float()  # plain attributes: buffers would be
+        dense[index] = 0  # replaced by empty ones when transformers finishes loading
+        self.codes, self.state = quantize_4bit(
+            dense.view(
+                -1, BLOCK
+            ),  # a row per block: bitsandbytes 0.50's CPU kernel unpacks wrongly
+            blocksize=BLOCK,  # where blocks straddle the rows
+            compress_statistics=double_quant,
+            quant_type="nf4",
+        )
+        self._is_hf_initialized = True  # transformers must not draw it anew after loading
+
+    def dense(self) -> Tensor:
+        """w_dense, (out, in) in the compute dtype; fresh memory, so the caller may write to it."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.codes, self.state).view(self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """w = dense + sparse, (out, in); inside a probe what model_patch.py put in its place."""
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = self.dense()
+            weight.view(-1)[self.index] = self.values.to(weight.dtype)
+        return weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+    def stored_bytes(self) -> int:
+        """What stays in memory for this matrix, the bias aside."""
+        state = self.state
+        kept = [self.codes, self.index, self.values, state.absmax]
+        kept += [state.state2.absmax] if state.nested else []
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, NF4 + {self.index.numel()} values"
+
+
+def quantise(model: nn.Module, name: str, weight: Tensor, index: Tensor, double_quant: bool):
+    """Put a DenseSparseLinear in the place of the nn.Linear whose weight is called `name`."""
+    path = name.removesuffix(".weight")
+    parent, _, child = path.rpartition(".")
+    linear = model.get_submodule(path)
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"{path} is a {type(linear).__name__}; only nn.Linear goes into 4 bits")
+    packed = DenseSparseLinear(weight, index, linear.bias, double_quant)
+    setattr(model.get_submodule(parent), child, packed)
+
+
+def loading_config(index: dict[str, Tensor], double_quant: bool = False):
+    """For from_pretrained(quantization_config=…): quantise each matrix of `index` as it is read.
+
+    One 16-bit matrix is in memory at a time, so a 7B model loads in 4 GB. This is transformers' own
+    way in for quantisers (`register_quantizer`): sharded files, renamed keys and ties stay its job.
+    """
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers import (
+        HfQuantizer,
+        register_quantization_config,
+        register_quantizer,
+    )
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if "senszoq" not in AUTO_QUANTIZER_MAPPING:
+
+        class Quantise(ConversionOps):
+            def __init__(self, config):
+                self.config = config
+
+            def convert(self, input_dict, full_layer_name, model, missing_keys, **_):
+                """One weight as it was read, {name: [tensor]}; nothing is left to be set."""
+                (weight,) = input_dict.values()
+                weight = weight[0] if isinstance(weight, list) else weight
+                places = self.config.index[full_layer_name]
+                quantise(model, full_layer_name, weight, places, self.config.double_quant)
+                missing_keys.discard(full_layer_name)
+                return {}
+
+        @register_quantizer("senszoq")
+        class SensZOQQuantizer(HfQuantizer):
+            is_trainable = False
+
+            def is_serializable(self):
+                return False
+
+            def param_needs_quantization(self, model, param_name, **_):
+                return param_name in self.quantization_config.index
+
+            def get_quantize_ops(self):
+                return Quantise(self.quantization_config)
+
+        @register_quantization_config("senszoq")
+        class SensZOQConfig(QuantizationConfigMixin):
+            def __init__(self, index, double_quant):
+                self.quant_method, self.index, self.double_quant = "senszoq", index, double_quant
+
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return AUTO_QUANTIZATION_CONFIG_MAPPING["senszoq"](index, double_quant)
