@@ -2,31 +2,39 @@
 
 The figure is R = time of one training step ÷ time of two plain forward passes of the same model on
 the same batch, both measured in this process, in turn. 1 is the floor for 16- and 32-bit weights:
-the two losses need two forward passes. Published: MeZO 3.3, Sparse-MeZO in place 4.35 (GRZO's
+the two losses need two forward passes. A 4-bit model unpacks its weights in every forward, so there
+one unpacking for both probes goes below 1. Published: MeZO 3.3, Sparse-MeZO in place 4.35 (GRZO's
 profile of Llama-3-8B on A100s). Weights are random: time and memory do not depend on their values.
 
-    row                   one step is
-    two forwards          L(θ; B) twice, no noise: the unit
-    MeZO, in place        Algorithm 1 with torch.randn as MeZO runs it: draw, add; four sweeps
-    S-MeZO, in place      the same with a stored boolean mask, [S]'s vanilla implementation
-    mezo … r-mezo         model_patch.py, §3.3: mask and noise inside forward, both probes at once
+    row                     one step is
+    two forwards            L(θ; B) twice, no noise: the unit
+    MeZO, in place          Algorithm 1 with torch.randn as MeZO runs it: draw, add; four sweeps
+    S-MeZO, in place        the same with a stored boolean mask, [S]'s vanilla implementation
+    mezo … sensitive        model_patch.py: mask and noise inside forward, both probes at once
+    4 bits: two forwards    the unit of the next row: the model with its linears in NF4
+    4 bits: senszoq         [Q]: 0.1 % moves, at random places
+    LoRA, Adam              first order, for comparison: loss.backward() on the same batch
 
-Memory is the peak above the weights during the row (GPU: the allocator's; CPU: resident memory).
-The parts below the table show where the time beyond R = 1 goes.
+Memory is the peak during the row, all of it (GPU: the allocator's; CPU: resident memory above the
+interpreter's own), also as a multiple of the 16- or 32-bit weights. "counted" adds up the tensors
+that must be there: weights, and the two perturbed copies of the largest one or the unpacked one.
 """
 
 import argparse
 import json
 import statistics
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import loading
 import masks
+import quant
 import zo
-from model_patch import patch
+from model_patch import Patch
 from record import machine
 
 SHAPES = {  # name: (model type, what makes its shape)
@@ -37,11 +45,18 @@ SHAPES = {  # name: (model type, what makes its shape)
     "13b": ("llama", dict(hidden_size=5120, intermediate_size=13824, layers=40, heads=40)),
     "30b": ("llama", dict(hidden_size=6656, intermediate_size=17920, layers=60, heads=52)),
     "opt-13b": ("opt", dict(hidden_size=5120, intermediate_size=20480, layers=40, heads=40)),
+    "opt-30b": ("opt", dict(hidden_size=7168, intermediate_size=28672, layers=48, heads=56)),
+    "opt-66b": ("opt", dict(hidden_size=9216, intermediate_size=36864, layers=64, heads=72)),
 }
+LR, EPS, DENSITY, SENSITIVE = 1e-6, 1e-3, 0.25, 0.001
 
 
-def build(shape: str, dtype: torch.dtype, device: str):
-    """A causal LM of this shape with random weights, made once, where and as it is needed."""
+def build(shape: str, dtype: torch.dtype, device: str, four_bits: bool = False):
+    """A causal LM of this shape with random weights, made once, where and as it is needed.
+
+    four_bits: one matrix after the other is drawn in `dtype`, quantised and dropped.
+    """
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -58,39 +73,210 @@ def build(shape: str, dtype: torch.dtype, device: str):
         vocab_size=size.get("vocab", 50272 if kind == "opt" else 32000),
         max_position_embeddings=2048,
     )
-    with torch.device(device), no_init_weights():
+    with torch.device(device), init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def draw(like):
+        drawn = torch.empty(like.shape, dtype=dtype, device=device)
+        return drawn.normal_(0, 0.02) if like.dim() > 1 else drawn.fill_(0.5)
+
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(0.5)
+        if four_bits:
+            for number, (name, parameter) in enumerate(masks.decoder_linears(model).items()):
+                weight = draw(parameter)
+                quant.quantise(model, name, weight, places(weight, number), double_quant=True)
+        drawn = {}  # tied weights once
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    if parameter not in drawn:
+                        drawn[parameter] = nn.Parameter(draw(parameter))
+                    module._parameters[name] = drawn[parameter]
     return model.eval()
 
 
-def in_place_step(model, loss, seed: int, masks_by_name: dict, lr=1e-6, eps=1e-3) -> None:
+def places(weight: torch.Tensor, number: int) -> torch.Tensor:
+    """A random 0.1 % of one matrix, for rows whose time does not depend on which."""
+    k = round(SENSITIVE * weight.numel())
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(weight.numel(), (k,), generator=generator).unique()
+
+
+# ------------------------------------------------------------------ rows
+
+
+class World:
+    """A model, a batch and the loss on it: what every row's step is made of."""
+
+    def __init__(self, args, four_bits: bool):
+        dtype = getattr(torch, args.dtype)
+        self.model = build(args.shape, dtype, args.device, four_bits)
+        size = (args.batch, args.tokens)
+        ids = torch.randint(3, self.model.config.vocab_size, size, device=args.device)
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.inputs["logits_to_keep"] = 1
+        self.compiled = args.compile
+
+    @staticmethod
+    def loss_of(logits):
+        return -torch.log_softmax(logits[:, -1].float(), -1)[:, 5].mean()
+
+    def loss(self):
+        return self.loss_of(self.model(**self.inputs, use_cache=False).logits)
+
+    def two_forwards(self, number=0):
+        with torch.no_grad():
+            self.loss(), self.loss()
+
+
+@contextmanager
+def two_forwards(world: World):
+    """The unit against itself: its spread is the measurement's."""
+    yield world.two_forwards
+
+
+def in_place(masked: bool):
     """Algorithm 1 as MeZO's trainer runs it: reseed, draw z, rewrite θ; four times per step."""
 
-    def perturb(a: float) -> None:
-        torch.manual_seed(seed)
-        for name, p in model.named_parameters():
-            z = torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
-            p.data = p.data + a * (z * masks_by_name[name] if masks_by_name else z)
+    @contextmanager
+    def row(world: World):
+        stored = {}
+        if masked:
+            for name, p in world.model.named_parameters():
+                stored[name] = masks.get_mask(p, masks.threshold(p, DENSITY))
 
-    perturb(eps)
-    loss_plus = loss()
-    perturb(-2 * eps)
-    loss_minus = loss()
-    perturb(eps)
-    perturb(-lr * float(zo.projected_grad(loss_plus, loss_minus, eps)))
+        def perturb(seed: int, a: float) -> None:
+            torch.manual_seed(seed)
+            for name, p in world.model.named_parameters():
+                z = torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
+                p.data = p.data + a * (z * stored[name] if masked else z)
+
+        @torch.no_grad()
+        def step(number: int) -> None:
+            perturb(number, EPS)
+            loss_plus = world.loss()
+            perturb(number, -2 * EPS)
+            loss_minus = world.loss()
+            perturb(number, EPS)
+            perturb(number, -LR * float(zo.projected_grad(loss_plus, loss_minus, EPS)))
+
+        yield step
+
+    return row
+
+
+def ours(rule: masks.Rule, few: bool = False):
+    """One step through model_patch.py; `few`: [Q], at 0.1 % of each block's matrices."""
+
+    @contextmanager
+    def row(world: World):
+        index = None
+        if few:
+            weights = masks.decoder_linears(world.model) if not packed(world.model) else {}
+            index = {name: places(w, i) for i, (name, w) in enumerate(weights.items())}
+            index |= {f"{name}.weight": m.index for name, m in packed(world.model)}
+        handle = Patch(world.model, rule, eps=EPS, index=index, compiled=world.compiled)
+
+        def step(number: int) -> None:
+            seed = zo.step_seed(0, number)
+            plus, minus = handle.losses(world.inputs, world.loss_of, seed)
+            handle.update(seed, -LR * zo.projected_grad(plus, minus, EPS).item())
+
+        step.handle = handle
+        yield step
+        handle.remove()
+
+    return row
+
+
+def packed(model) -> list:
+    """(name, layer) of the layers in 4 bits."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, quant.DenseSparseLinear)]
+
+
+@contextmanager
+def adam(world: World):
+    """First order: every weight, loss.backward(), torch's Adam."""
+    for p in world.model.parameters():
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(world.model.parameters(), lr=LR)
+    yield lambda number: (optimizer.zero_grad(), world.loss().backward(), optimizer.step())
+    world.model.zero_grad()
+    for p in world.model.parameters():
+        p.requires_grad_(False)
+
+
+@contextmanager
+def lora(world: World, rank: int = 8):
+    """First order: adapters of rank 8 on q_proj and v_proj, W x + B A x; Adam on A and B."""
+    hooks, adapters = [], []
+    for name, module in world.model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            like = dict(dtype=module.weight.dtype, device=module.weight.device)
+            a = nn.Parameter(torch.randn(rank, module.in_features, **like) * 0.01)
+            b = nn.Parameter(torch.zeros(module.out_features, rank, **like))
+            adapters += [a, b]
+            hooks.append(
+                module.register_forward_hook(
+                    lambda _, args, out, a=a, b=b: out + (args[0] @ a.T) @ b.T
+                )
+            )
+    optimizer = torch.optim.Adam(adapters, lr=LR)
+    yield lambda number: (optimizer.zero_grad(), world.loss().backward(), optimizer.step())
+    for hook in hooks:
+        hook.remove()
+
+
+ROWS = {  # name: (is the model in 4 bits, the row)
+    "two forwards": (False, two_forwards),
+    "MeZO, in place": (False, in_place(masked=False)),
+    "S-MeZO, in place": (False, in_place(masked=True)),
+    "mezo": (False, ours(masks.Everything())),
+    "s-mezo": (False, ours(masks.SmallWeights(DENSITY))),
+    "s-mezo, constant mask": (False, ours(masks.ConstantMask(DENSITY))),
+    "s-mezo, packed mask": (False, ours(masks.PackedMask(DENSITY))),
+    "r-mezo": (False, ours(masks.RandomMask(DENSITY))),
+    "sensitive": (False, ours(masks.Everything(), few=True)),
+    "LoRA": (False, lora),
+    "Adam": (False, adam),
+    "4 bits: two forwards": (True, two_forwards),
+    "4 bits: senszoq": (True, ours(masks.Everything(), few=True)),
+}
+
+
+def counted(name: str, model, args) -> int | None:
+    """Bytes of the tensors that the row must hold, activations aside; None where not counted."""
+    size = torch.finfo(getattr(torch, args.dtype)).bits // 8
+    weights = {p: p.numel() * p.element_size() for p in model.parameters()}
+    layers = packed(model)
+    total = sum(weights.values()) + sum(layer.stored_bytes() for _, layer in layers)
+    largest = max(weights.values())
+    unpacked = max((m.in_features * m.out_features * size for _, m in layers), default=0)
+    elements = sum(p.numel() for p in model.parameters())
+    extra = {
+        "mezo": 2 * largest,
+        "s-mezo": 2 * largest,
+        "s-mezo, constant mask": 2 * largest + elements,
+        "s-mezo, packed mask": 2 * largest + elements // 8,
+        "r-mezo": 2 * largest,
+        "sensitive": round(12 * SENSITIVE * elements),
+        "4 bits: two forwards": unpacked,
+        "4 bits: senszoq": unpacked,
+        "two forwards": 0,
+    }.get(name)
+    return None if extra is None else total + extra
+
+
+# ------------------------------------------------------------------ measuring
 
 
 class Peak:
-    """Peak memory since `reset`, in bytes."""
+    """Peak memory since `reset`, in bytes above what there was when this was made."""
 
     def __init__(self, device: str):
-        self.gpu = device.startswith("cuda")
-        self.before = 0  # the interpreter and its libraries: not the model's doing
+        self.gpu, self.before = device.startswith("cuda"), 0
         self.reset()
-        self.before = self.read()
+        self.before = self.read()  # the interpreter and its libraries: not the model's doing
 
     def reset(self) -> None:
         if self.gpu:
@@ -116,100 +302,48 @@ def timed(function, device: str) -> float:
     return time.perf_counter() - began
 
 
-@torch.no_grad()
-def bench(args) -> dict:
-    """All rows, measured in turn with the unit; returns what goes into the JSON."""
-    device, dtype = args.device, getattr(torch, args.dtype)
-    peak = Peak(device)
-    model = build(args.shape, dtype, device)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    largest = max(p.numel() * p.element_size() for p in model.parameters())
-    ids = torch.randint(3, model.config.vocab_size, (args.batch, args.tokens), device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1}
-    loss_fn = lambda logits: -torch.log_softmax(logits[:, -1].float(), -1)[:, 5].mean()  # noqa: E731
-    loss = lambda: loss_fn(model(**inputs, use_cache=False).logits)  # noqa: E731
-    stored = {}  # filled for its own row alone
-
-    def ours(rule):
-        handle = None
-
-        def prepare():
-            nonlocal handle
-            handle = patch(model, rule, compiled=args.compile)
-
-        def step(number):
-            seed = zo.step_seed(0, number)
-            plus, minus = handle.losses(inputs, loss_fn, seed)
-            handle.update(seed, -1e-6 * zo.projected_grad(plus, minus, 1e-3).item())
-
-        return prepare, step, lambda: handle.remove()
-
-    def store():
-        for name, p in model.named_parameters():
-            stored[name] = masks.get_mask(p, masks.threshold(p, 0.25))
-
-    nothing = lambda: None  # noqa: E731
-    rows = {
-        "two forwards": (nothing, lambda n: (loss(), loss()), nothing),
-        "MeZO, in place": (nothing, lambda n: in_place_step(model, loss, n, {}), nothing),
-        "S-MeZO, in place": (store, lambda n: in_place_step(model, loss, n, stored), stored.clear),
-        "mezo": ours(masks.Everything()),
-        "s-mezo": ours(masks.SmallWeights(0.25)),
-        "s-mezo, constant mask": ours(masks.ConstantMask(0.25)),
-        "s-mezo, packed mask": ours(masks.PackedMask(0.25)),
-        "r-mezo": ours(masks.RandomMask(0.25)),
-    }
-    rows = {name: row for name, row in rows.items() if not args.rows or name in args.rows}
-    found = {}
-    plain = rows.get("two forwards", (nothing, lambda n: (loss(), loss()), nothing))[1]
-    for name, (prepare, step, finish) in rows.items():
-        prepare()
-        timed(lambda: step(0), device)  # compiles, allocates  # noqa: B023
-        peak.reset()
+def measure(name: str, row, world: World, peak: Peak, args) -> dict:
+    """One row, its steps in turn with two plain forwards of the same model."""
+    with row(world) as step:
+        timed(lambda: step(0), args.device)  # compiles, allocates
+        timed(world.two_forwards, args.device)
         ratios, seconds = [], []
         for number in range(1, args.rounds + 1):
-            unit = timed(lambda: plain(0), device)
-            seconds.append(timed(lambda: step(number), device))  # noqa: B023
+            unit = timed(world.two_forwards, args.device)
+            seconds.append(timed(lambda n=number: step(n), args.device))
             ratios.append(seconds[-1] / unit)
         peak.reset()
         step(args.rounds + 1)
-        found[name] = {
+        found = {
             "R": statistics.median(ratios),
             "R_min": min(ratios),
             "R_max": max(ratios),
             "seconds": statistics.median(seconds),
-            "peak_above_weights_bytes": peak.read() - weights,
+            "peak_bytes": peak.read(),
+            "counted_bytes": counted(name, world.model, args),
         }
-        finish()
-        torch.compiler.reset()  # each row compiles for itself
-        show(name, found[name])
-    return {
-        "shape": args.shape,
-        "weights": sum(p.numel() for p in model.parameters()),
-        "weights_bytes": weights,
-        "largest_weight_bytes": largest,
-        "batch": args.batch,
-        "tokens": args.tokens,
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "rows": found,
-        "parts": parts(model, inputs, args) if "s-mezo" in rows else {},
-        "machine": machine(torch.device(device)),
-    }
+        if name == "s-mezo":
+            found["parts"] = parts(world, step.handle, args)
+    torch.compiler.reset()  # each row compiles for itself
+    show(name, found)
+    return found
 
 
 def show(name: str, row: dict) -> None:
     spread = f"({row['R_min']:.2f} – {row['R_max']:.2f})"
-    above = row["peak_above_weights_bytes"] / 2**20
-    print(f"{name:<24} R {row['R']:5.2f} {spread:<15} {row['seconds']:8.3f} s {above:7.0f} MiB")
+    line = f"{name:<24} R {row['R']:5.2f} {spread:<15} {row['seconds']:9.4f} s"
+    line += f"  peak {row['peak_bytes'] / 1e9:7.3f} GB"
+    if row["counted_bytes"] is not None:
+        line += f", counted {row['counted_bytes'] / 1e9:7.3f}"
+    print(line, flush=True)
 
 
 @torch.no_grad()
-def parts(model, inputs: dict, args) -> dict:
+def parts(world: World, handle: Patch, args) -> dict:
     """Where a step of s-mezo spends its time, each part over two plain forwards; medians."""
-    device = args.device
-    handle = patch(model, masks.SmallWeights(0.25), compiled=args.compile)
-    twice = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    twice = {
+        k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in world.inputs.items()
+    }
     seed = zo.step_seed(1, 1)
 
     def perturb():
@@ -218,21 +352,26 @@ def parts(model, inputs: dict, args) -> dict:
                 with handle._perturbed({"weight": p}, (+1, -1)):
                     pass
 
+    def doubled():
+        with handle._open(seed):
+            handle._seed, kept = None, handle._seed  # the wrappers step aside
+            world.model(**twice, use_cache=False)
+            handle._seed = kept
+
     measured = {
-        "two forwards": lambda: [model(**inputs, use_cache=False) for _ in range(2)],
-        "one forward of the doubled batch": lambda: model(**twice, use_cache=False),
+        "two forwards": world.two_forwards,
+        "one forward of the doubled batch": doubled,
         "noise, mask and both perturbed copies": perturb,
         "update": lambda: handle.update(seed, 1e-9),
     }
     times = {name: [] for name in measured}
     for _ in range(args.rounds + 1):
         for name, function in measured.items():
-            times[name].append(timed(function, device))
-    handle.remove()
+            times[name].append(timed(function, args.device))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     unit = medians.pop("two forwards")
     for name, seconds in medians.items():
-        print(f"  of which {name:<40} {seconds / unit:5.2f}  {seconds:8.3f} s")
+        print(f"  of which {name:<40} {seconds / unit:5.2f}  {seconds:9.4f} s")
     return {name: seconds / unit for name, seconds in medians.items()}
 
 
@@ -244,7 +383,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=loading.DTYPES[1:], default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=7, help="measured steps per row (default 7)")
-    parser.add_argument("--rows", nargs="*", help="only these rows")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args()
@@ -254,7 +393,26 @@ def main() -> None:
         raise SystemExit(loading.fail("bench.py", error)) from None
     torch.manual_seed(0)
     print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}")
-    found = bench(args)
+    kept = ("shape", "batch", "tokens", "dtype", "rounds")
+    found: dict = {name: getattr(args, name) for name in kept} | {"rows": {}}
+    for four_bits in (False, True):
+        names = [name for name in args.rows if ROWS[name][0] == four_bits]
+        if not names:
+            continue
+        peak, world = Peak(args.device), World(args, four_bits)
+        weights = list(world.model.parameters())
+        elements = sum(p.numel() for p in weights)
+        elements += sum(m.in_features * m.out_features for _, m in packed(world.model))
+        found |= {"weights": elements, "weights_bytes": elements * weights[0].element_size()}
+        for name in names:
+            try:
+                found["rows"][name] = measure(name, ROWS[name][1], world, peak, args)
+            except torch.OutOfMemoryError:
+                print(f"{name:<24} does not fit")
+        del world, weights
+        if args.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    found["machine"] = machine(torch.device(args.device))
     print(json.dumps(found["machine"]))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
