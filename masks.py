@@ -1,10 +1,11 @@
-"""Which weights move: Algorithm 3, the thresholds, and the rules made of them.
+"""Which weights move: Algorithm 3, thresholds, and the rules made of them.
 
     code        paper
     density     share of the weights that move: 1 − [S]'s "sparsity"; [Q]'s 0.1 % is 0.001
     threshold   h_i, one per tensor, from a percentile of |θ_i|, once before training
     get_mask    m = GetMask(θ, h), Algorithm 3
     rule        one answer to "which weights move", the only thing that tells the methods apart
+    index       [Q]'s m: per matrix, the places of the weights that move (sensitivity.py)
 
 [S]'s appendix reads the other way round in one sentence ("with 80 % sparsity … the 80th
 percentile"); its ablation (smallest quarter 82.7 on RTE, everything 71.7) and the authors' replies
@@ -30,34 +31,51 @@ lines cost. A rule of your own is these few lines:
     PackedMask         the same, packed: [S] §3.3                    one bit per weight
     RandomMask         regenerated from a seed: R-MeZO               nothing
 
+[Q]'s mask is not a rule but an index, computed once and kept as a file, for any number of runs:
+
+    python masks.py --model M --text FILE --density 0.001 --out mask.safetensors
+    python masks.py --model M --task rte --out mask.safetensors      the task's own loss instead
+
 Deviations from [S]. Algorithm 3 prints θ ≤ h; without the absolute value it would select 62.5 % of
 the weights where 25 % are meant, so `get_mask` compares |θ|. "Layer" is read as one parameter
 tensor.
 """
 
+import argparse
+import hashlib
+import inspect
+import os
+from functools import partial
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import zo
+from sensitivity import (
+    STATISTICS,
+    decoder_linears,
+    how_many,
+    identity,
+    kth_smallest,
+    largest,
+    random_index,
+    save_mask,
+    sensitive_index,
+    smallest,
+)
+from tasks import UserError
 
 
 def threshold(weight: Tensor, density: float) -> Tensor:
     """h: the k-th smallest |w|, k = round(density · numel), at least 1; 0-dim, the weight's dtype.
 
     [S] §3.2 and appendix C.2. |w| ≤ h holds for exactly k elements, more only where values tie with
-    h. `torch.quantile` refuses more than 2²⁴ elements; on the CPU numpy's partition needs one copy
-    of the weight and a sixth of `kthvalue`'s time. Raises ValueError where the weight is not
-    finite.
+    h. Needs one copy of the weight.
     """
     magnitude = weight.detach().abs().flatten()
-    k = max(1, round(density * magnitude.numel()))
-    if not torch.isfinite(magnitude.max()):
-        raise ValueError("the weight holds NaN or infinity, so it has no threshold")
-    if magnitude.is_cuda:
-        return magnitude.kthvalue(k).values
-    values = magnitude.float().numpy() if magnitude.element_size() < 4 else magnitude.numpy()
-    values.partition(k - 1)  # in place, on our copy
-    return torch.tensor(values[k - 1]).to(weight.dtype)
+    return kth_smallest(magnitude, max(1, round(density * magnitude.numel())))
 
 
 def get_mask(theta: Tensor, h: Tensor) -> Tensor:
@@ -182,6 +200,7 @@ def active_count(rule: Rule, flat: Tensor, state: Tensor) -> int:
 
 METHODS = ("s-mezo", "mezo", "r-mezo")
 KEPT = ("dynamic", "constant", "packed")
+KINDS = ("sensitive", "random", "largest", "smallest")  # of [Q]'s masks, all of one size
 
 
 def make_rule(method: str, density: float, *, kept="dynamic", refresh_every=0, seed=0) -> Rule:
@@ -193,3 +212,133 @@ def make_rule(method: str, density: float, *, kept="dynamic", refresh_every=0, s
     if kept == "dynamic":
         return SmallWeights(density, refresh_every)
     return {"constant": ConstantMask, "packed": PackedMask}[kept](density)
+
+
+# ------------------------------------------------------------------ making [Q]'s mask
+
+
+def text_losses(windows: Tensor) -> list:
+    """Per row of [samples, length] token ids, the language-model loss."""
+
+    def loss(ids, model):
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        return F.cross_entropy(logits[:-1].float(), ids[1:])
+
+    return [partial(loss, row) for row in windows]
+
+
+def task_losses(tokenizer, examples, classification: bool, max_length: int = 2048) -> list:
+    """Per example, the loss that train.py would train it with."""
+    import scoring
+
+    def loss(example, model):
+        batch = scoring.collate(
+            tokenizer,
+            [example],
+            score="all" if classification else "right",
+            max_length=max_length,
+            device=model.device,
+        )
+        wanted = batch.inputs() | {"logits_to_keep": batch.keep}
+        known = inspect.signature(model.forward).parameters
+        inputs = {name: value for name, value in wanted.items() if name in known}
+        logits = model(**inputs, use_cache=False).logits
+        return (scoring.classification_loss if classification else scoring.lm_loss)(logits, batch)
+
+    return [partial(loss, example) for example in examples]
+
+
+def compute(args) -> tuple[dict[str, Tensor], dict]:
+    """(index, provenance) for the command line's settings; bad ones fail before a model loads."""
+    import transformers
+    from tqdm import tqdm
+
+    import loading
+
+    for name, least in (("samples", 1), ("length", 2), ("groups", 1), ("seed", 0)):
+        if not least <= getattr(args, name) < zo.MAX_RUN_SEED:
+            raise UserError(f"--{name} {getattr(args, name)}: at least {least}, less than 2^24")
+    if bool(args.text) + bool(args.task) + (args.kind != "sensitive") > 1:
+        raise UserError("give one of --text, --task and --kind random, largest or smallest")
+    folder = Path(args.out).absolute().parent
+    if not os.access(folder, os.W_OK) or Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: the name of a file in a folder that can be written to")
+    settings = loading.Settings(model=args.model, task=args.task, data_dir=args.data_dir)
+    if args.task:
+        loading.check(settings)
+    device, trust = loading.choose_device(args.device), args.trust_remote_code
+    tokenizer, config = loading.load_tokenizer(args.model, trust)
+    scores_on = args.scores_device and loading.choose_device(args.scores_device)
+    how_many(decoder_linears(loading.skeleton(config, trust)), args.density)
+    made = {"model": args.model, "kind": args.kind, "density": args.density, "seed": args.seed}
+    length, longest = (loading.usable_length(n, config) for n in (args.length, 2048))
+    losses = []
+    if args.task:
+        data = loading.load_data(settings)
+        examples = data.train[: args.samples]
+        losses = task_losses(tokenizer, examples, data.classification, longest)
+        made |= {"source": f"{args.task}, {data.source}", "data": data.fingerprint}
+    elif args.kind == "sensitive":
+        tiny = args.model == loading.Settings.model  # it brings a text of its own
+        text = args.text or (loading.locate("tiny/data/c4.jsonl") if tiny else None)
+        texts = loading.read_texts(text)
+        windows = loading.text_windows(tokenizer, texts, args.samples, length, args.seed)
+        losses = text_losses(windows)
+        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+        made |= {"source": text or loading.C4, "length": length, "data": digest}
+    dtype = args.dtype
+    if dtype == "auto" and device != "cpu" and losses:
+        dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
+    model = loading.load_model(args.model, dtype, device, trust)
+    weights = decoder_linears(model)
+    if args.kind == "sensitive":
+        made |= {"statistic": args.statistic, "samples": len(losses)}
+        how = {"statistic": args.statistic, "groups": args.groups, "device": scores_on}
+        bar = partial(tqdm, desc="scoring", unit=" samples")
+        index = sensitive_index(model, losses, args.density, progress=bar, **how)
+    elif args.kind == "random":
+        index = random_index(weights, args.density, args.seed)
+    else:
+        index = {"largest": largest, "smallest": smallest}[args.kind](weights, args.density)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    made |= {"dtype": str(model.dtype).removeprefix("torch."), **versions}
+    return index, made | {"matrices": identity(weights)}
+
+
+def main(argv=None) -> None:
+    import loading
+
+    parser = argparse.ArgumentParser(description="Compute a mask of [Q] and write it to a file.")
+    add = parser.add_argument
+    add("--model", default=loading.Settings.model, help="hub name or local folder")
+    add("--out", required=True, help="file to write, such as mask.safetensors")
+    add("--text", help='.txt, or .jsonl of {"text": …}; without it C4, streamed from the hub')
+    add("--task", help="instead of text: the training loss of this task")
+    add("--data-dir", help="folder with the task's official files")
+    add("--kind", choices=KINDS, default="sensitive", help="the others are for comparison")
+    add("--statistic", choices=STATISTICS, default=STATISTICS[0])
+    add("--density", type=float, default=0.001, help="share of each matrix (default 0.001)")
+    add("--samples", type=int, default=100, help="texts or examples (default 100)")
+    add("--length", type=int, default=512, help="tokens of a text (default 512)")
+    add("--seed", type=int, default=0, help="of the texts drawn and of --kind random")
+    add("--groups", type=int, default=1, help="score 1/n of the matrices at a time, in n passes")
+    add("--scores-device", help="where scores are kept, such as cpu; default the model's device")
+    add("--dtype", choices=loading.DTYPES, default="auto", help="auto: bfloat16, on a CPU float32")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    add("--trust-remote-code", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        index, provenance = compute(args)
+        save_mask(args.out, index, provenance)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        raise SystemExit(loading.fail("masks.py", error)) from None
+    except KeyboardInterrupt:
+        print("\nmasks.py: stopped; nothing was written")
+        raise SystemExit(130) from None
+    chosen = sum(map(len, index.values()))
+    print(f"{args.out}: {chosen:,} weights of {len(index)} matrices, {args.kind}")
+
+
+if __name__ == "__main__":
+    main()

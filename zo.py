@@ -27,8 +27,8 @@ global generator is never touched; and a log of (seed, a) pairs replays a run an
 The counter is 64 bits and the key 32. They are divided so that no two draws ever share an input:
 
     word           bits     holds
-    counter 0      32       element: index in the flattened tensor
-    counter 1      16 + 16  seed's upper bits, stream: which tensor
+    counter 0      16 + 16  seed's upper bits, stream: which tensor
+    counter 1      32       which draw; one serves two elements of the flattened tensor
     key            32       seed's lower bits
 
 and a step's 48-bit seed is 24 bits of run seed and 24 bits of step (`step_seed`).
@@ -47,17 +47,19 @@ from torch import Tensor
 MULTIPLIER, WEYL, WORD = 0xD256D193, 0x9E3779B9, 0xFFFFFFFF  # Philox-2x32's constants; 32 ones
 MAX_RUN_SEED, MAX_STEP = 1 << 24, 1 << 24
 MAX_ELEMENTS, MAX_STREAMS = 1 << 32, 1 << 15  # the upper half of the streams is for masks
+PAIR = 64  # two elements this far apart share one draw of two words
 
 
-def philox(counter0: Tensor, counter1, key):
+def philox(counter0, counter1: Tensor, key):
     """Philox-2x32-10: 64 counter bits and 32 key bits to 64 random bits, as two words.
 
-    Words are non-negative int64 below 2³²; a 64-bit product wraps, and its two halves are still
-    exact.
+    Words are non-negative int64 below 2³². The product c·M of two of them would overflow int64,
+    which C++ leaves undefined (and gcc did break); c·(M − 2³²) + c·2³² is the same and never does.
     """
     for _ in range(10):
-        product = counter0 * MULTIPLIER
-        counter0, counter1 = (product >> 32 & WORD) ^ key ^ counter1, product & WORD
+        product = counter0 * (MULTIPLIER - (1 << 32))
+        high, low = (product >> 32) + counter0 & WORD, product & WORD
+        counter0, counter1 = high ^ key ^ counter1, low
         key = (key + WEYL) & WORD
     return counter0, counter1
 
@@ -66,15 +68,26 @@ def random_words(seed, stream, index: Tensor):
     """Two random 32-bit words for each element `index` (int64) of tensor `stream` under `seed`.
 
     `seed` (48 bits) and `stream` (16 bits) are ints, or 0-dim int64 tensors inside a compiled
-    kernel.
+    kernel. (The element is counter 1, so the first product is one number for the whole tensor; as
+    counter 0 it also made torch 2.13's compiler, seeing small indices, multiply in 32 bits.)
     """
-    return philox(index, seed >> 32 << 16 | stream, seed & WORD)
+    return philox(seed >> 32 << 16 | stream, index, seed & WORD)
 
 
-def normal(word0: Tensor, word1: Tensor) -> Tensor:
-    """z ~ N(0, 1), fp32: Box-Muller on the two words of each element."""
+def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ)."""
     radius = torch.sqrt(-2.0 * torch.log((word0.float() + 1.0) * 2.0**-32))  # log of (0, 1]
-    return radius * torch.cos(word1.float() * (2.0 * math.pi * 2.0**-32))
+    angle = word1.float() * (2.0 * math.pi * 2.0**-32)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def normal(seed, stream, index: Tensor) -> Tensor:
+    """z ~ N(0, 1), fp32, of the elements `index`. Elements e and e + 64 of each 128 share a draw.
+
+    One draw serves two elements at half the price; 64 apart, a kernel reads both in whole lines.
+    """
+    first, second = normal_pair(*random_words(seed, stream, index >> 7 << 6 | index & 63))
+    return torch.where((index & PAIR) == 0, first, second)
 
 
 def gaussian(seed: int, stream: int, shape, *, start: int = 0, device="cpu") -> Tensor:
@@ -87,7 +100,7 @@ def gaussian(seed: int, stream: int, shape, *, start: int = 0, device="cpu") -> 
     assert 0 <= seed < 1 << 48, f"seed {seed} does not fit 48 bits"
     assert 0 <= start <= start + numel <= MAX_ELEMENTS, f"element {start + numel} exceeds 32 bits"
     index = torch.arange(start, start + numel, device=device)
-    return normal(*random_words(seed, stream, index)).view(shape)
+    return normal(seed, stream, index).view(shape)
 
 
 def step_seed(run_seed: int, step: int) -> int:
@@ -106,19 +119,19 @@ def shifted(theta: Tensor, a, mask: Tensor, z: Tensor) -> Tensor:
     return theta.to(wide) + a * (mask * z.to(wide))
 
 
-def round_stochastically(value: Tensor, dtype: torch.dtype, word0: Tensor, word1: Tensor) -> Tensor:
+def round_stochastically(value: Tensor, dtype: torch.dtype, high: Tensor, low: Tensor) -> Tensor:
     """fp32 `value` to a neighbour in fp16 or bf16, up or down, so that the mean is `value`.
 
     An update far below the spacing of θ's dtype is lost by rounding to nearest, every time; this
-    way it arrives on average. The 16 random bits are the low bytes of z's own two words, which
-    their conversion to fp32 in `normal` drops (but for one word in 256): no second draw.
+    way it arrives on average. The 16 random bits are the low bytes of z's own two words, which move
+    z by less than 1e-6 in all but one draw of 10⁵: no second draw is needed.
     """
     info = torch.finfo(dtype)
     power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent of value
     spacing = power.clamp(min=info.tiny) * info.eps  # between neighbours in dtype; exact
-    uniform = ((word0 & 0xFF) << 8 | word1 & 0xFF).float() * 2.0**-16  # [0, 1)
-    low = torch.floor(value / spacing)
-    return ((low + (value / spacing - low > uniform)) * spacing).to(dtype)
+    uniform = ((high & 0xFF) << 8 | low & 0xFF).float() * 2.0**-16  # [0, 1)
+    below = torch.floor(value / spacing)
+    return ((below + (value / spacing - below > uniform)) * spacing).to(dtype)
 
 
 @torch.no_grad()
@@ -163,17 +176,29 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 
 
 def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, stochastic):
-    """out ← θ + a·m⊙z for each (out, a), z drawn once. Flat tensors; element i of θ is `index[i]`,
-    or start + i where `index` is None. `mask(theta, index, state)` gives m."""
+    """out ← θ + a·m⊙z for each (out, a), z drawn once; `mask(theta, index, state)` gives m.
+
+    Either flat tensors, θ's element i being `index[i]` of the whole; or, `index` None, whole blocks
+    of two halves, (blocks, 2, 64), from element `start` on, where each draw serves both halves.
+    """
     if index is None:
-        index = torch.arange(theta.numel(), device=theta.device) + start
-    m, words = mask(theta, index, state), random_words(seed, stream, index)
-    z = normal(*words)
-    for out, a in zip(outs, coefficients, strict=True):
-        value = shifted(theta, a, m, z)
-        if stochastic and out.element_size() < 4:  # 32-bit weights hear every update
-            value = round_stochastically(value, out.dtype, *words)
-        out.copy_(value)  # rounds to nearest
+        draw = torch.arange(theta.shape[0] * PAIR, device=theta.device).view(-1, PAIR) + start // 2
+        words = random_words(seed, stream, draw)
+        element, z = draw + (draw >> 6 << 6), normal_pair(*words)  # `element` of the first half
+        parts = [
+            ([out[:, 0] for out in outs], theta[:, 0], element, z[0], words),
+            ([out[:, 1] for out in outs], theta[:, 1], element + PAIR, z[1], words[::-1]),
+        ]
+    else:
+        words = random_words(seed, stream, index >> 7 << 6 | index & 63)
+        parts = [(outs, theta, index, normal(seed, stream, index), words)]
+    for outs, theta, index, z, words in parts:
+        m = mask(theta, index, state)
+        for out, a in zip(outs, coefficients, strict=True):
+            value = shifted(theta, a, m, z)
+            if stochastic and out.element_size() < 4:  # 32-bit weights hear every update
+                value = round_stochastically(value, out.dtype, *words)
+            out.copy_(value)  # rounds to nearest
 
 
 class Sweep:
@@ -188,7 +213,7 @@ class Sweep:
     def __init__(self, compiled: bool = False):
         self.kernel = None
         if compiled:  # a broken graph, or one compiled too often, is an error and not a slow run
-            torch._dynamo.config.recompile_limit = 64  # three per rule and dtype; the default is 8
+            torch._dynamo.config.recompile_limit = 64  # a few per rule and dtype; the default is 8
             self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True)
 
     @property
@@ -202,32 +227,42 @@ class Sweep:
         """Flat `outs` ← θ + a·m⊙z, rounded to nearest in their dtype or stochastically. Numbers (a,
         seed, stream) are 0-dim tensors on θ's device, so that a new value never recompiles. `out`
         may be θ itself, the same object."""
-        assert theta.numel() <= MAX_ELEMENTS, f"{theta.numel()} elements exceed the 32-bit counter"
+        numel, numbers = theta.numel(), (seed, stream, mask, state, stochastic)
+        assert numel <= MAX_ELEMENTS, f"{numel} elements exceed the 32-bit counter"
+
+        def run(start, end, index, *shape):
+            # `.data`: without their bases, views of all kinds share one compilation
+            part = theta[start:end].view(shape).data
+            parts = [part if out is theta else out[start:end].view(shape).data for out in outs]
+            self._run(parts, coefficients, part, index, *numbers)
+
+        blocks = numel // (2 * PAIR) if index is None else 0
+        whole = blocks * 2 * PAIR
+        if blocks:
+            run(0, whole, None, blocks, 2, PAIR)
+        if whole < numel:  # what is left of a tensor, or elements picked by `index`
+            rest = torch.arange(whole, numel, device=theta.device) if index is None else index
+            run(whole, numel, rest, numel - whole)
+
+    def _run(self, outs, coefficients, theta, index, *numbers) -> None:
         if self.kernel is not None:
-            flat = theta.data  # without their bases, views of all kinds share one compilation
-            flats = [flat if out is theta else out.data for out in outs]
             try:
-                return self.kernel(
-                    flats, coefficients, flat, index, 0, seed, stream, mask, state, stochastic
-                )
+                return self.kernel(outs, coefficients, theta, index, 0, *numbers)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
                 reason = str(error).strip().splitlines() or [type(error).__name__]
-                warnings.warn(f"torch.compile failed, running eager: {reason[0]}", stacklevel=2)
+                warnings.warn(f"torch.compile failed, running eager: {reason[0]}", stacklevel=3)
                 self.kernel = None
-        for start in range(0, theta.numel(), self.CHUNK):
-            part = slice(start, start + self.CHUNK)
+        rows = self.CHUNK if index is not None else self.CHUNK // (2 * PAIR)
+        for row in range(0, theta.shape[0], rows):
+            part = slice(row, row + rows)
             _sweep(
                 [out[part] for out in outs],
                 coefficients,
                 theta[part],
                 None if index is None else index[part],
-                start,
-                seed,
-                stream,
-                mask,
-                state,
-                stochastic,
+                row * 2 * PAIR,  # not read where there is an index
+                *numbers,
             )
         return None

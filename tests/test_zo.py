@@ -307,7 +307,7 @@ def test_stochastic_rounding_does_not_see_the_noise():
     """Whether a weight is rounded up is uncorrelated with its z, so the mean update stays a z."""
     n = 1 << 20
     words = zo.random_words(zo.step_seed(4, 2), 0, torch.arange(n))
-    z = zo.normal(*words)
+    z = zo.normal_pair(*words)[0]
     up = zo.round_stochastically(torch.full((n,), 1 + 2**-9), torch.bfloat16, *words).float() - 1
     assert up.unique().numel() == 2
     for power in (1, 2, 3):
@@ -331,3 +331,35 @@ def test_a_small_update_arrives_on_average():
     got, want = moved[True]
     slope = (got @ want / (want @ want)).item()
     assert slope == pytest.approx(1, abs=0.1)
+
+
+def test_the_two_elements_of_a_draw_are_independent():
+    """z of e and of e + 64, r cos φ and r sin φ of one draw: uncorrelated, also in powers."""
+    z = zo.gaussian(zo.step_seed(3, 1), 2, (1 << 20,)).view(-1, 2, 64)
+    first, second = z[:, 0].flatten(), z[:, 1].flatten()
+    n = len(first)
+    for a in (first, first**2 - 1, first**3):
+        for b in (second, second**2 - 1, second**3):
+            assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / n**0.5
+    neighbours = torch.corrcoef(torch.stack([z.flatten()[:-1], z.flatten()[1:]]))[0, 1]
+    assert abs(neighbours) < 5 / (2 * n) ** 0.5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("numel", [1, 63, 64, 127, 128, 129, 1000, 70000])
+def test_a_sweep_draws_the_noise_of_its_elements(numel, compiled):
+    """Whole blocks of 128, what is left of them and picked elements: always `gaussian`'s z."""
+    if compiled and numel not in (129, 1000):
+        pytest.skip("compiling takes seconds; two sizes stand for all")
+    theta, out = torch.zeros(numel), torch.empty(numel)
+    seed, stream, state = torch.tensor(zo.step_seed(2, 5)), torch.tensor(4), torch.empty(0)
+    want = zo.gaussian(zo.step_seed(2, 5), 4, (numel,))
+    sweep = zo.Sweep(compiled)
+    sweep([out], [torch.tensor(1.0)], theta, seed, stream, masks.Everything.mask, state)
+    assert sweep.compiled == compiled
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6 if compiled else 0)
+    picked = torch.arange(numel - 1, -1, -3)
+    out = torch.empty(len(picked))
+    sweep([out], [torch.tensor(1.0)], theta[picked], seed, stream, masks.Everything.mask, state,
+          index=picked)  # fmt: skip
+    torch.testing.assert_close(out, want[picked], rtol=1e-5, atol=1e-6 if compiled else 0)
