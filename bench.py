@@ -244,27 +244,19 @@ ROWS = {  # name: (is the model in 4 bits, the row)
 }
 
 
-def counted(name: str, model, args) -> int | None:
+def counted(name: str, model, dtype: torch.dtype) -> int | None:
     """Bytes of the tensors that the row must hold, activations aside; None where not counted."""
-    size = torch.finfo(getattr(torch, args.dtype)).bits // 8
-    weights = {p: p.numel() * p.element_size() for p in model.parameters()}
-    layers = packed(model)
-    total = sum(weights.values()) + sum(layer.stored_bytes() for _, layer in layers)
-    largest = max(weights.values())
-    unpacked = max((m.in_features * m.out_features * size for _, m in layers), default=0)
-    elements = sum(p.numel() for p in model.parameters())
-    extra = {
-        "mezo": 2 * largest,
-        "s-mezo": 2 * largest,
-        "s-mezo, constant mask": 2 * largest + elements,
-        "s-mezo, packed mask": 2 * largest + elements // 8,
-        "r-mezo": 2 * largest,
-        "sensitive": round(12 * SENSITIVE * elements),
-        "4 bits: two forwards": unpacked,
-        "4 bits: senszoq": unpacked,
-        "two forwards": 0,
-    }.get(name)
-    return None if extra is None else total + extra
+    elements = [p.numel() for p in model.parameters()]
+    layers = [layer for _, layer in packed(model)]
+    stored = sum(elements) * dtype.itemsize + sum(layer.stored_bytes() for layer in layers)
+    largest = max(elements) * dtype.itemsize
+    unpacked = max((m.in_features * m.out_features for m in layers), default=0) * dtype.itemsize
+    kept = {"s-mezo, constant mask": sum(elements), "s-mezo, packed mask": sum(elements) // 8}
+    if name == "two forwards" or layers:
+        return stored + unpacked
+    if name == "sensitive":
+        return stored + round(12 * SENSITIVE * sum(elements))
+    return stored + 2 * largest + kept.get(name, 0) if "mezo" in name else None
 
 
 # ------------------------------------------------------------------ measuring
@@ -320,7 +312,7 @@ def measure(name: str, row, world: World, peak: Peak, args) -> dict:
             "R_max": max(ratios),
             "seconds": statistics.median(seconds),
             "peak_bytes": peak.read(),
-            "counted_bytes": counted(name, world.model, args),
+            "counted_bytes": counted(name, world.model, getattr(torch, args.dtype)),
         }
         if name == "s-mezo":
             found["parts"] = parts(world, step.handle, args)
@@ -352,15 +344,9 @@ def parts(world: World, handle: Patch, args) -> dict:
                 with handle._perturbed({"weight": p}, (+1, -1)):
                     pass
 
-    def doubled():
-        with handle._open(seed):
-            handle._seed, kept = None, handle._seed  # the wrappers step aside
-            world.model(**twice, use_cache=False)
-            handle._seed = kept
-
     measured = {
         "two forwards": world.two_forwards,
-        "one forward of the doubled batch": doubled,
+        "one forward of the doubled batch": lambda: world.model(**twice, use_cache=False),
         "noise, mask and both perturbed copies": perturb,
         "update": lambda: handle.update(seed, 1e-9),
     }

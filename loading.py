@@ -219,10 +219,13 @@ def skeleton(config, trust_remote_code: bool = False):
         raise UserError(f"a {config.model_type} model is no causal language model") from error
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remote_code=False):
+def load_model(
+    name: str, dtype="auto", device="auto", trust_remote_code=False, four_bits=None
+) -> torch.nn.Module:
     """A causal LM in eval mode, loaded straight to its device and dtype.
 
     dtype: float32, bfloat16, float16, or auto: the checkpoint's own on a GPU, float32 on a CPU.
+    four_bits: `quant.loading_config`'s answer; its matrices are quantised as they are read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -234,11 +237,14 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", trust_remot
             locate(name),
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             device_map=None if device == "cpu" else {"": device},  # never twice in memory
+            quantization_config=four_bits,
             trust_remote_code=trust_remote_code,
         )
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # no weights, or no causal LM
+        if four_bits is not None and four_bits.error is not None:
+            raise UserError(str(four_bits.error)) from error
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"cannot load the weights of {name!r} as a causal LM: {why}") from error
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:

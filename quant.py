@@ -24,6 +24,8 @@ Deviation from [Q]: the paper quantises with SqueezeLLM, a 16-entry codebook per
 by k-means weighted with squared gradients. NF4 needs no fitting and has kernels everywhere.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ NF4 = (  # bitsandbytes' table; the middle of the two halves is an exact 0
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it does not need
 
 
 def nf4_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,9 +128,10 @@ def quantise(model: nn.Module, name: str, weight: Tensor, index: Tensor, double_
     setattr(model.get_submodule(parent), child, packed)
 
 
-def loading_config(index: dict[str, Tensor], double_quant: bool = False):
+def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda name, weight: None):
     """For from_pretrained(quantization_config=…): quantise each matrix of `index` as it is read.
 
+    `check(name, weight)` may raise ValueError; what was raised is kept in the answer's `error`.
     One 16-bit matrix is in memory at a time, so a 7B model loads in 4 GB. This is transformers' own
     way in for quantisers (`register_quantizer`): sharded files, renamed keys and ties stay its job.
     """
@@ -150,9 +154,14 @@ def loading_config(index: dict[str, Tensor], double_quant: bool = False):
                 """One weight as it was read, {name: [tensor]}; nothing is left to be set."""
                 (weight,) = input_dict.values()
                 weight = weight[0] if isinstance(weight, list) else weight
-                places = self.config.index[full_layer_name]
-                quantise(model, full_layer_name, weight, places, self.config.double_quant)
-                missing_keys.discard(full_layer_name)
+                config, name = self.config, full_layer_name
+                try:
+                    config.check(name, weight)
+                    quantise(model, name, weight, config.index[name], config.double_quant)
+                except ValueError as error:
+                    config.error = error  # transformers would say it in many lines, much later
+                    raise
+                missing_keys.discard(name)
                 return {}
 
         @register_quantizer("senszoq")
@@ -170,9 +179,13 @@ def loading_config(index: dict[str, Tensor], double_quant: bool = False):
 
         @register_quantization_config("senszoq")
         class SensZOQConfig(QuantizationConfigMixin):
-            def __init__(self, index, double_quant):
+            def __init__(self, index, double_quant, check):
                 self.quant_method, self.index, self.double_quant = "senszoq", index, double_quant
+                self.check, self.error = check, None
+
+            def __deepcopy__(self, memo):
+                return self  # so that `error` reaches the caller, and the index is not copied
 
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    return AUTO_QUANTIZATION_CONFIG_MAPPING["senszoq"](index, double_quant)
+    return AUTO_QUANTIZATION_CONFIG_MAPPING["senszoq"](index, double_quant, check)

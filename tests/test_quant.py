@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from models import batch, build, literal_step, loss_fn
 from torch import nn
 
+import loading
 import masks
 import model_patch
 import quant
 import zo
+from tasks import UserError
 
 EPS, LR, SEED = 1e-3, 1e-2, zo.step_seed(5, 9)
 ALL = masks.Everything()
@@ -156,6 +158,24 @@ def test_loading_quantises_matrix_by_matrix(tmp_path):
     inputs = batch()
     with torch.no_grad():
         assert torch.equal(got(**inputs).logits, want(**inputs).logits)
+
+
+def test_what_cannot_be_quantised_is_one_line_while_loading(tmp_path):
+    """A refused matrix, or one that is no nn.Linear, ends loading with its own message."""
+    build("gpt2").save_pretrained(tmp_path)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    config = quant.loading_config({name: torch.tensor([1])})
+    with pytest.raises(UserError, match="c_fc is a Conv1D; only nn.Linear goes into 4 bits$"):
+        loading.load_model(str(tmp_path), device="cpu", four_bits=config)
+
+    def check(name, weight):
+        raise UserError(f"{name} is not what it was")
+
+    build("llama").save_pretrained(tmp_path / "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    config = quant.loading_config({name: torch.tensor([1])}, check=check)
+    with pytest.raises(UserError, match=f"^{name} is not what it was$"):
+        loading.load_model(str(tmp_path / "llama"), device="cpu", four_bits=config)
 
 
 # ------------------------------------------------------------------ inside a probe

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TASKS = ("sst2", "rte", "boolq", "copa")
 METHODS = {  # row: (flags, grid of learning rates)
     "MeZO": ("--method=mezo", (3e-4, 1e-3, 3e-3)),
-    "S-MeZO": ("--method=s-mezo", (3e-3, 1e-2, 3e-2)),
-    "S-MeZO, norms free": ("--method=s-mezo --vectors=free", (3e-3, 1e-2, 3e-2)),
+    "S-MeZO": ("--method=s-mezo", (3e-3, 1e-2, 3e-2, 1e-1)),
+    "S-MeZO, norms free": ("--method=s-mezo --vectors=free", (3e-3, 1e-2, 3e-2, 1e-1)),
     "R-MeZO": ("--method=r-mezo", (1e-3, 3e-3, 1e-2)),
-    "norm weights only": ("--method=mezo --select=norm", (1e-2, 3e-2, 1e-1)),
+    "norm weights only": ("--method=mezo --select=norm", (1e-2, 3e-2, 1e-1, 3e-1)),
 }
 
 
