@@ -10,16 +10,17 @@ Accuracies come with their standard error, √(p (1 − p) / n), and n.
 A run is its step log. θ_T follows from the original weights and one line per step, (seed, a) with
 a = −η · proj_grad: `replay` applies θ ← θ + a m⊙z for each, no forward pass needed. 20,000 steps
 are about a megabyte, and the weights they rebuild are bit-identical on the same kind of device.
+Model, data and settings must be those of the run: fingerprints tell.
 """
 
 import inspect
-import json
 import math
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import loading
@@ -27,7 +28,9 @@ import masks
 import model_patch
 import record
 import scoring
+import snapshot
 import tasks
+import workers
 from loading import Settings
 from tasks import UserError
 
@@ -55,23 +58,33 @@ def model_inputs(model, batch: scoring.Batch) -> dict:
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> Accuracy:
-    """Share of examples whose right option has the highest mean log-probability."""
+def accuracy(
+    model, tokenizer, examples, *, batch_size=16, max_length=2048, group=workers.ALONE
+) -> Accuracy:
+    """Share of examples whose right option has the highest mean log-probability.
+
+    Of several workers each answers its share, and all know the result.
+    """
     right = 0
-    examples = sorted(examples, key=lambda example: len(example.prompt))  # little padding
-    for start in tqdm(range(0, len(examples), batch_size), "evaluating", leave=False, delay=5):
-        part = examples[start : start + batch_size]
+    mine = group.share(sorted(examples, key=lambda e: len(e.prompt)))  # little padding
+    quiet = {"leave": False, "delay": 5, "disable": group.rank > 0}
+    for start in tqdm(range(0, len(mine), batch_size), "evaluating", **quiet):
+        part = mine[start : start + batch_size]
         batch = scoring.collate(tokenizer, part, max_length=max_length, device=model.device)
         logits = model(**model_inputs(model, batch), use_cache=False).logits
         right += int(scoring.correct(logits, batch).sum())
-    return Accuracy(right / len(examples), len(examples))
+    return Accuracy(group.sum([right])[0] / len(examples), len(examples))
 
 
 # ------------------------------------------------------------------ runs
 
 
 def make_patch(model, settings: dict) -> model_patch.Patch:
-    """Patch a model as a run's config.json says."""
+    """Patch a model as a run's config.json says. NaN in its weights is refused, once and here."""
+    for name, weight in model.named_parameters():
+        if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if not torch.stack(weight.detach().aminmax()).isfinite().all():  # NaN shows in both
+                raise UserError(f"{name} holds NaN or infinity; get a sound copy of the model")
     rule = masks.make_rule(
         settings["method"],
         settings["density"],
@@ -85,30 +98,60 @@ def make_patch(model, settings: dict) -> model_patch.Patch:
             rule,
             eps=settings["eps"],
             vectors=settings["vectors"],
+            rounding=settings["rounding"],
             select=settings["select"],
             compiled=settings["compiled"],
         )
-    except ValueError as error:  # NaN in a weight, nothing selected
+    except ValueError as error:  # nothing selected
         raise UserError(str(error)) from error
 
 
-def replay(handle: model_patch.Patch, steps) -> None:
-    """θ_0 → θ_T: apply the logged updates. Leaves the model patched."""
-    for step, seed, a in steps:
+def replay(handle: model_patch.Patch, steps, start: tuple[int, dict] = (0, {})) -> None:
+    """θ_0 → θ_T: apply the logged updates. Leaves the model patched.
+
+    `start`: (step, tensors) of a snapshot, from which on the log is replayed.
+    """
+    done, tensors = start
+    if tensors:
+        handle.load(tensors)
+    for step, seed, a, *_ in steps[done:]:
         handle.refresh(step)
-        if a:  # a skipped step has a = 0
+        if math.isfinite(a):  # else it was skipped
             handle.update(seed, a)
 
 
-def rebuild(config: dict, steps):
-    """(model, tokenizer) with the weights after `steps`, from a run's config.json and its log."""
-    trust = config["trust_remote_code"]
-    tokenizer, _ = loading.load_tokenizer(config["model"], trust)
-    model = loading.load_model(config["model"], config["dtype"], config["device"], trust)
-    if loading.fingerprint(model) != config["model_fingerprint"]:
-        raise UserError(f"{config['model']} is not the model, or not in the dtype, of that run")
-    handle = make_patch(model, config)
-    replay(handle, steps)
+def open_data(settings: dict) -> tasks.Data:
+    """The examples of a run, as they were; UserError where they have changed."""
+    known = {f.name: settings.get(f.name, f.default) for f in fields(Settings)}
+    data = loading.load_data(Settings(**known))
+    if data.fingerprint != settings["data_fingerprint"]:
+        raise UserError(f"the data of that run have changed: {data.source}; put the old ones back")
+    return data
+
+
+def open_model(settings: dict):
+    """The model that a run begins with; UserError where one that began had another."""
+    model = loading.load_model(
+        settings["model"],
+        settings["dtype"],
+        settings["device"],
+        settings["trust_remote_code"],
+        device_map=settings["device_map"],
+    )
+    if settings.get("model_fingerprint") not in (None, loading.fingerprint(model)):
+        raise UserError(f"{settings['model']} is not the model, or not in the dtype, of that run")
+    return model
+
+
+def rebuild(settings: dict, steps, run: Path | None = None):
+    """(model, tokenizer) with the weights after `steps`, from a run's config.json and its log.
+
+    `run`: its directory, where a snapshot may lie.
+    """
+    tokenizer, _ = loading.load_tokenizer(settings["model"], settings["trust_remote_code"])
+    model = open_model(settings)
+    handle = make_patch(model, settings)
+    replay(handle, steps, snapshot.newest(run, len(steps), settings) if run else (0, {}))
     handle.remove()
     return model, tokenizer
 
@@ -132,7 +175,7 @@ def main(argv=None) -> None:
             print(evaluate_run(run, step, given, split, save))
         else:
             print(evaluate(given, split, shots))
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
         raise SystemExit(loading.fail("eval.py", error)) from None
 
 
@@ -150,8 +193,9 @@ def evaluate(given: dict, split: str, shots: int) -> str:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     if not examples:
         raise UserError(f"the {split} split is empty")
+    where = settings.device, settings.trust_remote_code
     model = loading.load_model(
-        settings.model, settings.dtype, settings.device, settings.trust_remote_code
+        settings.model, settings.dtype, *where, device_map=settings.device_map
     )
     sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length}
     found = accuracy(model, tokenizer, examples, **sizes)
@@ -167,9 +211,7 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str
         raise UserError(f"--run brings its own settings; leave out {names}")
     config, steps = record.open_run(run)
     if step in (None, "best"):
-        if not (run / "result.json").is_file():
-            raise UserError(f"{run} has not finished, so no step is best yet; try --step last")
-        stop = json.loads((run / "result.json").read_text())["best_step"]
+        stop = record.read_result(run)["best_step"]
     elif step == "last":
         stop = len(steps)
     elif step.isdigit() and int(step) <= len(steps):
@@ -179,19 +221,16 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str
             f"--step {step}: best, last, or 0 … {len(steps)}, which is what {run} logged"
         )
     if device is not None:  # rebuilt elsewhere: equal bits only on the same kind of device
-        config["device"] = device
-    settings = Settings(**{f.name: config[f.name] for f in fields(Settings)})
-    data = loading.load_data(settings)
+        config |= {"device": device, "device_map": None}
+    data = open_data(config)
     examples = getattr(data, split)
     if not examples:
         raise UserError(f"the {split} split is empty")
-    if data.fingerprint != config["data_fingerprint"]:
-        raise UserError(f"the data that {run} was trained on have changed")
-    model, tokenizer = rebuild(config, steps[:stop])
+    model, tokenizer = rebuild(config, steps[:stop], run)
     if save is not None:
         model.save_pretrained(save)
         tokenizer.save_pretrained(save)
-    sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length}
+    sizes = {name: config[name] for name in ("batch_size", "max_length")}
     found = accuracy(model, tokenizer, examples, **sizes)
     return f"{run} after {stop} steps, {data.source}: {split} accuracy {found}"
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import tasks
 from tasks import UserError
@@ -48,6 +49,7 @@ class Settings:
     max_length: int = setting(2048, "tokens; a longer prompt loses its beginning")
     dtype: str = setting("auto", "auto: the checkpoint's own on a GPU, float32 on a CPU", DTYPES)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, …")
+    device_map: str | None = setting(None, "spread the layers over all GPUs", ("auto",))
     trust_remote_code: bool = setting(False, "let a model from the hub bring its own Python code")
 
 
@@ -220,33 +222,43 @@ def skeleton(config, trust_remote_code: bool = False):
 
 
 def load_model(
-    name: str, dtype="auto", device="auto", trust_remote_code=False, four_bits=None
+    name: str,
+    dtype="auto",
+    device="auto",
+    trust_remote_code=False,
+    four_bits=None,
+    device_map: str | None = None,
 ) -> torch.nn.Module:
     """A causal LM in eval mode, loaded straight to its device and dtype.
 
+    device_map: "auto" spreads its layers over all GPUs, through accelerate.
     dtype: float32, bfloat16, float16, or auto: the checkpoint's own on a GPU, float32 on a CPU.
     four_bits: `quant.loading_config`'s answer; its matrices are quantised as they are read.
     """
     from transformers import AutoModelForCausalLM
 
     device = choose_device(device)
+    if device_map and not torch.cuda.is_available():
+        raise UserError(f"--device-map {device_map}: this torch sees no GPU; leave it out")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(
             locate(name),
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=None if device == "cpu" else {"": device},  # never twice in memory
+            device_map=device_map or (None if device == "cpu" else {"": device}),  # never twice
             quantization_config=four_bits,
             trust_remote_code=trust_remote_code,
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # no weights, or no causal LM
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # none, torn, no LM
         if four_bits is not None and four_bits.error is not None:
             raise UserError(str(four_bits.error)) from error
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"cannot load the weights of {name!r} as a causal LM: {why}") from error
+    if device_map and {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
+        raise UserError(f"{name!r} does not fit on the GPUs there are; try --dtype bfloat16")
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads cost more than they save on matrices this small
     return model.eval()  # OPT has dropout 0.1, which would drown the probes

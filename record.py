@@ -1,32 +1,37 @@
 """What a run writes, and how it is read back.
 
-    config.json     every setting, and fingerprints of the weights and of the data
-    steps.csv       step, seed, a = −η · proj_grad: with the original weights, this *is* the result
+    config.json     every setting, fingerprints of weights and data, the accuracies at the start
+    steps.csv       step, seed, a = −η · proj_grad, l⁺, l⁻: with the original weights, the result
     metrics.jsonl   what to look at: losses, gradient, active density, validation accuracy
     result.json     accuracies with standard errors, seconds, peak memory, versions, hardware
     curve.png       loss, accuracy and active density against steps
+    snapshot-N.…    with --snapshot-every: the weights that move, after N steps; only the newest
     model/          with --save-model: an ordinary Hugging Face checkpoint
 
-JSON is written beside and then renamed; the two logs only grow, line by line, so a run that dies
-leaves at worst a torn last line, and everything before it counts.
+JSON and snapshots are written beside, synced and renamed: whole or not at all. The logs are
+steplog.py's.
 """
 
-import csv
+import hashlib
 import json
-import math
-import os
 import platform
 import resource
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
+from snapshot import put_in_place
+from steplog import HEADER, METRICS, STEPS, Step, read_steps
 from tasks import UserError
 
-STEPS, METRICS = "steps.csv", "metrics.jsonl"
+RESULT = "result.json"
+MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps are only more steps
+    "model", "data_dir", "train_file", "validation_file", "test_file", "device", "device_map",
+    "out", "steps", "save_model", "fingerprint",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------ the directory
 
 
 def make_run_directory(out: str | None, name: str) -> Path:
@@ -50,127 +55,83 @@ def make_run_directory(out: str | None, name: str) -> Path:
             raise UserError(f"cannot write to --out {run}: {why}") from error
 
 
-def discard(run: Path) -> None:
-    """Give the name back where a run failed before its first step."""
-    if not (run / STEPS).exists():
-        (run / "config.json").unlink(missing_ok=True)
-        run.rmdir()
+def begin(run: Path, settings: dict) -> None:
+    """From here on the run can be resumed: empty logs, then config.json."""
+    (run / METRICS).touch()
+    (run / STEPS).write_text(HEADER + "\n")
+    write_json(run / "config.json", settings)
+
+
+def reopen(run: Path, settings: dict) -> None:
+    """A stopped run goes on, perhaps to more steps; what was found at an earlier end goes."""
+    write_json(run / "config.json", settings)
+    (run / RESULT).unlink(missing_ok=True)
+
+
+def kept(run: Path | None) -> Path | None:
+    """A run directory that has logged a step; one without gives its name back."""
+    log = run and run / STEPS
+    if run is None or (log.exists() and log.stat().st_size > len(HEADER) + 1):
+        return run
+    for name in (STEPS, METRICS, "config.json", "config.json.tmp"):
+        (run / name).unlink(missing_ok=True)
+    return run.rmdir()
 
 
 def write_json(path: Path, value) -> None:
-    """Whole or not at all: written beside, then renamed."""
+    """Whole or not at all, also where the power fails: written beside, synced, renamed."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(beside, path)
+    put_in_place(beside, path)
 
 
-def open_run(run: Path) -> tuple[dict, list]:
-    """(config.json, steps) of a run directory."""
+def fingerprint(settings: dict) -> str:
+    """A hash of all that decides what a run computes: a changed method or mask changes it."""
+    fixed = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_run(run: Path) -> tuple[dict, list[Step]]:
+    """(config.json, steps) of a run directory; UserError where they were changed."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run directory: it has no config.json")
-    config = json.loads((run / "config.json").read_text())
-    if not config or not (run / STEPS).is_file():
-        raise UserError(f"{run} stopped before its first step: there is nothing to rebuild")
-    return config, read_steps(run)
+    try:
+        settings = json.loads((run / "config.json").read_bytes())
+    except ValueError as error:
+        raise UserError(f"{run}/config.json is no JSON, torn or edited: {error}") from error
+    if not settings:
+        raise UserError(f"{run} stopped before its first step: delete it and start it again")
+    if not isinstance(settings, dict) or settings.get("fingerprint") != fingerprint(settings):
+        raise UserError(
+            f"{run}/config.json was changed after the run began: method, mask and all that decides "
+            "the numbers must stay; undo it (paths and steps may change), or start a new run"
+        )
+    return settings, read_steps(run, settings)
 
 
-def read_steps(run: Path) -> list[tuple[int, int, float]]:
-    """The step log: (step, seed, a) per line. A last line without its newline is torn: left out."""
-    text = (run / STEPS).read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    steps = []
-    for number, row in enumerate(csv.reader(lines[1:])):
-        try:
-            step, seed, a = int(row[0]), int(row[1]), float(row[2])
-        except (ValueError, IndexError):
-            step = -1
-        if step != number:
-            raise UserError(f"{run}/steps.csv: line {number + 2} is {row!r}, not step {number}")
-        steps.append((step, seed, a))
-    return steps
+def finished(run: Path, steps: int) -> bool:
+    """Has the run taken so many steps, and been tested?"""
+    try:
+        return "best" in read_result(run) and len(open_run(run)[1]) == steps
+    except UserError:  # no result, or a torn one: it is made again
+        return False
 
 
-class Record:
-    """What a run writes while it trains, steps.csv and metrics.jsonl, and its progress bar."""
-
-    def __init__(self, config, run: Path, validation_accuracy: float | None):
-        self.config, self.steps, self.skipped, self.in_a_row = config, 0, 0, 0
-        self.best, self.best_step = validation_accuracy, 0
-        self.recent: list[tuple] = []  # (loss, seconds) of finite steps since the last metrics
-        self.line: dict = {}
-        self.began = time.perf_counter()
-        self.log_file, self.metrics_file = open(run / STEPS, "w"), open(run / METRICS, "w")
-        self.log = csv.writer(self.log_file, lineterminator="\n")
-        self.log.writerow(("step", "seed", "a"))
-        self.bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close(), self.log_file.close(), self.metrics_file.close()
-
-    def step(self, t, seed, a, loss_plus, loss_minus, projected_grad) -> None:
-        """One line of the log. A skipped step has a = 0; twenty in a row end the run."""
-        finite, now = math.isfinite(a), time.perf_counter()
-        self.steps, self.in_a_row = t + 1, 0 if finite else self.in_a_row + 1
-        self.skipped += not finite
-        if self.in_a_row == 20:
-            raise UserError(
-                f"20 losses in a row were not finite (now l⁺ {loss_plus}, l⁻ {loss_minus}); likely "
-                f"causes: --lr {self.config.lr} too high, --eps {self.config.eps} too large, or "
-                "float16 overflow (try --dtype bfloat16)"
-            )
-        self.log.writerow((t, seed, a if finite else 0.0))
-        self.log_file.flush()
-        if finite:
-            self.recent.append(((loss_plus + loss_minus) / 2, now - self.began))
-            self.line = {
-                "loss_plus": loss_plus,
-                "loss_minus": loss_minus,
-                "projected_grad": projected_grad,
-            }
-        self.began = now
-        self.bar.update()
-
-    def validation_due(self) -> bool:
-        return self.steps % self.config.eval_every == 0 or self.steps == self.config.steps
-
-    def validation(self, accuracy: float | None) -> None:
-        """The best step is the first with the highest validation accuracy, the start included."""
-        self.line["validation_accuracy"] = accuracy
-        if accuracy is not None and accuracy > self.best:
-            self.best, self.best_step = accuracy, self.steps
-        self.began = time.perf_counter()  # validation is not part of a step's time
-
-    def metrics_due(self) -> bool:
-        return self.steps % self.config.log_every == 0 or "validation_accuracy" in self.line
-
-    def metrics(self, active_density: float) -> None:
-        """One line of metrics.jsonl; loss and seconds are means since the line before."""
-        loss, seconds = np.mean(self.recent, axis=0) if self.recent else (None, None)
-        self.line |= {
-            "step": self.steps,
-            "loss": loss,
-            "active_density": active_density,
-            "seconds_per_step": seconds,
-            "skipped": self.skipped,
-        }
-        self.metrics_file.write(json.dumps(self.line) + "\n")
-        self.metrics_file.flush()
-        shown = {"active": f"{active_density:.1%}"}
-        shown |= {"loss": f"{loss:.4f}"} if loss is not None else {}
-        shown |= {"best val": f"{self.best:.3f}"} if self.best is not None else {}
-        self.bar.set_postfix(shown)
-        self.line, self.recent = {}, []
-        self.began = time.perf_counter()
-
-    def result(self) -> dict:
-        """The step whose weights count as best, and how many steps were skipped."""
-        best_step = self.best_step if self.best is not None else self.steps
-        return {"best_step": best_step, "skipped": self.skipped}
+def read_result(run: Path) -> dict:
+    """result.json of a run that has finished its steps."""
+    if not (run / RESULT).is_file():
+        raise UserError(f"{run} has not finished, so no step is best yet; try --step last")
+    try:
+        found = json.loads((run / RESULT).read_bytes())
+        found["best_step"] + 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run}/{RESULT} is torn or edited; --step last needs only the log"
+        ) from error
+    return found
 
 
+# ------------------------------------------------------------------ while it trains
 def draw_curve(run: Path, title: str, zero_shot: float) -> None:
     """curve.png from metrics.jsonl: training loss, validation accuracy, active density."""
     import matplotlib  # here: nothing else needs it, and it takes a second to import
@@ -195,6 +156,7 @@ def draw_curve(run: Path, title: str, zero_shot: float) -> None:
     right.set(xlabel="step", ylim=(0, 1.02))
     right.legend()
     figure.savefig(run / "curve.png", dpi=120)
+    plt.close(figure)
 
 
 def machine(device: torch.device) -> dict:

@@ -3,179 +3,176 @@
 One step is [S] Algorithm 1 with the mask and the noise inside forward (§3.3): two losses, one
 number, one update. The loop in `train` is in the order of the printed algorithm.
 
-What a run writes is in record.py. Settings come from three places, printed at the start: the
-command line, else [S]'s tables (by model family and task), else the defaults below.
+What a run writes is in record.py. A run that was stopped, by Ctrl-C, a kill or a power failure,
+goes on to the same bits with `python train.py --resume DIR`: its settings are in DIR, and only
+--device and more --steps can be given. `torchrun --nproc_per_node N train.py …` shares the batch
+among N workers (workers.py). Settings and where their values come from are in presets.py.
 """
 
 import math
-import re
+import os
+import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 import eval
 import loading
-import masks
-import model_patch
 import record
 import scoring
+import snapshot
+import steplog
 import tasks
+import workers
 import zo
-from loading import Settings, setting
+from presets import Config, check, presets, run_name
 from tasks import UserError
-
-
-@dataclass
-class Config(Settings):
-    """Every setting of a run: those of loading.py and these. None: filled in by `presets`."""
-
-    method: str = setting("s-mezo", "which weights move", masks.METHODS)
-    density: float | None = setting(None, "share of the weights that move, in (0, 1]")
-    lr: float | None = setting(None, "learning rate η")
-    eps: float = setting(1e-3, "perturbation scale ε")
-    steps: int | None = setting(None, "training steps")
-    seed: int = setting(0, "of noise, random mask and batch order")
-    mask: str = setting("dynamic", "s-mezo: re-taken every step, or kept from before", masks.KEPT)
-    refresh_every: int = setting(0, "s-mezo: steps between new thresholds; 0 is never")
-    vectors: str = setting(
-        "masked", "what one-dimensional tensors (norms, biases) are", model_patch.VECTORS
-    )
-    select: str = setting("", "regular expression: only parameters whose name matches move")
-    eval_every: int | None = setting(None, "steps between validations; default steps / 10")
-    log_every: int | None = setting(None, "steps between lines of metrics; default steps / 200")
-    compile: str = setting("auto", "fuse noise, mask and add", ("auto", "yes", "no"))
-    out: str | None = setting(None, "run directory; default runs/ and a name")
-    save_model: bool = setting(False, "write the best-validation weights as a checkpoint")
-
-
-# ------------------------------------------------------------------ presets
-
-TABLE_8 = {  # [S] Table 8: sparsity, the share that is frozen
-    "llama": {"sst2": 0.70, "rte": 0.75, "boolq": 0.80, "wic": 0.80, "multirc": 0.80},
-    "mistral": {"sst2": 0.70, "rte": 0.60, "boolq": 0.60, "wic": 0.70, "multirc": 0.60},
-}
-GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
-    "llama": ("[S] Table 6", {"mezo": 1e-6, "s-mezo": 3e-6, "r-mezo": 3e-6}),
-    "mistral": ("[S] Table 7", {"mezo": 1e-7, "s-mezo": 3e-6, "r-mezo": 3e-6}),
-}
-TINY = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
-    "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
-    "s-mezo": {"sst2": 1e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
-    "r-mezo": {"sst2": 3e-3, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
-}
-
-
-def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
-    """{setting: (value, source)} for what the user did not say. `family`: tiny, llama, opt, …"""
-    source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
-    sparsity = TABLE_8.get(family, {}).get(config.task)
-    found = {
-        "lr": (rates[config.method], f"{source}: from the grid for {config.method}; worth tuning"),
-        "steps": (20_000, "[S] §4.1"),
-        "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
-    }
-    if sparsity is not None:
-        found["density"] = (
-            round(1 - sparsity, 2),
-            f"[S] Table 8: sparsity {sparsity} on {config.task}",
-        )
-    if family == "tiny":
-        rate = TINY[config.method].get(config.task, min(TINY[config.method].values()))
-        found["lr"] = rate, "best of the grid in tiny/compare.py"
-        found["steps"] = 300, "enough for the tiny model"
-    if config.method == "mezo":
-        found["density"] = 1.0, "MeZO moves every weight"
-    steps = config.steps or found["steps"][0]
-    found["eval_every"] = max(1, steps // 10), "steps / 10"
-    found["log_every"] = max(1, steps // 200), "steps / 200"
-    return {name: v for name, v in found.items() if getattr(config, name) is None}
-
-
-def check(config: Config) -> None:
-    """Raise UserError for a value that cannot work, before anything is loaded."""
-    loading.check(config)
-    for name in ("eps", "lr", "steps", "eval_every", "log_every"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be positive")
-    if config.density is not None and not 0 < config.density <= 1:
-        raise UserError(
-            f"--density {config.density}: the share of weights that move, above 0 and at most 1 "
-            "(the paper's sparsity 0.75 is --density 0.25)"
-        )
-    if config.method == "mezo" and config.density not in (None, 1):
-        raise UserError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
-    if config.method != "s-mezo" and (config.mask != "dynamic" or config.refresh_every):
-        raise UserError(f"--mask and --refresh-every belong to s-mezo, not to {config.method}")
-    if config.refresh_every < 0 or (config.refresh_every and config.mask != "dynamic"):
-        raise UserError(
-            f"--refresh-every {config.refresh_every} with --mask {config.mask}: at least 0, and "
-            "only a dynamic mask has a threshold to take again"
-        )
-    for name, bound in (("seed", zo.MAX_RUN_SEED), ("steps", zo.MAX_STEP)):
-        if not 0 <= (getattr(config, name) or 0) < bound:
-            raise UserError(f"--{name} {getattr(config, name)}: from 0 to {bound - 1}")
-    try:
-        re.compile(config.select)
-    except re.error as error:
-        raise UserError(f"--select {config.select!r} is no regular expression: {error}") from error
-
-
-def run_name(config: Config) -> str:
-    """The name of a run that was not given one."""
-    model = "tiny" if config.model == Config.model else Path(config.model).name
-    data = Path(config.train_file).stem if config.train_file else config.task
-    return f"{model}-{data}-{config.method}-seed{config.seed}"
-
 
 # ------------------------------------------------------------------ training
 
 
-def train(config: Config, run: Path, model, tokenizer, data: tasks.Data, handle) -> dict:
-    """[S] Algorithm 1, T steps; the model holds the last weights. Returns what `Record` found."""
+def train(config: Config, log, run: Path, model, tokenizer, data: tasks.Data, handle, group):
+    """[S] Algorithm 1 from the step after the log's last to step T; the model holds θ_T."""
     loss_fn = scoring.classification_loss if data.classification else scoring.lm_loss
     score = "all" if data.classification else "right"
-    sizes = {"batch_size": config.batch_size, "max_length": config.max_length}
-
-    def validate() -> float | None:
-        if data.validation:
-            return eval.accuracy(model, tokenizer, data.validation, **sizes).value
-
-    with record.Record(config, run, validate()) as log:
-        for t in range(config.steps):  # for t ← 1 to T do
+    first = FirstSteps(handle)
+    catch_up(log, handle, run, first)
+    with Stop(group) as stop:
+        for t in range(log.steps, config.steps):  # for t ← 1 to T do
             # Sample minibatch B from X and random seed s
             seed = zo.step_seed(config.seed, t)
             chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
-            batch = scoring.collate(
-                tokenizer,
-                [data.train[i] for i in chosen],
-                score=score,
-                max_length=config.max_length,
-                device=model.device,
-            )
+            mine = group.share([data.train[i] for i in chosen])
             handle.refresh(t)  # h is fixed, unless --refresh-every says otherwise
             # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
-            inputs = eval.model_inputs(model, batch)
-            try:
-                losses = handle.losses(inputs, lambda logits, b=batch: loss_fn(logits, b), seed)
-            except ValueError as error:  # a weight that forward never used
-                raise UserError(str(error)) from error
-            loss_plus, loss_minus = torch.stack(losses).tolist()
+            parts = micro_batches(config, model, tokenizer, mine, score)
+            loss_plus, loss_minus = losses(handle, parts, loss_fn, seed, group)
             # proj_grad ← (l⁺ − l⁻) / 2ε
             projected_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
             # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i, unless a loss is not finite
             a = float(np.float32(-config.lr * projected_grad))
             if math.isfinite(a):
                 handle.update(seed, a)
-            log.step(t, seed, a, loss_plus, loss_minus, projected_grad)
+            log.step(t, seed, a, loss_plus, loss_minus)
+            if log.steps == FirstSteps.COUNT:
+                log.moved(first.moved())
             if log.validation_due():
-                log.validation(validate())
+                log.validation(validate(config, model, tokenizer, data, handle, group))
             if log.metrics_due():
                 log.metrics(handle.active_density())
-    return log.result()
+            if log.snapshot_due():
+                log.snapshot(handle.tensors())
+            stop.if_asked()
+
+
+def micro_batches(config: Config, model, tokenizer, examples, score: str):
+    """The examples as batches of at most --micro-batch; all that is in memory at once."""
+    size = config.micro_batch or config.batch_size
+    for start in range(0, len(examples), size):
+        yield scoring.collate(
+            tokenizer,
+            examples[start : start + size],
+            score=score,
+            max_length=config.max_length,
+            device=model.device,
+        )
+
+
+def losses(handle, parts, loss_fn, seed: int, group) -> tuple[float, float]:
+    """l⁺ and l⁻ of a batch in parts, of this worker and the others, all under one seed.
+
+    A part's loss is the mean over its examples, or its option tokens; so many times it counts.
+    """
+    plus = minus = weight = 0.0  # float64: one part alone comes out as it went in
+    for part in parts:
+        inputs = eval.model_inputs(handle.model, part)
+        try:
+            pair = handle.losses(inputs, lambda logits, b=part: loss_fn(logits, b), seed)
+        except ValueError as error:  # a weight that forward never used
+            raise UserError(str(error)) from error
+        l_plus, l_minus = torch.stack(pair).tolist()
+        count = part.num_examples if part.score == "all" else len(part.token)
+        plus, minus, weight = plus + count * l_plus, minus + count * l_minus, weight + count
+    plus, minus, weight = group.sum([plus, minus, weight])
+    return plus / weight, minus / weight
+
+
+def validate(config: Config, model, tokenizer, data: tasks.Data, handle, group) -> float | None:
+    """Validation accuracy, shared by the workers, whose weights must not have come apart."""
+    if group.size > 1:
+        group.check_same(snapshot.digest(handle.tensors()), "weights")
+    if data.validation:
+        return eval.accuracy(model, tokenizer, data.validation, **sizes(config, group)).value
+
+
+def sizes(config: Config, group) -> dict:
+    """How eval.accuracy is to go about it."""
+    return {"batch_size": config.batch_size, "max_length": config.max_length, "group": group}
+
+
+class FirstSteps:
+    """A sample of the weights inside the mask before the first step: did they hear the updates?
+
+    Half precision rounds an update away where it is below half the distance to the next number.
+    """
+
+    COUNT = 10
+
+    def __init__(self, handle):
+        self.sample = []
+        for p in handle.moving.values():
+            every = max(1, p.flat.numel() // 4096) | 1  # odd: not one column of a matrix
+            places = torch.arange(0, p.flat.numel(), every, device=p.flat.device)
+            places = places[p.rule.mask(p.flat[places], places, p.state)]
+            self.sample.append((p.flat, places, p.flat[places]))
+
+    def moved(self) -> float:
+        """The share of them that is no longer what it was."""
+        changed = sum(int((flat[places] != was).sum()) for flat, places, was in self.sample)
+        return changed / max(1, sum(len(places) for _, places, _ in self.sample))
+
+
+def catch_up(log, handle, run: Path, first: FirstSteps) -> None:
+    """θ_0 to the weights after the log's last step, from a snapshot where there is one."""
+    if log.steps >= first.COUNT and not log.knows_moved:  # stopped before it was written down
+        eval.replay(handle, log.history[: first.COUNT])
+        log.moved(first.moved())
+        return eval.replay(handle, log.history[first.COUNT :])
+    return eval.replay(handle, log.history, snapshot.newest(run, log.steps, log.settings))
+
+
+class Stop:
+    """Inside it Ctrl-C and SIGTERM let the step finish; a second Ctrl-C stops at once.
+
+    All workers stop after the same step. torchrun passes a Ctrl-C on that they have had already.
+    """
+
+    def __init__(self, group):
+        self.group, self.asked = group, 0
+
+    def __enter__(self):
+        both = signal.SIGINT, signal.SIGTERM
+        self.before = {number: signal.signal(number, self._ask) for number in both}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, _):
+        if self.asked and self.group.size == 1:
+            raise KeyboardInterrupt(number)
+        self.asked = number
+        os.write(2, b"\n  finishing this step and what is due after it; again: at once\n")
+
+    def if_asked(self) -> None:
+        """KeyboardInterrupt, with the signal's number, where any worker was asked to stop."""
+        if asked := int(self.group.gather([self.asked]).max()):
+            raise KeyboardInterrupt(asked)
 
 
 def worth_compiling(config: Config, model) -> bool:
@@ -186,72 +183,125 @@ def worth_compiling(config: Config, model) -> bool:
     return model.device.type == "cuda" or weights * config.steps * 2 * 13e-9 > 60
 
 
+# ------------------------------------------------------------------ one run
+
+
 def main(argv=None) -> None:
-    given = vars(loading.make_parser(Config, __doc__.split("\n\n")[0]).parse_args(argv))
-    config, run = Config(**given), None
+    parser = loading.make_parser(Config, __doc__.split("\n\n")[0])
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run that stopped")
+    given = vars(parser.parse_args(argv))
+    resume, run = given.pop("resume", None), None
     try:
-        check(config)
-        data = loading.load_data(config)
-        tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
-        device = loading.choose_device(config.device)
-        config.max_length = loading.usable_length(config.max_length, model_config)
-        family = "tiny" if config.model == Config.model else model_config.model_type
-        filled = presets(config, family)
-        for name, (value, _) in filled.items():
-            setattr(config, name, value)
-        run = record.make_run_directory(config.out, run_name(config))
-        fine_tune(config, run, given, filled, data, tokenizer, device)
-    except (UserError, torch.OutOfMemoryError) as error:
-        if run is not None:
-            record.discard(run)
+        group = workers.join()
+        if resume is None:
+            config, tokenizer, data = prepare(given, group)
+            if group.rank == 0:
+                run = record.make_run_directory(config.out, run_name(config))
+            fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
+        else:
+            config, settings, tokenizer, data = reopen(resume, given, group)
+            fine_tune(config, resume, settings, tokenizer, data, group)
+    except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
+        kept = resume or record.kept(run)
+        if kept and isinstance(error, OSError | SafetensorError):  # a full disk, above all
+            error = UserError(f"{error}; all before it is kept: --resume {kept} goes on")
         raise SystemExit(loading.fail("train.py", error)) from None
-    except KeyboardInterrupt:
-        if run is not None:
-            record.discard(run)
-        kept = run is not None and run.exists()
-        where = f"; {run} keeps the steps so far: eval.py --run {run} --step last" if kept else ""
-        print(f"\ntrain.py: stopped{where}")
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        kept = resume or record.kept(run)
+        print("\ntrain.py: stopped" + f"; python train.py --resume {kept} goes on" * bool(kept))
+        raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+    finally:
+        workers.leave()
 
 
-def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device: str) -> None:
-    """One run from the original weights to result.json."""
-    began = time.perf_counter()
+def prepare(given: dict, group):
+    """(config, tokenizer, data) of a new run, checked, completed and printed."""
+    config = Config(**given)
+    check(config, group.size)
+    data = loading.load_data(config)
+    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
+    loading.choose_device(config.device)
+    config.max_length = loading.usable_length(config.max_length, model_config)
+    family = "tiny" if config.model == Config.model else model_config.model_type
+    filled = presets(config, family)
+    for name, (value, _) in filled.items():
+        setattr(config, name, value)
     for name, value in asdict(config).items():
         source = filled[name][1] if name in filled else "you" if name in given else None
         if source:
             print(f"  {name:<14} {value!s:<24} {source}")
     parts = [len(part) for part in (data.train, data.validation, data.test)]
     print(f"  {'data':<14} {data.source}: train {parts[0]}, validation {parts[1]}, test {parts[2]}")
-    model = loading.load_model(config.model, config.dtype, device, config.trust_remote_code)
-    facts = {
-        "compiled": worth_compiling(config, model),
-        "model_fingerprint": loading.fingerprint(model),
-        "data_fingerprint": data.fingerprint,
-    }
-    settings = asdict(config) | facts | {"dtype": str(model.dtype).removeprefix("torch.")}
-    for name in ("model", "data_dir", "train_file", "validation_file", "test_file"):
-        if settings[name] and Path(settings[name]).exists():  # to be replayed from anywhere
-            settings[name] = str(Path(settings[name]).resolve())
-    handle = eval.make_patch(model, settings)
-    record.write_json(run / "config.json", settings)
-    print(f"  {handle.report()}")
-    print(f"  {run}/" + ("; compiling the kernels takes the first seconds" * facts["compiled"]))
+    return config, tokenizer, data
 
-    sizes = {"batch_size": config.batch_size, "max_length": config.max_length}
-    zero_shot = eval.accuracy(model, tokenizer, data.test, **sizes)
+
+def reopen(run: Path, given: dict, group):
+    """(config, settings, tokenizer, data) of a run that stopped, from its config.json."""
+    steps, device = given.pop("steps", None), given.pop("device", None)
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"--resume brings its own settings; leave out {names}")
+    settings = group.tell(record.open_run(run)[0] if group.rank == 0 else None)
+    config = Config(**{f.name: settings.get(f.name, f.default) for f in fields(Config)})
+    if steps is not None:
+        if steps < config.steps:
+            raise UserError(f"--steps {steps}: {run} was to have {config.steps}, or more")
+        config.steps = steps
+    if device is not None:
+        config.device, config.device_map = device, None
+    check(config, group.size)
+    if group.tell(group.rank == 0 and record.finished(run, config.steps)):
+        raise UserError(f"{run} has finished its {config.steps} steps; --steps N adds to them")
+    tokenizer, _ = loading.load_tokenizer(config.model, config.trust_remote_code)
+    return config, settings, tokenizer, eval.open_data(settings)
+
+
+def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, group) -> None:
+    """One run to result.json: from the original weights, or with the `settings` of one that
+    stopped, from the end of its log."""
+    began, resumed = time.perf_counter(), settings is not None
+    settings = (settings or asdict(config)) | {"steps": config.steps}
+    here = {"device": group.device(config.device), "device_map": config.device_map}
+    model = eval.open_model(settings | here)
+    if not resumed:
+        settings |= facts(config, model, data)
+    handle = eval.make_patch(model, settings)
+    print(f"  {handle.report()}")
+    slow = "; compiling the kernels takes the first seconds" * settings["compiled"]
+    print(f"  {run}/{slow}")
+    how = sizes(config, group)
+    if not resumed:
+        zero_shot = eval.accuracy(model, tokenizer, data.test, **how)
+        first = validate(config, model, tokenizer, data, handle, group)
+        settings["start"] = {"zero_shot": zero_shot, "validation_accuracy": first}
+        settings["fingerprint"] = record.fingerprint(settings)
+    zero_shot = eval.Accuracy(*settings["start"]["zero_shot"])
     print(f"zero-shot test accuracy {zero_shot}")
-    trained = time.perf_counter()
-    result = train(config, run, model, tokenizer, data, handle)
+    group.check_same(int(settings["fingerprint"], 16), "settings, model or data")
+    if group.rank == 0 and not resumed:
+        record.begin(run, settings)
+
+    writes = run if group.rank == 0 else None
+    with steplog.StepLog(config, writes, settings, group.tell) as log:
+        before = log.steps
+        if before:
+            print(f"  going on after step {before} of {config.steps}")
+        if writes and resumed:
+            record.reopen(run, settings)
+        trained = time.perf_counter()
+        train(config, log, run, model, tokenizer, data, handle, group)
     seconds = time.perf_counter() - trained
-    result["compiled"] = handle.sweep.compiled
-    record.write_json(run / "result.json", result)  # whatever fails from here, best_step is known
-    last = best = eval.accuracy(model, tokenizer, data.test, **sizes)
+    result = log.result() | {"compiled": handle.sweep.compiled}
+    if writes:  # whatever fails from here, best_step is known
+        record.write_json(run / record.RESULT, result)
+    last = best = eval.accuracy(model, tokenizer, data.test, **how)
     handle.remove()
     if result["best_step"] != config.steps:  # chosen by validation accuracy, never by test
         del model, handle  # before the second copy is loaded
-        model, _ = eval.rebuild(settings, record.read_steps(run)[: result["best_step"]])
-        best = eval.accuracy(model, tokenizer, data.test, **sizes)
+        model, _ = eval.rebuild(settings | here, log.history[: result["best_step"]], run)
+        best = eval.accuracy(model, tokenizer, data.test, **how)
+    if not writes:
+        return
     if config.save_model:
         model.save_pretrained(run / "model")
         tokenizer.save_pretrained(run / "model")
@@ -261,11 +311,27 @@ def fine_tune(config: Config, run: Path, given, filled, data, tokenizer, device:
     }
     result |= {"training_seconds": seconds, "seconds": time.perf_counter() - began}
     result |= {"seed": config.seed, "data_seed": config.data_seed} | record.machine(model.device)
-    record.write_json(run / "result.json", result)
     record.draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
+    record.write_json(run / record.RESULT, result | {"workers": group.size})
     print(f"test accuracy, last weights             {last}")
     print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
-    print(f"{run}/ holds the run; {config.steps} steps and their validation took {seconds:.0f} s")
+    done = config.steps - before
+    print(f"{run}/ holds the run; {done} steps and their validation took {seconds:.0f} s")
+
+
+def facts(config: Config, model, data: tasks.Data) -> dict:
+    """What config.json holds of model and data, so that the run can be replayed from anywhere."""
+    found = {
+        "compiled": worth_compiling(config, model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_fingerprint": loading.fingerprint(model),
+        "data_fingerprint": data.fingerprint,
+    }
+    for name in ("model", "data_dir", "train_file", "validation_file", "test_file"):
+        path = getattr(config, name)
+        if path and Path(path).exists():
+            found[name] = str(Path(path).resolve())
+    return found
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import write_task
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -15,3 +16,11 @@ def shared():
     if not (SHARED / "models" / "tinystories656k").is_dir():
         pytest.skip("no folder ../shared with real data and models")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder with model/, train.jsonl and test.jsonl: `models.write_task`. Not to be changed."""
+    path = tmp_path_factory.mktemp("task")
+    write_task(path)
+    return path

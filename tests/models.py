@@ -1,11 +1,15 @@
-"""Tiny random models of many architectures, and the literal Algorithm 1 run on a whole model."""
+"""Tiny random models of many architectures, a task for one, and the literal Algorithm 1 on them."""
+
+import json
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import zo
 
 VOCAB = 96
+WORDS = [*"abcdefghij", "red", "blue", ".", "?"]
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -81,3 +85,25 @@ def literal_step(model, rule_masks, inputs, *, lr, eps, seed):
             eps=eps,
             seed=seed,
         )
+
+
+def write_task(path) -> None:
+    """A tiny random LLaMA with a word tokenizer, and a task: which of two words came first?"""
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(path / "model")
+    build("llama-tied").save_pretrained(path / "model")
+    for name, count in (("train", 90), ("test", 40)):
+        with open(path / f"{name}.jsonl", "w") as file:
+            for i in range(count):
+                label = i % 2
+                words = [WORDS[(i * k + 3) % 10] for k in (1, 3, 7)]
+                prompt = " ".join([("red", "blue")[label], *words, "?"])
+                row = {"prompt": prompt, "options": [" red", " blue"], "label": label}
+                file.write(json.dumps(row) + "\n")

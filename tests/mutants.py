@@ -6,8 +6,6 @@
 A mutant is one replacement in one module: what a student (or we, some day) would write. `old` must
 occur exactly once, so that a refactoring which moves it is noticed here; the named test must pass
 on the source as it is, and fail, not just break, on the mutant. Each mutant gets a copy of its own.
-
-Not here yet: squares of fp16 gradients ([Q]'s Fisher mask has no code so far).
 """
 
 import contextlib
@@ -43,6 +41,8 @@ IN_PLACE = """        if True:
                 p.used = True
             return tuple(found)
 """
+
+RESUMED = "test_durability::test_a_stopped_run_ends_as_if_it_had_not_been_stopped"
 
 # fmt: off
 MUTANTS = [  # (what a student writes, module, old, new, the test that turns red)
@@ -202,18 +202,105 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     ("a NaN loss applied", "train",
      "            if math.isfinite(a):", "            if True:",
      "test_train::test_a_loss_that_is_not_finite_never_touches_the_weights"),
-    ("the step log rounded to four digits", "record",
-     "writerow((t, seed, a if", 'writerow((t, seed, f"{a:.4g}" if',
-     "test_train::test_the_log_rebuilds_the_last_weights_to_the_bit"),
-    ("best step off by one", "record",
-     "self.best_step = accuracy, self.steps", "self.best_step = accuracy, self.steps - 1",
-     "test_train::test_the_best_step_is_chosen_by_validation_accuracy"),
-    ("a torn last line of the log believed", "record",
-     'text[: text.rfind("\\n") + 1].splitlines()', "text.splitlines()",
-     "test_train::test_the_log_of_an_interrupted_run_can_be_evaluated"),
     ("replay forgets to refresh the thresholds", "eval",
      "        handle.refresh(step)\n", "",
      "test_train::test_the_log_rebuilds_the_last_weights_to_the_bit"),
+    # ------------------------------------------------------------ [Q]'s masks
+    ("squares taken in the gradient's dtype", "sensitivity",
+     "g = gradient.to(scores[name].device, torch.float32)\n        scores[name].addcmul_(g, g)",
+     "g = gradient.to(scores[name].device)\n        scores[name].add_(g * g)",
+     "test_sensitive::test_squares_are_fp32_where_fp16_would_underflow"),
+    ("largest: indices negated, not magnitudes", "sensitivity",
+     "name: top(weights[name].abs(), k)",
+     "name: (-top(weights[name].abs(), k) % weights[name].numel()).sort().values.int()",
+     "test_sensitive::test_largest_and_smallest_rank_values_not_places"),
+    ("top-k over all matrices, not per matrix", "sensitivity",
+     "    return {name: top(scores[name], k) for name, k in how_many(scores, density).items()}",
+     "    flat = torch.cat([s.flatten() for s in scores.values()])\n"
+     "    h = flat.kthvalue(flat.numel() - round(density * flat.numel()) + 1).values\n"
+     "    return {n: (s.flatten() >= h).nonzero().flatten().int() for n, s in scores.items()}",
+     "test_sensitive::test_ranking_is_per_matrix"),
+    ("ties taken whole: more than k", "sensitivity",
+     "equal[: k - len(above)]", "equal",
+     "test_sensitive::test_top_is_exactly_k_also_where_values_tie"),
+    ("scored in train mode, with dropout", "sensitivity",
+     "        model.eval()\n", "        model.train()\n",
+     "test_sensitive::test_fisher_is_brute_force_autograd"),
+    # ------------------------------------------------------------ quant.py and [Q]'s layers
+    ("sensitive weights quantised with the rest", "quant",
+     "        dense[index] = 0  #", "        #",
+     "test_quant::test_dense_plus_sparse_is_w_at_the_sensitive_places"),
+    ("the sparse values kept in 16 bits", "quant",
+     "dense[index].float()", "dense[index]",
+     "test_quant::test_four_bits_and_sixteen_draw_the_same_noise"),
+    ("packed row by row, as bitsandbytes' CPU kernel gets wrong", "quant",
+     "dense.view(-1, BLOCK)", "dense.view_as(weight)",
+     "test_quant::test_blocks_that_straddle_rows_are_unpacked_rightly"),
+    ("the 16-bit places left as the last probe wrote them", "model_patch",
+     "                few.settle()\n", "                pass\n",
+     "test_quant::test_probes_change_nothing_and_updates_the_values_alone"),
+    ("both probes at value + ε z", "model_patch",
+     "        for value in values:\n            weight", 
+     "        for value in values[:1] * 2:\n            weight",
+     "test_quant::test_both_halves_equal_plain_models_with_the_weights_written_out"),
+    ("noise by place in the list, not in the matrix", "moving",
+     "size, index=places, layer=layer", "size, index=torch.arange(len(places)), layer=layer",
+     "test_quant::test_the_16_bit_method_equals_the_literal_step_on_the_same_index"),
+    # ------------------------------------------------------------ rounding
+    ("rounded up with a fixed probability", "zo",
+     "value / spacing - below > uniform", "uniform < 0.5",
+     "test_zo::test_stochastic_rounding_is_unbiased"),
+    ("the rounding sees the noise", "zo",
+     "uniform = ((high & 0xFF) << 8 | low & 0xFF).float() * 2.0**-16",
+     "uniform = high.float() * 2.0**-32",
+     "test_zo::test_stochastic_rounding_does_not_see_the_noise"),
+    ("the two elements of a draw get the same normal", "zo",
+     "return radius * torch.cos(angle), radius * torch.sin(angle)",
+     "return radius * torch.cos(angle), radius * torch.cos(angle)",
+     "test_zo::test_the_two_elements_of_a_draw_are_independent"),
+    # ------------------------------------------------------------ logs, resume, workers
+    ("a skipped step replayed as an update", "eval",
+     "        if math.isfinite(a):  # else it was skipped", "        if True:",
+     "test_durability::test_a_loss_that_overflows_is_skipped_also_when_resumed[nan]"),
+    ("a torn last line of the log believed", "steplog",
+     "enumerate(lines[:-1]):\n        try:\n            step, seed",
+     "enumerate(filter(None, lines)):\n        try:\n            step, seed",
+     RESUMED + "[a torn last step]"),
+    ("the step log rounded to four digits", "steplog",
+     '",".join(map(repr, step))', '",".join(f"{x:.4g}" for x in step)',
+     "test_train::test_the_log_rebuilds_the_last_weights_to_the_bit"),
+    ("best step off by one", "steplog",
+     "self.best_step = accuracy, self.steps", "self.best_step = accuracy, self.steps - 1",
+     "test_train::test_the_best_step_is_chosen_by_validation_accuracy"),
+    ("the best step forgotten by a resume", "steplog",
+     "                    self._close_line()\n", "                    self.line = {}\n",
+     RESUMED + "[nothing]"),
+    ("a step without its metrics counted", "steplog",
+     "            steps = steps[: due[kept] - 1]\n", "",
+     RESUMED + "[a last step without its metrics]"),
+    ("an edited log replayed", "steplog",
+     "if repr(found) != repr(expected):", "if expected is None:",
+     "test_durability::test_bad_luck_is_one_line_and_changes_nothing[an update edited]"),
+    ("any snapshot believed", "snapshot",
+     "if about != _about(step, tensors, settings):", "if False:",
+     RESUMED + "[a snapshot of another step]"),
+    ("micro-batches of any size counted alike", "train",
+     'count = part.num_examples if part.score == "all" else len(part.token)', "count = 1",
+     "test_workers::test_micro_batches_are_the_whole_batch_to_rounding[3-classification]"),
+    ("right tokens counted as examples", "train",
+     'count = part.num_examples if part.score == "all" else len(part.token)',
+     "count = part.num_examples",
+     "test_workers::test_micro_batches_are_the_whole_batch_to_rounding[3-language modelling]"),
+    ("each worker follows its own losses", "train",
+     "    plus, minus, weight = group.sum([plus, minus, weight])\n", "",
+     "test_workers::test_workers_are_the_run_of_one_to_rounding[2]"),
+    ("two processes write one log", "steplog",
+     "            fcntl.flock(self.files[STEPS], fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+     "            pass\n",
+     "test_durability::test_a_run_that_is_running_is_left_alone"),
+    ("a digest that does not see the order", "snapshot",
+     "(place * -0x61C8864680B583EB | 1)", "1",
+     "test_durability::test_a_digest_changes_with_any_bit_and_any_order"),
 ]
 # fmt: on
 

@@ -14,15 +14,52 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 IMPORTS = {  # who may know whom: downward only
     "zo": set(),
-    "masks": {"zo"},
-    "model_patch": {"masks", "zo"},
+    "sensitivity": {"tasks", "zo"},
+    "masks": {"loading", "scoring", "sensitivity", "tasks", "zo"},
+    "quant": set(),
+    "moving": {"masks", "quant", "zo"},
+    "model_patch": {"masks", "moving", "quant", "zo"},
     "tasks": set(),
     "scoring": {"tasks"},
-    "record": {"tasks"},
     "loading": {"tasks"},
-    "eval": {"loading", "masks", "model_patch", "record", "scoring", "tasks"},
-    "train": {"eval", "loading", "masks", "model_patch", "record", "scoring", "tasks", "zo"},
-    "bench": {"loading", "masks", "model_patch", "record", "zo"},
+    "workers": {"tasks"},
+    "snapshot": set(),
+    "steplog": {"snapshot", "tasks", "zo"},
+    "record": {"snapshot", "steplog", "tasks"},
+    "presets": {"loading", "masks", "moving", "tasks", "zo"},
+    "eval": {
+        "loading",
+        "masks",
+        "model_patch",
+        "record",
+        "scoring",
+        "snapshot",
+        "tasks",
+        "workers",
+    },
+    "train": {
+        "eval",
+        "loading",
+        "presets",
+        "record",
+        "scoring",
+        "snapshot",
+        "steplog",
+        "tasks",
+        "workers",
+        "zo",
+    },
+    "shapes": {"quant", "sensitivity"},
+    "bench": {
+        "loading",
+        "masks",
+        "model_patch",
+        "quant",
+        "record",
+        "sensitivity",
+        "shapes",
+        "zo",
+    },
 }
 
 
@@ -45,10 +82,10 @@ def test_the_modules_are_these():
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_imports_run_downward(name):
-    """zo, masks and tasks need torch and numpy alone; nobody imports train."""
+    """zo, masks, sensitivity and tasks need torch and numpy alone; nobody imports train."""
     ours = {n for n in imported(ast.walk(tree_of(name))) if n in IMPORTS}
     assert ours == IMPORTS[name]
-    if name in ("zo", "masks", "tasks", "scoring"):
+    if name in ("zo", "masks", "sensitivity", "tasks", "scoring"):
         outside = set(imported(tree_of(name).body)) - set(IMPORTS)
         assert outside <= {"torch", "numpy"} | set(__import__("sys").stdlib_module_names)
 

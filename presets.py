@@ -1,0 +1,134 @@
+"""The settings of a run: what can be said on train.py's command line, and what fills in the rest.
+
+Values come from three places: the command line, else [S]'s tables (by model family and task), else
+the defaults below. train.py prints each with its source.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import loading
+import masks
+import moving
+import zo
+from loading import Settings, setting
+from tasks import UserError
+
+
+@dataclass
+class Config(Settings):
+    """Every setting of a run: those of loading.py and these. None: filled in by `presets`."""
+
+    method: str = setting("s-mezo", "which weights move", masks.METHODS)
+    density: float | None = setting(None, "share of the weights that move, in (0, 1]")
+    lr: float | None = setting(None, "learning rate η")
+    eps: float = setting(1e-3, "perturbation scale ε")
+    steps: int | None = setting(None, "training steps")
+    seed: int = setting(0, "of noise, random mask and batch order")
+    mask: str = setting("dynamic", "s-mezo: re-taken every step, or kept from before", masks.KEPT)
+    refresh_every: int = setting(0, "s-mezo: steps between new thresholds; 0 is never")
+    vectors: str = setting(
+        "masked", "what one-dimensional tensors (norms, biases) are", moving.VECTORS
+    )
+    rounding: str = setting(
+        "nearest", "of updates to 16-bit weights; stochastic keeps small ones", moving.ROUNDING
+    )
+    select: str = setting("", "regular expression: only parameters whose name matches move")
+    eval_every: int | None = setting(None, "steps between validations; default steps / 10")
+    log_every: int | None = setting(None, "steps between lines of metrics; default steps / 200")
+    snapshot_every: int = setting(0, "steps between copies of the weights, to resume sooner")
+    micro_batch: int | None = setting(None, "examples in memory at once; default the whole batch")
+    compile: str = setting("auto", "fuse noise, mask and add", ("auto", "yes", "no"))
+    out: str | None = setting(None, "run directory; default runs/ and a name")
+    save_model: bool = setting(False, "write the best-validation weights as a checkpoint")
+
+
+TABLE_8 = {  # [S] Table 8: sparsity, the share that is frozen
+    "llama": {"sst2": 0.70, "rte": 0.75, "boolq": 0.80, "wic": 0.80, "multirc": 0.80},
+    "mistral": {"sst2": 0.70, "rte": 0.60, "boolq": 0.60, "wic": 0.70, "multirc": 0.60},
+}
+GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
+    "llama": ("[S] Table 6", {"mezo": 1e-6, "s-mezo": 3e-6, "r-mezo": 3e-6}),
+    "mistral": ("[S] Table 7", {"mezo": 1e-7, "s-mezo": 3e-6, "r-mezo": 3e-6}),
+}
+TINY = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
+    "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
+    "s-mezo": {"sst2": 1e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
+    "r-mezo": {"sst2": 3e-3, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
+}
+
+
+def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
+    """{setting: (value, source)} for what the user did not say. `family`: tiny, llama, opt, …"""
+    source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
+    sparsity = TABLE_8.get(family, {}).get(config.task)
+    found = {
+        "lr": (rates[config.method], f"{source}: from the grid for {config.method}; worth tuning"),
+        "steps": (20_000, "[S] §4.1"),
+        "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
+    }
+    if sparsity is not None:
+        found["density"] = (
+            round(1 - sparsity, 2),
+            f"[S] Table 8: sparsity {sparsity} on {config.task}",
+        )
+    if family == "tiny":
+        rate = TINY[config.method].get(config.task, min(TINY[config.method].values()))
+        found["lr"] = rate, "best of the grid in tiny/compare.py"
+        found["steps"] = 300, "enough for the tiny model"
+    if config.method == "mezo":
+        found["density"] = 1.0, "MeZO moves every weight"
+    steps = config.steps or found["steps"][0]
+    found["eval_every"] = max(1, steps // 10), "steps / 10"
+    found["log_every"] = max(1, steps // 200), "steps / 200"
+    return {name: v for name, v in found.items() if getattr(config, name) is None}
+
+
+def check(config: Config, workers: int = 1) -> None:
+    """Raise UserError for a value that cannot work, before anything is loaded."""
+    loading.check(config)
+    for name in ("eps", "lr", "steps", "eval_every", "log_every"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be positive")
+    if config.density is not None and not 0 < config.density <= 1:
+        raise UserError(
+            f"--density {config.density}: the share of weights that move, above 0 and at most 1 "
+            "(the paper's sparsity 0.75 is --density 0.25)"
+        )
+    if config.method == "mezo" and config.density not in (None, 1):
+        raise UserError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
+    if config.method != "s-mezo" and (config.mask != "dynamic" or config.refresh_every):
+        raise UserError(f"--mask and --refresh-every belong to s-mezo, not to {config.method}")
+    if config.refresh_every < 0 or (config.refresh_every and config.mask != "dynamic"):
+        raise UserError(
+            f"--refresh-every {config.refresh_every} with --mask {config.mask}: at least 0, and "
+            "only a dynamic mask has a threshold to take again"
+        )
+    if config.snapshot_every < 0:
+        raise UserError(f"--snapshot-every {config.snapshot_every}: at least 0, which is never")
+    if config.micro_batch is not None and config.micro_batch < 1:
+        raise UserError(f"--micro-batch {config.micro_batch}: at least 1")
+    if config.device_map and workers > 1:
+        raise UserError("--device-map spreads one worker's model; leave it out under torchrun")
+    if config.refresh_every and config.snapshot_every % config.refresh_every:
+        raise UserError(
+            f"--snapshot-every {config.snapshot_every}: a multiple of --refresh-every "
+            f"{config.refresh_every}, as a snapshot holds no thresholds"
+        )
+    for name, bound in (("seed", zo.MAX_RUN_SEED), ("steps", zo.MAX_STEP)):
+        if not 0 <= (getattr(config, name) or 0) < bound:
+            raise UserError(f"--{name} {getattr(config, name)}: from 0 to {bound - 1}")
+    try:
+        re.compile(config.select)
+    except re.error as error:
+        raise UserError(f"--select {config.select!r} is no regular expression: {error}") from error
+
+
+def run_name(config: Config) -> str:
+    """The name of a run that was not given one."""
+    model = "tiny" if config.model == Config.model else Path(config.model).name
+    data = Path(config.train_file).stem if config.train_file else config.task
+    return f"{model}-{data}-{config.method}-seed{config.seed}"

@@ -1,0 +1,93 @@
+"""Snapshots of the weights that training changes; they bound how much of a log is replayed.
+
+A step log is a megabyte, a snapshot as large as the weights that move, which is why there is none
+unless asked for. What it saves is time: a step costs an update to replay, about a tenth of what it
+cost to train. Snapshots are safetensors; one stands at a time.
+
+Where thresholds are re-taken (--refresh-every) they must follow from the snapshot alone, so it is
+taken just before a step that re-takes them (train.check).
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+@torch.no_grad()
+def digest(tensors: dict[str, torch.Tensor]) -> int:
+    """64 bits of all values, computed where they are: changing any one bit changes it.
+
+    Each value's bits times an odd number of its own, added up modulo 2⁶⁴.
+    """
+    total, before, chunk = 0, 0, 1 << 22
+    for _, flat in sorted(tensors.items()):
+        kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        bits = flat.view(kinds[flat.element_size()])
+        for start in range(0, bits.numel(), chunk):
+            part = bits[start : start + chunk].long()
+            place = torch.arange(part.numel(), device=part.device) + (before + start)
+            total += int((part * (place * -0x61C8864680B583EB | 1)).sum())
+        before += bits.numel()
+    return total % 2**64
+
+
+def write(run: Path, step: int, tensors: dict, settings: dict) -> None:
+    """The weights after `step` steps: written beside, synced, renamed, then older ones removed.
+
+    On a GPU the tensors are copied to the host first.
+    """
+    path = run / f"snapshot-{step}.safetensors"
+    beside = path.with_suffix(".tmp")
+    about = _about(step, tensors, settings)
+    save_file({name: flat.cpu() for name, flat in tensors.items()}, beside, metadata=about)
+    put_in_place(beside, path)
+    for old in run.glob("snapshot-*"):
+        if old != path:
+            old.unlink()
+
+
+def _about(step: int, tensors: dict, settings: dict) -> dict[str, str]:
+    run, values = settings["fingerprint"], digest(tensors)
+    return {"run": run, "step": str(step), "digest": f"{values:016x}"}
+
+
+def newest(run: Path, stop: int, settings: dict) -> tuple[int, dict]:
+    """(step, tensors) of the run's newest snapshot of at most `stop` steps; (0, {}) without one.
+
+    A snapshot only saves time, so one that cannot be believed is no error: a line says so, and the
+    log is replayed from its start.
+    """
+    paths = run.glob("snapshot-*.safetensors")  # two, where a kill kept the old one
+    for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
+        try:
+            step = int(path.stem.removeprefix("snapshot-"))
+            with safe_open(path, "pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if about != _about(step, tensors, settings):
+                raise ValueError("of another run or step, or not the values that were written")
+        except Exception as error:  # safetensors has its own, for a torn file or a wrong header
+            why = str(error).splitlines()[0]
+            print(f"  {path} is left alone ({why}): replaying the log from its start")
+            continue
+        if step <= stop:
+            return step, tensors
+    return 0, {}
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Rename a file that is complete; the disk has its contents first, and then its name."""
+    _sync(beside)
+    os.replace(beside, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
