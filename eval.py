@@ -3,6 +3,7 @@
     python eval.py --model MODEL --task rte                  zero-shot
     python eval.py --model MODEL --task rte --shots 32       in-context, 32 solved examples
     python eval.py --run runs/…                              a run of train.py, rebuilt from its log
+    python eval.py --sparse runs/…/sparse.safetensors        [Q]'s result on top of its model
 
 An example counts as right when the right option has the highest mean log-probability (scoring.py).
 Accuracies come with their standard error, √(p (1 − p) / n), and n.
@@ -16,6 +17,7 @@ Model, data and settings must be those of the run: fingerprints tell.
 import inspect
 import math
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +28,10 @@ from tqdm import tqdm
 import loading
 import masks
 import model_patch
+import quant
 import record
 import scoring
+import sensitivity
 import snapshot
 import tasks
 import workers
@@ -79,7 +83,7 @@ def accuracy(
 # ------------------------------------------------------------------ runs
 
 
-def make_patch(model, settings: dict) -> model_patch.Patch:
+def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.Patch:
     """Patch a model as a run's config.json says. NaN in its weights is refused, once and here."""
     for name, weight in model.named_parameters():
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -93,13 +97,14 @@ def make_patch(model, settings: dict) -> model_patch.Patch:
         seed=settings["seed"],
     )
     try:
-        return model_patch.patch(
+        return model_patch.Patch(
             model,
             rule,
             eps=settings["eps"],
             vectors=settings["vectors"],
             rounding=settings["rounding"],
             select=settings["select"],
+            index=index,
             compiled=settings["compiled"],
         )
     except ValueError as error:  # nothing selected
@@ -129,58 +134,111 @@ def open_data(settings: dict) -> tasks.Data:
     return data
 
 
-def open_model(settings: dict):
-    """The model that a run begins with; UserError where one that began had another."""
+def open_model(settings: dict, run: Path | None = None):
+    """(model, index) that a run begins with; UserError where one that began had others.
+
+    index: [Q]'s mask, from the run's directory; None for the other methods.
+    """
+    index = provenance = four_bits = None
+    if settings["method"] in masks.FEW:
+        path = run / record.MASK
+        index, provenance = sensitivity.read_mask(path)
+        if settings.get("mask_fingerprint") not in (None, mask_fingerprint(index)):
+            raise UserError(f"{path} is not the mask that the run began with; put it back")
+        check = partial(sensitivity.check_values, path, provenance)
+        if settings["method"] == "senszoq":
+            four_bits = quant.loading_config(index, settings["double_quant"], check)
     model = loading.load_model(
         settings["model"],
         settings["dtype"],
         settings["device"],
         settings["trust_remote_code"],
+        four_bits=four_bits,
         device_map=settings["device_map"],
     )
+    if index is not None and four_bits is None:
+        for name in index:
+            check(name, model.get_parameter(name))
     if settings.get("model_fingerprint") not in (None, loading.fingerprint(model)):
         raise UserError(f"{settings['model']} is not the model, or not in the dtype, of that run")
-    return model
+    return model, index
+
+
+def mask_fingerprint(index: dict | None) -> str | None:
+    """Tells one index from another; None where there is none."""
+    return None if index is None else f"{snapshot.digest(index):016x}"
 
 
 def rebuild(settings: dict, steps, run: Path | None = None):
-    """(model, tokenizer) with the weights after `steps`, from a run's config.json and its log.
+    """(patch, tokenizer) with the weights after `steps`, from a run's config.json and its log.
 
-    `run`: its directory, where a snapshot may lie.
+    `run`: its directory, where a snapshot may lie and [Q]'s mask does. The patch is removed: its
+    model is an ordinary one, or has ordinary 4-bit layers.
     """
     tokenizer, _ = loading.load_tokenizer(settings["model"], settings["trust_remote_code"])
-    model = open_model(settings)
-    handle = make_patch(model, settings)
+    model, index = open_model(settings, run)
+    handle = make_patch(model, settings, index)
     replay(handle, steps, snapshot.newest(run, len(steps), settings) if run else (0, {}))
     handle.remove()
-    return model, tokenizer
+    return handle, tokenizer
+
+
+def open_sparse(path: Path, settings: Settings):
+    """The model that [Q]'s result was trained on, with the trained values in their places."""
+    index, values, about = snapshot.read_sparse(path)
+    check, four_bits = partial(sensitivity.check_values, path, about), None
+    if about["method"] == "senszoq":
+        four_bits = quant.loading_config(index, about["double_quant"], check)
+    model = loading.load_model(
+        settings.model, about["dtype"], settings.device, settings.trust_remote_code, four_bits
+    )
+    if four_bits is None:
+        weights = {name: p for name, p in model.named_parameters() if name in index}
+        sensitivity.check_mask(path, index, about, weights)
+    handle = model_patch.Patch(model, masks.Everything(), index=index)
+    handle.load(values)
+    handle.remove()
+    return model
+
+
+def save_checkpoint(model, tokenizer, folder) -> None:
+    """An ordinary Hugging Face checkpoint; 4-bit layers are written as the weights they stand for,
+    and `model` is an ordinary model from then on."""
+    quant.unpack(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main(argv=None) -> None:
     parser = loading.make_parser(Settings, __doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, help="a run directory of train.py, instead of a model")
     parser.add_argument("--step", help="with --run: best (default), last or a step number")
-    parser.add_argument("--save", help="with --run: write its weights as a checkpoint here")
+    parser.add_argument("--sparse", type=Path, help="sparse.safetensors, on top of its model")
+    parser.add_argument("--save", help="with --run or --sparse: write a checkpoint here")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--shots", type=int, default=0, help="solved examples before the prompt")
     given = vars(parser.parse_args(argv))
     run, split, shots = given.pop("run", None), given.pop("split"), given.pop("shots")
-    step, save = given.pop("step", None), given.pop("save", None)
+    step, save, sparse = (given.pop(name, None) for name in ("step", "save", "sparse"))
     try:
-        if run is None and (step or save):
-            raise UserError("--step and --save: these need --run")
+        if run is None and (step or (save and sparse is None)):
+            raise UserError("--step needs --run, and --save needs --run or --sparse")
+        if run is not None and sparse is not None:
+            raise UserError("--run or --sparse, not both")
         if shots < 0:
             raise UserError(f"--shots {shots}: at least 0")
         if run is not None:
             print(evaluate_run(run, step, given, split, save))
         else:
-            print(evaluate(given, split, shots))
+            print(evaluate(given, split, shots, sparse, save))
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
         raise SystemExit(loading.fail("eval.py", error)) from None
 
 
-def evaluate(given: dict, split: str, shots: int) -> str:
-    """Zero-shot or in-context accuracy of a model, as one line of text."""
+def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str | None) -> str:
+    """Zero-shot or in-context accuracy of a model, perhaps with [Q]'s trained values, as a line."""
+    if sparse is not None:
+        given = {"model": snapshot.read_sparse(sparse)[2]["model"]} | given
     settings = Settings(**given)
     loading.check(settings)
     data = loading.load_data(settings)
@@ -193,14 +251,20 @@ def evaluate(given: dict, split: str, shots: int) -> str:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     if not examples:
         raise UserError(f"the {split} split is empty")
-    where = settings.device, settings.trust_remote_code
-    model = loading.load_model(
-        settings.model, settings.dtype, *where, device_map=settings.device_map
-    )
+    if sparse is not None:
+        model = open_sparse(sparse, settings)
+    else:
+        where = settings.device, settings.trust_remote_code
+        model = loading.load_model(
+            settings.model, settings.dtype, *where, device_map=settings.device_map
+        )
     sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length}
     found = accuracy(model, tokenizer, examples, **sizes)
+    if save is not None:
+        save_checkpoint(model, tokenizer, save)
     how = f"{shots} shots" if shots else "zero-shot"
-    return f"{settings.model}, {how}, {data.source}: {split} accuracy {found}"
+    name = settings.model if sparse is None else f"{settings.model} with {sparse}"
+    return f"{name}, {how}, {data.source}: {split} accuracy {found}"
 
 
 def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str | None) -> str:
@@ -226,12 +290,11 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str
     examples = getattr(data, split)
     if not examples:
         raise UserError(f"the {split} split is empty")
-    model, tokenizer = rebuild(config, steps[:stop], run)
-    if save is not None:
-        model.save_pretrained(save)
-        tokenizer.save_pretrained(save)
+    handle, tokenizer = rebuild(config, steps[:stop], run)
     sizes = {name: config[name] for name in ("batch_size", "max_length")}
-    found = accuracy(model, tokenizer, examples, **sizes)
+    found = accuracy(handle.model, tokenizer, examples, **sizes)
+    if save is not None:
+        save_checkpoint(handle.model, tokenizer, save)
     return f"{run} after {stop} steps, {data.source}: {split} accuracy {found}"
 
 

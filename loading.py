@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+import quant
 import tasks
 from tasks import UserError
 
@@ -257,6 +258,8 @@ def load_model(
             raise UserError(str(four_bits.error)) from error
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"cannot load the weights of {name!r} as a causal LM: {why}") from error
+    if four_bits is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # our layers are not transformers'
     if device_map and {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
         raise UserError(f"{name!r} does not fit on the GPUs there are; try --dtype bfloat16")
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
@@ -283,7 +286,9 @@ def choose_device(device: str) -> str:
 def fingerprint(model) -> str:
     """A hash of the weights' beginnings, shapes and dtypes: tells one base model from another."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, quant.DenseSparseLinear)]
+    packed = [(f"{name}.codes", layer.codes) for name, layer in layers]
+    for name, weight in [*model.named_parameters(), *packed]:
         sample = weight.detach().view(-1)[:256].float().cpu().numpy()
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.tobytes())
     return digest.hexdigest()[:16]

@@ -198,14 +198,15 @@ def active_count(rule: Rule, flat: Tensor, state: Tensor) -> int:
     return int(total)
 
 
-METHODS = ("s-mezo", "mezo", "r-mezo")
+METHODS = ("s-mezo", "mezo", "r-mezo", "sensitive", "senszoq")
+FEW = ("sensitive", "senszoq")  # [Q]: an index says which weights move, dense in 16 or 4 bits
 KEPT = ("dynamic", "constant", "packed")
 KINDS = ("sensitive", "random", "largest", "smallest")  # of [Q]'s masks, all of one size
 
 
 def make_rule(method: str, density: float, *, kept="dynamic", refresh_every=0, seed=0) -> Rule:
     """The rule of a method; for s-mezo `kept` says how its mask is kept ([S] §3.2, §3.3)."""
-    if method == "mezo":
+    if method == "mezo" or method in FEW:
         return Everything()
     if method == "r-mezo":
         return RandomMask(density, seed)
@@ -259,13 +260,15 @@ def compute(args) -> tuple[dict[str, Tensor], dict]:
     for name, least in (("samples", 1), ("length", 2), ("groups", 1), ("seed", 0)):
         if not least <= getattr(args, name) < zo.MAX_RUN_SEED:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least}, less than 2^24")
-    if bool(args.text) + bool(args.task) + (args.kind != "sensitive") > 1:
+    task = args.task or args.train_file
+    if bool(args.text) + bool(task) + (args.kind != "sensitive") > 1:
         raise UserError("give one of --text, --task and --kind random, largest or smallest")
     folder = Path(args.out).absolute().parent
     if not os.access(folder, os.W_OK) or Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: the name of a file in a folder that can be written to")
-    settings = loading.Settings(model=args.model, task=args.task, data_dir=args.data_dir)
-    if args.task:
+    source = {"task": args.task, "data_dir": args.data_dir, "train_file": args.train_file}
+    settings = loading.Settings(model=args.model, **source)
+    if task:
         loading.check(settings)
     device, trust = loading.choose_device(args.device), args.trust_remote_code
     tokenizer, config = loading.load_tokenizer(args.model, trust)
@@ -274,11 +277,11 @@ def compute(args) -> tuple[dict[str, Tensor], dict]:
     made = {"model": args.model, "kind": args.kind, "density": args.density, "seed": args.seed}
     length, longest = (loading.usable_length(n, config) for n in (args.length, 2048))
     losses = []
-    if args.task:
+    if task:
         data = loading.load_data(settings)
         examples = data.train[: args.samples]
         losses = task_losses(tokenizer, examples, data.classification, longest)
-        made |= {"source": f"{args.task}, {data.source}", "data": data.fingerprint}
+        made |= {"source": f"{task}, {data.source}", "data": data.fingerprint}
     elif args.kind == "sensitive":
         tiny = args.model == loading.Settings.model  # it brings a text of its own
         text = args.text or (loading.locate("tiny/data/c4.jsonl") if tiny else None)
@@ -306,7 +309,8 @@ def compute(args) -> tuple[dict[str, Tensor], dict]:
     return index, made | {"matrices": identity(weights)}
 
 
-def main(argv=None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `python masks.py`; train.py goes through it, too."""
     import loading
 
     parser = argparse.ArgumentParser(description="Compute a mask of [Q] and write it to a file.")
@@ -316,6 +320,7 @@ def main(argv=None) -> None:
     add("--text", help='.txt, or .jsonl of {"text": …}; without it C4, streamed from the hub')
     add("--task", help="instead of text: the training loss of this task")
     add("--data-dir", help="folder with the task's official files")
+    add("--train-file", help="a task of your own, as for train.py")
     add("--kind", choices=KINDS, default="sensitive", help="the others are for comparison")
     add("--statistic", choices=STATISTICS, default=STATISTICS[0])
     add("--density", type=float, default=0.001, help="share of each matrix (default 0.001)")
@@ -327,7 +332,13 @@ def main(argv=None) -> None:
     add("--dtype", choices=loading.DTYPES, default="auto", help="auto: bfloat16, on a CPU float32")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--trust-remote-code", action="store_true")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None) -> None:
+    import loading
+
+    args = make_parser().parse_args(argv)
     try:
         index, provenance = compute(args)
         save_mask(args.out, index, provenance)

@@ -6,12 +6,17 @@ the defaults below. train.py prints each with its source.
 
 import math
 import re
+import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import loading
 import masks
 import moving
+import quant
+import record
+import sensitivity
 import zo
 from loading import Settings, setting
 from tasks import UserError
@@ -27,7 +32,14 @@ class Config(Settings):
     eps: float = setting(1e-3, "perturbation scale ε")
     steps: int | None = setting(None, "training steps")
     seed: int = setting(0, "of noise, random mask and batch order")
-    mask: str = setting("dynamic", "s-mezo: re-taken every step, or kept from before", masks.KEPT)
+    mask: str | None = setting(
+        None, "s-mezo: dynamic, constant or packed; sensitive, senszoq: a file of masks.py"
+    )
+    mask_from: str | None = setting(
+        None, "sensitive, senszoq, without a file: make it from here", ("text", "task")
+    )
+    text: str | None = setting(None, "for --mask-from text: .txt or .jsonl; default C4, streamed")
+    double_quant: bool = setting(True, "senszoq: 8-bit scales, 4.13 bits per weight and not 4.5")
     refresh_every: int = setting(0, "s-mezo: steps between new thresholds; 0 is never")
     vectors: str = setting(
         "masked", "what one-dimensional tensors (norms, biases) are", moving.VECTORS
@@ -53,27 +65,35 @@ GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
     "llama": ("[S] Table 6", {"mezo": 1e-6, "s-mezo": 3e-6, "r-mezo": 3e-6}),
     "mistral": ("[S] Table 7", {"mezo": 1e-7, "s-mezo": 3e-6, "r-mezo": 3e-6}),
 }
+FEW_RATE = 1e-6, "no grid of [Q] is in our text, full zeroth-order runs had 1e-7 to 1e-6; tune it"
 TINY = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
     "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
     "s-mezo": {"sst2": 1e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
-    "r-mezo": {"sst2": 3e-3, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
+    "r-mezo": {"sst2": 3e-3, "rte": 3e-3, "boolq": 3e-3, "copa": 3e-3},
+    "sensitive": {"sst2": 1e-1, "rte": 1e-1, "boolq": 1e-1, "copa": 1e-1},
+    "senszoq": {"sst2": 1e-1, "rte": 1e-1, "boolq": 1e-1, "copa": 1e-1},
 }
 
 
 def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
     """{setting: (value, source)} for what the user did not say. `family`: tiny, llama, opt, …"""
-    source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
-    sparsity = TABLE_8.get(family, {}).get(config.task)
-    found = {
-        "lr": (rates[config.method], f"{source}: from the grid for {config.method}; worth tuning"),
-        "steps": (20_000, "[S] §4.1"),
-        "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
-    }
-    if sparsity is not None:
-        found["density"] = (
-            round(1 - sparsity, 2),
-            f"[S] Table 8: sparsity {sparsity} on {config.task}",
-        )
+    if config.method in masks.FEW:
+        found = {"lr": FEW_RATE, "steps": (20_000, "[Q]"), "density": (0.001, "[Q]: 0.1 %")}
+        if config.mask is None:
+            found["mask_from"] = "text", "[Q]: pre-training text"
+    else:
+        source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
+        sparsity = TABLE_8.get(family, {}).get(config.task)
+        found = {
+            "lr": (rates[config.method], f"{source}: of the grid for {config.method}; tune it"),
+            "steps": (20_000, "[S] §4.1"),
+            "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
+        }
+        if sparsity is not None:
+            source = f"[S] Table 8: sparsity {sparsity} on {config.task}"
+            found["density"] = round(1 - sparsity, 2), source
+        if config.method == "s-mezo":
+            found["mask"] = "dynamic", "[S] §3.2: re-taken every step"
     if family == "tiny":
         rate = TINY[config.method].get(config.task, min(TINY[config.method].values()))
         found["lr"] = rate, "best of the grid in tiny/compare.py"
@@ -100,13 +120,32 @@ def check(config: Config, workers: int = 1) -> None:
         )
     if config.method == "mezo" and config.density not in (None, 1):
         raise UserError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
-    if config.method != "s-mezo" and (config.mask != "dynamic" or config.refresh_every):
-        raise UserError(f"--mask and --refresh-every belong to s-mezo, not to {config.method}")
-    if config.refresh_every < 0 or (config.refresh_every and config.mask != "dynamic"):
+    few = config.method in masks.FEW
+    if config.method == "s-mezo" and config.mask not in (None, *masks.KEPT):
+        raise UserError(f"--mask {config.mask}: for s-mezo one of {', '.join(masks.KEPT)}")
+    if config.mask is not None and config.method in ("mezo", "r-mezo"):
+        raise UserError(f"--mask {config.mask}: {config.method} has none to choose")
+    if config.refresh_every and (config.method != "s-mezo" or config.mask not in (None, "dynamic")):
         raise UserError(
-            f"--refresh-every {config.refresh_every} with --mask {config.mask}: at least 0, and "
-            "only a dynamic mask has a threshold to take again"
+            f"--refresh-every {config.refresh_every} with {config.method}, --mask {config.mask}: "
+            "only the dynamic mask of s-mezo has a threshold to take again"
         )
+    if config.refresh_every < 0:
+        raise UserError(f"--refresh-every {config.refresh_every}: at least 0, which is never")
+    if not few and (config.mask_from or config.text or not config.double_quant):
+        raise UserError(
+            f"--mask-from, --text and --no-double-quant are for {' and '.join(masks.FEW)}, not for "
+            f"{config.method}"
+        )
+    if few and (config.vectors != "masked" or config.select or config.rounding != "nearest"):
+        raise UserError(
+            f"--vectors, --select and --rounding are not for {config.method}: a mask says which "
+            "weights move, and their values are kept in fp32"
+        )
+    if few and config.mask and (config.mask_from or config.density):
+        raise UserError(f"--mask {config.mask} brings its own source and density; leave them out")
+    if config.text and config.mask_from == "task":
+        raise UserError(f"--text {config.text} with --mask-from task: one of the two")
     if config.snapshot_every < 0:
         raise UserError(f"--snapshot-every {config.snapshot_every}: at least 0, which is never")
     if config.micro_batch is not None and config.micro_batch < 1:
@@ -132,3 +171,38 @@ def run_name(config: Config) -> str:
     model = "tiny" if config.model == Config.model else Path(config.model).name
     data = Path(config.train_file).stem if config.train_file else config.task
     return f"{model}-{data}-{config.method}-seed{config.seed}"
+
+
+# ------------------------------------------------------------------ [Q]'s mask of a run
+
+
+def check_mask(config: Config, skeleton) -> None:
+    """UserError where [Q]'s mask, or one of this density, does not fit the model; nothing loads."""
+    weights = sensitivity.decoder_linears(skeleton)
+    if config.method == "senszoq":
+        quant.check_linears(skeleton, weights)
+    if config.mask is None:
+        sensitivity.how_many(weights, config.density)
+    else:
+        index, about = sensitivity.read_mask(config.mask)
+        sensitivity.check_mask(config.mask, index, about, weights)
+        config.density = about["density"]
+
+
+def make_mask(config: Config, run: Path) -> None:
+    """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would."""
+    if config.mask is None:
+        flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
+        flags += [f"--device={config.device}", f"--out={run / record.MASK}"]
+        names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
+        for name in names:
+            if (value := getattr(config, name)) is not None:
+                flags.append(f"--{name.replace('_', '-')}={value}")
+        flags += ["--trust-remote-code"] * config.trust_remote_code
+        print(f"  python masks.py {shlex.join(flags)}")
+        sensitivity.save_mask(
+            run / record.MASK, *masks.compute(masks.make_parser().parse_args(flags))
+        )
+    else:
+        shutil.copyfile(config.mask, run / record.MASK)
+    config.mask = record.MASK

@@ -71,9 +71,10 @@ class DenseSparseLinear(nn.Module):
 
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        if weight.numel() % BLOCK:
-            raise ValueError(f"{tuple(weight.shape)} weights do not fill blocks of {BLOCK}")
+        assert weight.numel() % BLOCK == 0, f"{tuple(weight.shape)} does not fill blocks of {BLOCK}"
         self.bias = bias
+        if not torch.isfinite(torch.stack(weight.aminmax())).all():
+            raise ValueError("a weight to be quantised holds NaN or infinity")
         index = index.to(weight.device, torch.int64)
         dense = weight.detach().reshape(-1).clone()
         self.index, self.values = index, dense[index].float()  # plain attributes: buffers would be
@@ -117,15 +118,38 @@ class DenseSparseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, NF4 + {self.index.numel()} values"
 
 
+def check_linears(model: nn.Module, names) -> None:
+    """ValueError unless each weight of `names` belongs to an nn.Linear: only those go into 4 bits.
+
+    On torch's meta device, too, so that it can be said before anything is loaded.
+    """
+    for name in names:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        if type(module) is not nn.Linear:
+            raise ValueError(
+                f"{name} is of a {type(module).__name__}; only nn.Linear goes into 4 bits"
+            )
+        if module.weight.numel() % BLOCK:
+            raise ValueError(f"{name} {tuple(module.weight.shape)} does not fill blocks of {BLOCK}")
+
+
 def quantise(model: nn.Module, name: str, weight: Tensor, index: Tensor, double_quant: bool):
     """Put a DenseSparseLinear in the place of the nn.Linear whose weight is called `name`."""
     path = name.removesuffix(".weight")
     parent, _, child = path.rpartition(".")
-    linear = model.get_submodule(path)
-    if type(linear) is not nn.Linear:
-        raise ValueError(f"{path} is a {type(linear).__name__}; only nn.Linear goes into 4 bits")
-    packed = DenseSparseLinear(weight, index, linear.bias, double_quant)
+    check_linears(model, [name])
+    packed = DenseSparseLinear(weight, index, model.get_submodule(path).bias, double_quant)
     setattr(model.get_submodule(parent), child, packed)
+
+
+def unpack(model: nn.Module) -> None:
+    """An ordinary model again: every 4-bit layer an nn.Linear with the weights it stood for."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, DenseSparseLinear):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight, linear.bias = nn.Parameter(layer.weight), layer.bias
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
 
 
 def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda name, weight: None):

@@ -6,6 +6,8 @@
     result.json     accuracies with standard errors, seconds, peak memory, versions, hardware
     curve.png       loss, accuracy and active density against steps
     snapshot-N.…    with --snapshot-every: the weights that move, after N steps; only the newest
+    mask.…          sensitive, senszoq: which weights move, as python masks.py wrote it
+    sparse.…        the same: their trained values and places, for eval.py --sparse
     model/          with --save-model: an ordinary Hugging Face checkpoint
 
 JSON and snapshots are written beside, synced and renamed: whole or not at all. The logs are
@@ -24,10 +26,10 @@ from snapshot import put_in_place
 from steplog import HEADER, METRICS, STEPS, Step, read_steps
 from tasks import UserError
 
-RESULT = "result.json"
+RESULT, MASK, SPARSE = "result.json", "mask.safetensors", "sparse.safetensors"
 MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps are only more steps
     "model", "data_dir", "train_file", "validation_file", "test_file", "device", "device_map",
-    "out", "steps", "save_model", "fingerprint",
+    "out", "steps", "save_model", "fingerprint", "text",
 )  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def kept(run: Path | None) -> Path | None:
     log = run and run / STEPS
     if run is None or (log.exists() and log.stat().st_size > len(HEADER) + 1):
         return run
-    for name in (STEPS, METRICS, "config.json", "config.json.tmp"):
+    for name in (STEPS, METRICS, MASK, "config.json", "config.json.tmp"):
         (run / name).unlink(missing_ok=True)
     return run.rmdir()
 

@@ -1,4 +1,4 @@
-"""Snapshots of the weights that training changes; they bound how much of a log is replayed.
+"""Copies of what training changes: snapshots, and [Q]'s result, a few values and their places.
 
 A step log is a megabyte, a snapshot as large as the weights that move, which is why there is none
 unless asked for. What it saves is time: a step costs an update to replay, about a tenth of what it
@@ -8,12 +8,15 @@ Where thresholds are re-taken (--refresh-every) they must follow from the snapsh
 taken just before a step that re-takes them (train.check).
 """
 
+import json
 import os
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from tasks import UserError
 
 
 @torch.no_grad()
@@ -76,6 +79,42 @@ def newest(run: Path, stop: int, settings: dict) -> tuple[int, dict]:
         if step <= stop:
             return step, tensors
     return 0, {}
+
+
+# ------------------------------------------------------------------ [Q]'s result
+
+
+def write_sparse(path: Path, index: dict, values: dict, about: dict) -> None:
+    """[Q]'s trained weights: per matrix int32 places and fp32 values; `about` is JSON.
+
+    12 to 13 MB for 0.1 % of 1.6e9 weights, 52 for Llama-2-7B's 6.5e9.
+    """
+    tensors = {f"{name}.values": value.cpu() for name, value in values.items()}
+    tensors |= {f"{name}.index": places.cpu().int() for name, places in index.items()}
+    beside = path.with_suffix(".tmp")
+    save_file(tensors, beside, metadata={"about": json.dumps(about)})
+    put_in_place(beside, path)
+
+
+def read_sparse(path: Path) -> tuple[dict, dict, dict]:
+    """(index, values, about) of such a file; UserError where it is none, or torn."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            about = json.loads(file.metadata()["about"])
+        index, values = (
+            {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
+            for end in (".index", ".values")
+        )
+        if not index or index.keys() != values.keys() != set(about["matrices"]):
+            raise ValueError("its matrices are not those that it speaks of")
+        for name, places in index.items():
+            if places.shape != values[name].shape or (places.diff() <= 0).any() or places[0] < 0:
+                raise ValueError(f"{name} has no order, or other values than places")
+    except Exception as error:  # safetensors has errors of its own
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} holds no sparse weights of train.py ({why})") from error
+    return index, values, about
 
 
 def put_in_place(beside: Path, path: Path) -> None:

@@ -22,14 +22,16 @@ from safetensors import SafetensorError
 
 import eval
 import loading
+import masks
 import record
 import scoring
+import sensitivity
 import snapshot
 import steplog
 import tasks
 import workers
 import zo
-from presets import Config, check, presets, run_name
+from presets import Config, check, check_mask, make_mask, presets, run_name
 from tasks import UserError
 
 # ------------------------------------------------------------------ training
@@ -197,6 +199,8 @@ def main(argv=None) -> None:
             config, tokenizer, data = prepare(given, group)
             if group.rank == 0:
                 run = record.make_run_directory(config.out, run_name(config))
+                if config.method in masks.FEW:
+                    make_mask(config, run)
             fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
         else:
             config, settings, tokenizer, data = reopen(resume, given, group)
@@ -226,6 +230,8 @@ def prepare(given: dict, group):
     filled = presets(config, family)
     for name, (value, _) in filled.items():
         setattr(config, name, value)
+    if config.method in masks.FEW:
+        check_mask(config, loading.skeleton(model_config, config.trust_remote_code))
     for name, value in asdict(config).items():
         source = filled[name][1] if name in filled else "you" if name in given else None
         if source:
@@ -262,10 +268,10 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     began, resumed = time.perf_counter(), settings is not None
     settings = (settings or asdict(config)) | {"steps": config.steps}
     here = {"device": group.device(config.device), "device_map": config.device_map}
-    model = eval.open_model(settings | here)
+    model, index = eval.open_model(settings | here, run)
     if not resumed:
-        settings |= facts(config, model, data)
-    handle = eval.make_patch(model, settings)
+        settings |= facts(config, model, data, index)
+    handle = eval.make_patch(model, settings, index)
     print(f"  {handle.report()}")
     slow = "; compiling the kernels takes the first seconds" * settings["compiled"]
     print(f"  {run}/{slow}")
@@ -298,19 +304,25 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     handle.remove()
     if result["best_step"] != config.steps:  # chosen by validation accuracy, never by test
         del model, handle  # before the second copy is loaded
-        model, _ = eval.rebuild(settings | here, log.history[: result["best_step"]], run)
-        best = eval.accuracy(model, tokenizer, data.test, **how)
+        handle, _ = eval.rebuild(settings | here, log.history[: result["best_step"]], run)
+        best = eval.accuracy(handle.model, tokenizer, data.test, **how)
     if not writes:
         return
+    if index is not None:
+        about = {name: settings[name] for name in ("model", "method", "dtype", "double_quant")}
+        about |= {"task": config.task, "step": result["best_step"]}
+        about["matrices"] = sensitivity.read_mask(run / record.MASK)[1]["matrices"]
+        snapshot.write_sparse(run / record.SPARSE, index, handle.tensors(), about)
     if config.save_model:
-        model.save_pretrained(run / "model")
-        tokenizer.save_pretrained(run / "model")
+        eval.save_checkpoint(handle.model, tokenizer, run / "model")
     result |= {
         name: {"accuracy": found.value, "standard_error": found.error, "n": found.n}
         for name, found in (("zero_shot", zero_shot), ("last", last), ("best", best))
     }
     result |= {"training_seconds": seconds, "seconds": time.perf_counter() - began}
-    result |= {"seed": config.seed, "data_seed": config.data_seed} | record.machine(model.device)
+    result |= {"seed": config.seed, "data_seed": config.data_seed} | record.machine(
+        handle.model.device
+    )
     record.draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
     record.write_json(run / record.RESULT, result | {"workers": group.size})
     print(f"test accuracy, last weights             {last}")
@@ -319,13 +331,15 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     print(f"{run}/ holds the run; {done} steps and their validation took {seconds:.0f} s")
 
 
-def facts(config: Config, model, data: tasks.Data) -> dict:
+def facts(config: Config, model, data: tasks.Data, index) -> dict:
     """What config.json holds of model and data, so that the run can be replayed from anywhere."""
     found = {
         "compiled": worth_compiling(config, model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_fingerprint": loading.fingerprint(model),
         "data_fingerprint": data.fingerprint,
+        "mask_fingerprint": eval.mask_fingerprint(index),
+        "mask": config.mask,
     }
     for name in ("model", "data_dir", "train_file", "validation_file", "test_file"):
         path = getattr(config, name)

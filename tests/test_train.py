@@ -39,7 +39,7 @@ def lines(path):
 
 def weights_of(run_directory, step):
     config, steps = record.open_run(run_directory)
-    model, _ = eval.rebuild(config, steps[:step])
+    model = eval.rebuild(config, steps[:step])[0].model
     return [p.detach() for p in model.parameters()]
 
 

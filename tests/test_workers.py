@@ -139,7 +139,7 @@ def test_a_worker_that_dies_ends_the_run_and_others_can_resume_it(folder, tmp_pa
 def one_bit(rank):
     original = train.eval.make_patch
 
-    def make_patch(model, settings):
+    def make_patch(model, settings, index=None):
         handle = original(model, settings)
         if rank == 1:
             next(iter(handle.tensors().values()))[5] += 1e-3
