@@ -250,8 +250,11 @@ def task_losses(tokenizer, examples, classification: bool, max_length: int = 204
     return [partial(loss, example) for example in examples]
 
 
-def compute(args) -> tuple[dict[str, Tensor], dict]:
-    """(index, provenance) for the command line's settings; bad ones fail before a model loads."""
+def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
+    """(index, provenance) for the command line's settings; bad ones fail before a model loads.
+
+    `data`: the task's examples where the caller has them, with a split of its own.
+    """
     import transformers
     from tqdm import tqdm
 
@@ -266,8 +269,11 @@ def compute(args) -> tuple[dict[str, Tensor], dict]:
     folder = Path(args.out).absolute().parent
     if not os.access(folder, os.W_OK) or Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: the name of a file in a folder that can be written to")
-    source = {"task": args.task, "data_dir": args.data_dir, "train_file": args.train_file}
-    settings = loading.Settings(model=args.model, **source)
+    settings = loading.Settings(
+        model=args.model, task=args.task, data_dir=args.data_dir, train_file=args.train_file
+    )
+    if args.train_file:
+        settings.num_validation, settings.test_file = 0, args.train_file  # all of it is used
     if task:
         loading.check(settings)
     device, trust = loading.choose_device(args.device), args.trust_remote_code
@@ -278,7 +284,7 @@ def compute(args) -> tuple[dict[str, Tensor], dict]:
     length, longest = (loading.usable_length(n, config) for n in (args.length, 2048))
     losses = []
     if task:
-        data = loading.load_data(settings)
+        data = loading.load_data(settings) if data is None else data
         examples = data.train[: args.samples]
         losses = task_losses(tokenizer, examples, data.classification, longest)
         made |= {"source": f"{task}, {data.source}", "data": data.fingerprint}

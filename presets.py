@@ -180,7 +180,10 @@ def check_mask(config: Config, skeleton) -> None:
     """UserError where [Q]'s mask, or one of this density, does not fit the model; nothing loads."""
     weights = sensitivity.decoder_linears(skeleton)
     if config.method == "senszoq":
-        quant.check_linears(skeleton, weights)
+        try:
+            quant.check_linears(skeleton, weights)
+        except ValueError as error:
+            raise UserError(f"{error}; --method sensitive keeps 16 bits") from error
     if config.mask is None:
         sensitivity.how_many(weights, config.density)
     else:
@@ -189,20 +192,20 @@ def check_mask(config: Config, skeleton) -> None:
         config.density = about["density"]
 
 
-def make_mask(config: Config, run: Path) -> None:
+def make_mask(config: Config, run: Path, data) -> None:
     """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would."""
-    if config.mask is None:
-        flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
-        flags += [f"--device={config.device}", f"--out={run / record.MASK}"]
-        names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
-        for name in names:
-            if (value := getattr(config, name)) is not None:
-                flags.append(f"--{name.replace('_', '-')}={value}")
-        flags += ["--trust-remote-code"] * config.trust_remote_code
-        print(f"  python masks.py {shlex.join(flags)}")
-        sensitivity.save_mask(
-            run / record.MASK, *masks.compute(masks.make_parser().parse_args(flags))
-        )
-    else:
-        shutil.copyfile(config.mask, run / record.MASK)
+    path, given = run / record.MASK, config.mask
     config.mask = record.MASK
+    if given is not None:
+        shutil.copyfile(given, path)
+        return
+    flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
+    flags += [f"--device={config.device}", f"--out={path}"]
+    names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
+    for name in names:
+        if getattr(config, name) is not None:
+            flags.append(f"--{name.replace('_', '-')}={getattr(config, name)}")
+    flags += ["--trust-remote-code"] * config.trust_remote_code
+    print(f"  python masks.py {shlex.join(flags)}")
+    args = masks.make_parser().parse_args(flags)
+    sensitivity.save_mask(path, *masks.compute(args, data))

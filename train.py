@@ -200,7 +200,7 @@ def main(argv=None) -> None:
             if group.rank == 0:
                 run = record.make_run_directory(config.out, run_name(config))
                 if config.method in masks.FEW:
-                    make_mask(config, run)
+                    make_mask(config, run, data)
             fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
         else:
             config, settings, tokenizer, data = reopen(resume, given, group)
@@ -249,6 +249,8 @@ def reopen(run: Path, given: dict, group):
         raise UserError(f"--resume brings its own settings; leave out {names}")
     settings = group.tell(record.open_run(run)[0] if group.rank == 0 else None)
     config = Config(**{f.name: settings.get(f.name, f.default) for f in fields(Config)})
+    if config.method in masks.FEW:
+        config.mask = None  # it lies in the directory
     if steps is not None:
         if steps < config.steps:
             raise UserError(f"--steps {steps}: {run} was to have {config.steps}, or more")

@@ -218,7 +218,9 @@ def test_a_model_under_accelerates_hooks_trains_as_any_other(folder):
     assert hasattr(models[1].model.embed_tokens, "_hf_hook")
     found = []
     for model in models:
-        handle = eval.make_patch(model, vars(train.Config(density=0.5)) | {"compiled": False})
+        handle = eval.make_patch(
+            model, vars(train.Config(density=0.5, mask="dynamic")) | {"compiled": False}
+        )
         ids = torch.arange(4, 16).view(3, 4)
         found.append(handle.losses({"input_ids": ids}, lambda x: x[:, -1].float().std(), 3))
         handle.update(3, 0.01)
