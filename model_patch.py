@@ -23,6 +23,11 @@ module that owns it; one that is not (Mamba reads its convolution's weight direc
 that names it. Where a module's input has lost the batch dimension the two probes run one after the
 other.
 
+[Q]'s layers (`index`) are the same idea with few moving places: one matrix serves both probes,
+value + ε z is written into its k places for the first half of the batch and value − ε z for the
+second. In 4 bits that matrix is unpacked once per step, where two plain forwards unpack it twice;
+in 16 bits it is the weight itself, whose k places are scratch (the values are kept in fp32).
+
 Why it matters. θ is bit-identical after any number of probes; in place, ±ε drifts per step by ten
 times a typical update in fp16, by eighty times in bf16. The mask comes from the unperturbed θ by
 construction. Memory is that of inference: weights, activations of the doubled batch, and two copies
@@ -55,7 +60,7 @@ class LostBatch(Exception):
 class Patch:
     """A model whose weights can be probed and updated under `rule`; undone by `remove`.
 
-    handle = patch(model, rule)
+    handle = Patch(model, rule)
     loss_plus, loss_minus = handle.losses(inputs, loss_fn, seed)
     handle.update(seed, -lr * zo.projected_grad(loss_plus, loss_minus, eps))
 
@@ -125,6 +130,9 @@ class Patch:
                 p.used = True
             both = self._sign is None
             signs = (+1, -1) if both else (self._sign,)
+            if linear and both:
+                with self._perturbed(owned, signs) as weights:
+                    return self._linear(module, weights, *args, **kwargs)
             calls = self._halves((args, kwargs)) if both else [(args, kwargs)]
             if rows_only:
                 outputs = [
@@ -133,8 +141,6 @@ class Patch:
                 ]
             else:
                 with self._perturbed(owned, signs) as weights:
-                    if linear and both:
-                        return self._linear(module, weights, *args, **kwargs)
                     outputs = [
                         self._run(module, forward, w, s, a, k)
                         for s, w, (a, k) in zip(signs, weights, calls, strict=True)
@@ -145,17 +151,19 @@ class Patch:
 
     # ------------------------------------------------------------------ inside a probe
 
+    def _is_doubled(self, value: Tensor) -> bool:
+        rows, positions = self._doubled  # activations (rows, T, d), or flattened (rows · T, d)
+        length = value.shape[0] if value.dim() else 0
+        return length == positions or length == rows and value.dim() > 1
+
     def _halves(self, arguments) -> list:
         """The arguments of each probe: the halves of every tensor that holds the doubled batch."""
-        rows, positions = self._doubled  # activations (rows, T, d), or flattened (rows · T, d)
         halves, found = [], False
         for i in (0, 1):
 
             def take(value, i=i):
                 nonlocal found
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    return value
-                if not (value.shape[0] == positions or value.shape[0] == rows and value.dim() > 1):
+                if not isinstance(value, Tensor) or not self._is_doubled(value):
                     return value
                 found = True
                 return value.tensor_split(2)[i]
@@ -219,6 +227,8 @@ class Patch:
 
     def _linear(self, module: nn.Linear, weights, input: Tensor) -> Tensor:
         """nn.Linear's forward on both halves, into one output: joining two would copy them."""
+        if not self._is_doubled(input):
+            raise LostBatch
         out = input.new_empty(*input.shape[:-1], module.out_features)
         for own, x, y in zip(weights, input.chunk(2), out.chunk(2), strict=True):
             w = (own["weight"] if "weight" in own else module.weight).T
@@ -351,9 +361,6 @@ class Patch:
             if before is not None:  # somebody else's wrapper, such as accelerate's
                 module.forward = before
         self.wrapped, self._scratch = [], {}
-
-
-patch = Patch
 
 
 def _join(first, second):

@@ -9,7 +9,7 @@ from torch import nn
 
 import masks
 import zo
-from model_patch import patch
+from model_patch import Patch
 
 SEED, EPS, LR = zo.step_seed(3, 14), 1e-3, 1e-2
 RULES = {
@@ -46,7 +46,7 @@ def masks_by(rule, model):
 def compare(model, rule, inputs, *, vectors="masked", one_pass=True):
     """One step of the patch beside one of the literal Algorithm 1 on a copy."""
     literal = copy.deepcopy(model)
-    handle = patch(model, rule, eps=EPS, vectors=vectors)
+    handle = Patch(model, rule, eps=EPS, vectors=vectors)
     handle.one_pass = one_pass
     before = bits(model)
     plus, minus = handle.losses(inputs, loss_fn, SEED)
@@ -102,7 +102,7 @@ def test_tied_weights_are_perturbed_alike():
 def test_weights_keep_their_bits_through_100_probes(dtype):
     """Trap 1: θ is bit-identical after 100 probe pairs, in fp16 and bf16 too."""
     model = build("llama", dtype)
-    handle, before, inputs = patch(model, RULES["s-mezo"]), bits(model), batch()
+    handle, before, inputs = Patch(model, RULES["s-mezo"]), bits(model), batch()
     for step in range(100):
         plus, minus = handle.losses(inputs, loss_fn, zo.step_seed(0, step))
         assert torch.isfinite(plus) and plus != minus
@@ -114,7 +114,7 @@ def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype):
     """Probes and update of a 16-bit weight are fp32 arithmetic on it, rounded to nearest once."""
     layer = nn.Linear(40, 30, bias=False).to(dtype).eval()
     theta = layer.weight.detach().clone()
-    handle = patch(layer, masks.Everything(), eps=EPS)
+    handle = Patch(layer, masks.Everything(), eps=EPS)
     z = zo.gaussian(SEED, 0, theta.shape)
     x = torch.eye(40, dtype=dtype)
     with torch.no_grad(), handle._open(SEED, doubled=(80, 0)):
@@ -128,7 +128,7 @@ def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype):
 def test_probe_and_update_use_the_same_noise_and_mask():
     """Trap 4: update by a = ε is the very weight that the plus probe computed with."""
     model, inputs = build("qwen3"), batch()
-    handle = patch(model, RULES["s-mezo"], eps=EPS)
+    handle = Patch(model, RULES["s-mezo"], eps=EPS)
     plus, _ = handle.losses(inputs, loss_fn, SEED)
     handle.update(SEED, EPS)
     handle.remove()
@@ -140,7 +140,7 @@ def test_probe_and_update_use_the_same_noise_and_mask():
 def test_the_update_goes_downhill():
     """Trap 5: with a = −η g the loss of the batch falls."""
     model, inputs = build("llama"), batch()
-    handle = patch(model, masks.Everything(), eps=EPS)
+    handle = Patch(model, masks.Everything(), eps=EPS)
     losses = []
     for step in range(30):
         seed = zo.step_seed(1, step)
@@ -156,7 +156,7 @@ def test_equal_shapes_have_noise_of_their_own():
     layers = model.model.layers
     pairs = [layers[0].self_attn.k_proj, layers[0].self_attn.v_proj, layers[1].self_attn.k_proj]
     before = [m.weight.detach().clone() for m in pairs]
-    patch(model, masks.Everything()).update(SEED, 0.1)
+    Patch(model, masks.Everything()).update(SEED, 0.1)
     moved = [m.weight - b for m, b in zip(pairs, before, strict=True)]
     for i, j in ((0, 1), (0, 2), (1, 2)):
         cosine = nn.functional.cosine_similarity(moved[i].flatten(), moved[j].flatten(), dim=0)
@@ -215,7 +215,7 @@ def test_a_module_that_mixes_rows_costs_a_second_pass_not_an_error():
     torch.manual_seed(0)
     model = Odd(MixesRows()).eval()
     literal, rule = copy.deepcopy(model), RULES["s-mezo"]
-    handle, inputs = patch(model, rule, eps=EPS), batch()
+    handle, inputs = Patch(model, rule, eps=EPS), batch()
     with pytest.warns(UserWarning, match="one after the other"):
         plus, minus = handle.losses(inputs, loss_fn, SEED)
     want = literal_step(literal, masks_by(rule, literal), inputs, lr=LR, eps=EPS, seed=SEED)
@@ -232,11 +232,11 @@ def test_a_parameter_that_forward_never_used_is_named():
     """Pure noise would move it, so it is an error with its name."""
     model = Odd(nn.Linear(8, 8)).eval()
     model.spare = nn.Linear(3, 3)
-    handle = patch(model, masks.Everything())
+    handle = Patch(model, masks.Everything())
     with pytest.raises(ValueError, match=r"never used spare\.weight, spare\.bias"):
         handle.losses(batch(), loss_fn, SEED)
     handle.remove()
-    handle = patch(model, masks.Everything(), select="^(?!spare)")
+    handle = Patch(model, masks.Everything(), select="^(?!spare)")
     handle.losses(batch(), loss_fn, SEED)
 
 
@@ -246,7 +246,7 @@ def test_an_exception_inside_a_probe_leaves_an_ordinary_model(error):
     model, inputs = build("llama"), batch()
     with torch.no_grad():
         before, plain = bits(model), model(**inputs, use_cache=False).logits
-    handle = patch(model, RULES["s-mezo"])
+    handle = Patch(model, RULES["s-mezo"])
     norm = model.model.norm
 
     def interrupt(*args):
@@ -272,7 +272,7 @@ def test_remove_gives_an_ordinary_model_back(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model, inputs = build("llama-tied"), batch()
-    handle = patch(model, masks.Everything())
+    handle = Patch(model, masks.Everything())
     handle.update(SEED, 0.01)
     handle.remove()
     assert not any("forward" in m.__dict__ for m in model.modules())
@@ -289,7 +289,7 @@ def test_somebody_elses_wrapper_survives():
     own, calls = head.forward, []
     head.forward = lambda x: calls.append(1) or own(x)
     theirs = head.forward
-    handle = patch(model, masks.Everything())
+    handle = Patch(model, masks.Everything())
     handle.losses(batch(), loss_fn, SEED)
     assert calls == [1, 1]
     handle.remove()
@@ -300,8 +300,8 @@ def test_training_mode_is_refused():
     """Trap 9: dropout would drown the probes, before patching and after."""
     model = build("opt")
     with pytest.raises(ValueError, match="training mode"):
-        patch(model.train(), masks.Everything())
-    handle = patch(model.eval(), masks.Everything())
+        Patch(model.train(), masks.Everything())
+    handle = Patch(model.eval(), masks.Everything())
     model.train()
     with pytest.raises(AssertionError, match="training mode"):
         handle.losses(batch(), loss_fn, SEED)
@@ -312,7 +312,7 @@ def test_vectors_masked_free_or_frozen():
     for vectors in ("masked", "free", "frozen"):
         model = build("opt")
         before = bits(model)
-        handle = patch(model, masks.SmallWeights(0.3), vectors=vectors)
+        handle = Patch(model, masks.SmallWeights(0.3), vectors=vectors)
         handle.losses(batch(), loss_fn, SEED)
         handle.update(SEED, 1.0)
         for p, old in zip(model.parameters(), before, strict=True):
@@ -326,19 +326,19 @@ def test_vectors_masked_free_or_frozen():
 def test_select_moves_only_what_it_names():
     """A regular expression picks the tensors; the streams of the others do not shift."""
     model, whole = build("llama"), build("llama")
-    patch(model, masks.Everything(), select=r"norm").update(SEED, 1.0)
-    patch(whole, masks.Everything()).update(SEED, 1.0)
+    Patch(model, masks.Everything(), select=r"norm").update(SEED, 1.0)
+    Patch(whole, masks.Everything()).update(SEED, 1.0)
     start = build("llama").state_dict()
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(p, q if "norm" in name else start[name])
     with pytest.raises(ValueError, match="no parameter moves"):
-        patch(build("llama"), masks.Everything(), select="nothing-like-this")
+        Patch(build("llama"), masks.Everything(), select="nothing-like-this")
 
 
 def test_the_threshold_stays_or_is_refreshed():
     """h is fixed before training; with refresh_every = k it is taken again every k steps."""
-    fixed = patch(build("llama"), masks.SmallWeights(0.3))
-    refreshed = patch(build("llama"), masks.SmallWeights(0.3, refresh_every=4))
+    fixed = Patch(build("llama"), masks.SmallWeights(0.3))
+    refreshed = Patch(build("llama"), masks.SmallWeights(0.3, refresh_every=4))
     for handle in (fixed, refreshed):
         for p in handle.moving.values():
             p.weight.mul_(2)
@@ -353,7 +353,7 @@ def test_the_threshold_stays_or_is_refreshed():
 def test_the_active_density_is_the_share_inside_the_mask():
     """Counted over all moving tensors; after an update it is counted again."""
     model = build("llama")
-    handle = patch(model, masks.SmallWeights(0.25))
+    handle = Patch(model, masks.SmallWeights(0.25))
     count = sum(int((p.abs() <= masks.threshold(p, 0.25)).sum()) for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
     assert handle.active_density() == count / total
@@ -368,14 +368,14 @@ def test_noise_does_not_depend_on_the_global_generator():
     for reseed in (0, 1):
         model = build("gpt-neox")
         torch.manual_seed(reseed)
-        losses.append(patch(model, RULES["s-mezo"]).losses(batch(), loss_fn, SEED))
+        losses.append(Patch(model, RULES["s-mezo"]).losses(batch(), loss_fn, SEED))
     assert losses[0] == losses[1]
 
 
 def test_scratch_is_two_copies_of_the_largest_weight():
     """Memory above the weights: two buffers of the largest weight's size, for all layers."""
     model = build("llama")
-    handle = patch(model, masks.Everything())
+    handle = Patch(model, masks.Everything())
     handle.losses(batch(), loss_fn, SEED)
     (buffers,) = handle._scratch.values()
     assert [b.numel() for b in buffers] == [model.lm_head.weight.numel()] * 2
@@ -384,7 +384,7 @@ def test_scratch_is_two_copies_of_the_largest_weight():
 def test_compiled_probes_equal_eager_ones():
     """Fusing noise, mask and add changes the losses by rounding only."""
     eager, fused = build("llama-tied"), build("llama-tied")
-    handles = [patch(m, RULES["s-mezo"], compiled=c) for m, c in ((eager, False), (fused, True))]
+    handles = [Patch(m, RULES["s-mezo"], compiled=c) for m, c in ((eager, False), (fused, True))]
     found = [torch.stack(h.losses(batch(), loss_fn, SEED)) for h in handles]
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
     for handle in handles:
@@ -400,7 +400,7 @@ def test_quantised_weights_are_refused():
     codes = torch.zeros(64, 1, dtype=torch.uint8)
     model.middle.weight = nn.Parameter(codes, requires_grad=False)
     with pytest.raises(ValueError, match=r"middle\.weight \(torch\.uint8\) cannot move"):
-        patch(model, masks.Everything())
+        Patch(model, masks.Everything())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -412,7 +412,7 @@ def test_on_a_gpu_the_step_equals_the_literal_algorithm_1(dtype, compiled, rule)
     model = build("llama-tied", dtype).cuda()
     inputs = {k: v.cuda() for k, v in batch().items()}
     before = bits(model)
-    handle = patch(model, RULES[rule], eps=EPS, compiled=compiled)
+    handle = Patch(model, RULES[rule], eps=EPS, compiled=compiled)
     wanted = masks_by(RULES[rule], model)([p.detach() for p in model.parameters()])
     plus, minus = handle.losses(inputs, loss_fn, SEED)
     assert same(before, bits(model)) and handle.sweep.compiled == compiled
