@@ -129,8 +129,9 @@ def test_every_command_of_the_readme_has_flags_that_exist(command):
     if words[0] in ("train.py", "eval.py"):
         settings = train.Config if words[0] == "train.py" else loading.Settings
         parser = loading.make_parser(settings, "")
-        for flag in ("--run", "--step", "--split", "--shots") if words[0] == "eval.py" else ():
-            parser.add_argument(flag)
+        own = {"eval.py": "run step split shots sparse save", "train.py": "resume"}
+        for flag in own[words[0]].split():
+            parser.add_argument(f"--{flag}")
         parser.parse_args(words[1:])
     else:
         source = (ROOT / words[0]).read_text(encoding="utf-8")
