@@ -48,6 +48,7 @@ def build(shape: str, dtype: torch.dtype, device: str, four_bits: bool = False):
     )
     with torch.device(device), init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # on the meta device each use had a tensor of its own
 
     def draw(like):
         drawn = torch.empty(like.shape, dtype=dtype, device=device)

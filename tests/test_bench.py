@@ -1,0 +1,59 @@
+"""bench.py and shapes.py on the tiny shape: every row runs, and what is counted is stored."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import bench
+import quant
+import shapes
+
+
+def test_every_row_runs_and_is_written_down(tmp_path, monkeypatch, capsys):
+    """All rows of the table on the tiny shape: a ratio with its spread, bytes, the machine."""
+    path = tmp_path / "bench.json"
+    flags = ["--shape=tiny", "--batch=2", "--tokens=8", "--rounds=1", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags, f"--json={path}"])
+    bench.main()
+    found = json.loads(path.read_text())
+    assert set(found["rows"]) == set(bench.ROWS)
+    for name, row in found["rows"].items():
+        assert 0 < row["R_min"] <= row["R"] <= row["R_max"], name
+        assert row["seconds"] > 0 and "peak_bytes" in row
+    assert found["weights"] == found["weights_bytes"] / 4
+    assert set(found["rows"]["s-mezo"]["parts"]) == {
+        "one forward of the doubled batch",
+        "noise, mask and both perturbed copies",
+        "update",
+    }
+    assert "torch" in found["machine"] and "two forwards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["tiny", "134m"])
+def test_a_four_bit_model_stores_what_its_table_says(shape):
+    """Linears at 4.13 bits a weight and 12 bytes for each value that moves; the rest in 16."""
+    if shape == "134m":
+        shapes.SHAPES["small"] = ("llama", dict(shapes.SHAPES["134m"][1], layers=1, vocab=512))
+        shape = "small"
+    model = shapes.build(shape, torch.bfloat16, "cpu", four_bits=True)
+    layers = [m for m in model.modules() if isinstance(m, quant.DenseSparseLinear)]
+    weights = sum(m.in_features * m.out_features for m in layers)
+    values = sum(m.index.numel() for m in layers)
+    assert values == pytest.approx(shapes.SENSITIVE * weights, rel=0.02)
+    stored = sum(m.stored_bytes() for m in layers) - 12 * values
+    assert stored * 8 / weights == pytest.approx(4.13, abs=0.1)
+    rest = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert bench.counted("4 bits: senszoq", model, torch.bfloat16) >= stored + 12 * values + rest
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_opt_shapes_tie_their_head():
+    """OPT's head is its embedding: drawn once, so one tensor."""
+    shapes.SHAPES["small-opt"] = (
+        "opt",
+        dict(hidden_size=64, intermediate_size=128, layers=1, heads=2, vocab=96),
+    )
+    model = shapes.build("small-opt", torch.float32, "cpu")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
