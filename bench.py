@@ -254,7 +254,7 @@ def measure(name: str, row, world: World, peak: Peak, args) -> dict:
             "peak_bytes": peak.read(),
             "counted_bytes": counted(name, world.model, getattr(torch, args.dtype)),
         }
-        if name == "s-mezo":
+        if name in ("s-mezo", "4 bits: senszoq"):
             found["parts"] = parts(world, step.handle, args)
     torch.compiler.reset()  # each row compiles for itself
     show(name, found)
@@ -272,24 +272,29 @@ def show(name: str, row: dict) -> None:
 
 @torch.no_grad()
 def parts(world: World, handle: Patch, args) -> dict:
-    """Where a step of s-mezo spends its time, each part over two plain forwards; medians."""
+    """Where a step of s-mezo or senszoq spends its time, each part over two plain forwards."""
     twice = {
         k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in world.inputs.items()
     }
-    seed = zo.step_seed(1, 1)
+    seed, layers = zo.step_seed(1, 1), [layer for _, layer in packed(world.model)]
 
     def perturb():
         with handle._open(seed):
             for p in handle.moving.values():
-                with handle._perturbed({"weight": p}, (+1, -1)):
-                    pass
+                with handle._perturbed({"weight": p}, (+1, -1)) as weights:
+                    for _ in weights:
+                        pass
 
+    what = "unpacking, noise, perturbed values" if layers else "noise, mask, perturbed copies"
     measured = {
         "two forwards": world.two_forwards,
         "one forward of the doubled batch": lambda: world.model(**twice, use_cache=False),
-        "noise, mask and both perturbed copies": perturb,
+        "unpacking every matrix once": lambda: [layer.dense() for layer in layers],
+        what: perturb,
         "update": lambda: handle.update(seed, 1e-9),
     }
+    if not layers:
+        del measured["unpacking every matrix once"]
     times = {name: [] for name in measured}
     for _ in range(args.rounds + 1):
         for name, function in measured.items():

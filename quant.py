@@ -195,6 +195,11 @@ def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda na
             def is_serializable(self):
                 return False
 
+            @property
+            def quantized_element_size(self):
+                """Bytes per weight, by which transformers allocates ahead and spreads over GPUs."""
+                return 0.52 if self.quantization_config.double_quant else 0.5625
+
             def param_needs_quantization(self, model, param_name, **_):
                 return param_name in self.quantization_config.index
 

@@ -64,7 +64,7 @@ def build(shape: str, dtype: torch.dtype, device: str, four_bits: bool = False):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
                     if parameter not in drawn:
-                        drawn[parameter] = nn.Parameter(draw(parameter))
+                        drawn[parameter] = nn.Parameter(draw(parameter), requires_grad=False)
                     module._parameters[name] = drawn[parameter]
     return model.eval()
 

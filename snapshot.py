@@ -106,7 +106,7 @@ def read_sparse(path: Path) -> tuple[dict, dict, dict]:
             {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
             for end in (".index", ".values")
         )
-        if not index or index.keys() != values.keys() != set(about["matrices"]):
+        if not index or not index.keys() == values.keys() == set(about["matrices"]):
             raise ValueError("its matrices are not those that it speaks of")
         for name, places in index.items():
             if places.shape != values[name].shape or (places.diff() <= 0).any() or places[0] < 0:

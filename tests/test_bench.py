@@ -25,7 +25,7 @@ def test_every_row_runs_and_is_written_down(tmp_path, monkeypatch, capsys):
     assert found["weights"] == found["weights_bytes"] / 4
     assert set(found["rows"]["s-mezo"]["parts"]) == {
         "one forward of the doubled batch",
-        "noise, mask and both perturbed copies",
+        "noise, mask, perturbed copies",
         "update",
     }
     assert "torch" in found["machine"] and "two forwards" in capsys.readouterr().out
