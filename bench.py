@@ -322,6 +322,8 @@ def main() -> None:
         args.device = loading.choose_device(args.device)
     except loading.UserError as error:
         raise SystemExit(loading.fail("bench.py", error)) from None
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
     torch.manual_seed(0)
     print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}")
     kept = ("shape", "batch", "tokens", "dtype", "rounds")

@@ -190,7 +190,12 @@ def open_sparse(path: Path, settings: Settings):
     if about["method"] == "senszoq":
         four_bits = quant.loading_config(index, about["double_quant"], check)
     model = loading.load_model(
-        settings.model, about["dtype"], settings.device, settings.trust_remote_code, four_bits
+        settings.model,
+        about["dtype"],
+        settings.device,
+        settings.trust_remote_code,
+        four_bits=four_bits,
+        device_map=settings.device_map,
     )
     if four_bits is None:
         weights = {name: p for name, p in model.named_parameters() if name in index}
@@ -238,6 +243,8 @@ def main(argv=None) -> None:
 def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str | None) -> str:
     """Zero-shot or in-context accuracy of a model, perhaps with [Q]'s trained values, as a line."""
     if sparse is not None:
+        if "dtype" in given:
+            raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
         given = {"model": snapshot.read_sparse(sparse)[2]["model"]} | given
     settings = Settings(**given)
     loading.check(settings)

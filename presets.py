@@ -4,12 +4,15 @@ Values come from three places: the command line, else [S]'s tables (by model fam
 the defaults below. train.py prints each with its source.
 """
 
+import gc
 import math
 import re
 import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import loading
 import masks
@@ -194,10 +197,9 @@ def check_mask(config: Config, skeleton) -> None:
 
 def make_mask(config: Config, run: Path, data) -> None:
     """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would."""
-    path, given = run / record.MASK, config.mask
-    config.mask = record.MASK
-    if given is not None:
-        shutil.copyfile(given, path)
+    path = run / record.MASK
+    if config.mask is not None:
+        shutil.copyfile(config.mask, path)
         return
     flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
     flags += [f"--device={config.device}", f"--out={path}"]
@@ -208,4 +210,14 @@ def make_mask(config: Config, run: Path, data) -> None:
     flags += ["--trust-remote-code"] * config.trust_remote_code
     print(f"  python masks.py {shlex.join(flags)}")
     args = masks.make_parser().parse_args(flags)
-    sensitivity.save_mask(path, *masks.compute(args, data))
+    try:
+        sensitivity.save_mask(path, *masks.compute(args, data))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "no memory to score the weights; make the mask with python masks.py --groups 8 "
+            "--scores-device cpu, then give --mask FILE"
+        ) from error
+    gc.collect()  # the scored model, held in cycles
+    if torch.cuda.is_available():  # the peak that a run reports is its own
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -75,6 +75,8 @@ class DenseSparseLinear(nn.Module):
         self.bias = bias
         if not torch.isfinite(torch.stack(weight.aminmax())).all():
             raise ValueError("a weight to be quantised holds NaN or infinity")
+        last = int(index[-1])
+        assert last < weight.numel(), f"place {last} of {weight.numel()} weights"
         index = index.to(weight.device, torch.int64)
         dense = weight.detach().reshape(-1).clone()
         self.index, self.values = index, dense[index].float()  # plain attributes: buffers would be
@@ -143,13 +145,17 @@ def quantise(model: nn.Module, name: str, weight: Tensor, index: Tensor, double_
 
 
 def unpack(model: nn.Module) -> None:
-    """An ordinary model again: every 4-bit layer an nn.Linear with the weights it stood for."""
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, DenseSparseLinear):
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight, linear.bias = nn.Parameter(layer.weight), layer.bias
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
+    """An ordinary model again: every 4-bit layer an nn.Linear with the weights it stood for.
+
+    They are on the CPU, as a GPU that holds the model in 4 bits may not in 16.
+    """
+    paths = [path for path, m in model.named_modules() if isinstance(m, DenseSparseLinear)]
+    for path in paths:
+        layer = model.get_submodule(path)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(layer.weight.cpu()), layer.bias
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
 
 
 def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda name, weight: None):

@@ -9,6 +9,7 @@ goes on to the same bits with `python train.py --resume DIR`: its settings are i
 among N workers (workers.py). Settings and where their values come from are in presets.py.
 """
 
+import gc
 import math
 import os
 import signal
@@ -201,6 +202,8 @@ def main(argv=None) -> None:
                 run = record.make_run_directory(config.out, run_name(config))
                 if config.method in masks.FEW:
                     make_mask(config, run, data)
+            if config.method in masks.FEW:
+                config.mask = record.MASK  # on all workers: the fingerprint covers it
             fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
         else:
             config, settings, tokenizer, data = reopen(resume, given, group)
@@ -306,6 +309,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     handle.remove()
     if result["best_step"] != config.steps:  # chosen by validation accuracy, never by test
         del model, handle  # before the second copy is loaded
+        gc.collect()  # accelerate's hooks hold a model in cycles
         handle, _ = eval.rebuild(settings | here, log.history[: result["best_step"]], run)
         best = eval.accuracy(handle.model, tokenizer, data.test, **how)
     if not writes:
@@ -315,8 +319,6 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
         about |= {"task": config.task, "step": result["best_step"]}
         about["matrices"] = sensitivity.read_mask(run / record.MASK)[1]["matrices"]
         snapshot.write_sparse(run / record.SPARSE, index, handle.tensors(), about)
-    if config.save_model:
-        eval.save_checkpoint(handle.model, tokenizer, run / "model")
     result |= {
         name: {"accuracy": found.value, "standard_error": found.error, "n": found.n}
         for name, found in (("zero_shot", zero_shot), ("last", last), ("best", best))

@@ -254,7 +254,8 @@ class Sweep:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 warnings.warn(f"torch.compile failed, running eager: {reason[0]}", stacklevel=3)
                 self.kernel = None
-        rows = self.CHUNK if index is not None else self.CHUNK // (2 * PAIR)
+        chunk = self.CHUNK << 6 if theta.is_cuda else self.CHUNK  # there, launches cost more
+        rows = chunk if index is not None else chunk // (2 * PAIR)
         for row in range(0, theta.shape[0], rows):
             part = slice(row, row + rows)
             _sweep(

@@ -21,7 +21,7 @@ IMPORTS = {  # who may know whom: downward only
     "model_patch": {"masks", "moving", "quant", "zo"},
     "tasks": set(),
     "scoring": {"tasks"},
-    "loading": {"quant", "tasks"},
+    "loading": {"tasks"},
     "workers": {"tasks"},
     "snapshot": {"tasks"},
     "steplog": {"snapshot", "tasks", "zo"},

@@ -109,6 +109,16 @@ def test_more_workers_than_examples(folder, tmp_path):
     assert_equal_to_rounding(tmp_path / "run", tmp_path / "one")
 
 
+def test_workers_share_a_run_of_q(folder, tmp_path):
+    """SensZOQ: the first worker makes the mask, and both train on it."""
+    flags = ["--method=senszoq", "--mask-from=task", "--density=0.02", "--refresh-every=0"]
+    codes, errors = together(2, command(folder, tmp_path / "run", *flags), tmp_path)
+    assert codes == [0, 0], errors
+    assert (tmp_path / "run" / "sparse.safetensors").is_file()
+    train.main(command(folder, tmp_path / "one", *flags))
+    assert_equal_to_rounding(tmp_path / "run", tmp_path / "one")
+
+
 def die_at_step_10(rank):
     original, calls = train.losses, []
 
