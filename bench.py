@@ -319,6 +319,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args()
     try:
+        if min(args.rounds, args.batch, args.tokens) < 1:
+            raise loading.UserError("--rounds, --batch and --tokens: at least 1")
         args.device = loading.choose_device(args.device)
     except loading.UserError as error:
         raise SystemExit(loading.fail("bench.py", error)) from None
@@ -326,6 +328,8 @@ def main() -> None:
         torch.cuda.set_device(args.device)
     torch.manual_seed(0)
     print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}")
+    if not args.compile:
+        print("eager noise: R of our rows says nothing about compiled runs")
     kept = ("shape", "batch", "tokens", "dtype", "rounds")
     found: dict = {name: getattr(args, name) for name in kept} | {"rows": {}}
     for four_bits in (False, True):

@@ -228,6 +228,8 @@ def main(argv=None) -> None:
     try:
         if run is None and (step or (save and sparse is None)):
             raise UserError("--step needs --run, and --save needs --run or --sparse")
+        if run is not None and shots:
+            raise UserError("--shots: a run was trained without; leave it out, or use --sparse")
         if run is not None and sparse is not None:
             raise UserError("--run or --sparse, not both")
         if shots < 0:
@@ -238,6 +240,8 @@ def main(argv=None) -> None:
             print(evaluate(given, split, shots, sparse, save))
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
         raise SystemExit(loading.fail("eval.py", error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str | None) -> str:
@@ -245,7 +249,10 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
     if sparse is not None:
         if "dtype" in given:
             raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
-        given = {"model": snapshot.read_sparse(sparse)[2]["model"]} | given
+        about = snapshot.read_sparse(sparse)[2]
+        of_data = ("task", "data_dir", "train_file", "validation_file", "test_file")
+        names = ["model"] if given.keys() & set(of_data) else ["model", *of_data]
+        given = {name: about[name] for name in names} | given  # the run's own, unless others are
     settings = Settings(**given)
     loading.check(settings)
     data = loading.load_data(settings)
@@ -270,7 +277,10 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
     if save is not None:
         save_checkpoint(model, tokenizer, save)
     how = f"{shots} shots" if shots else "zero-shot"
-    name = settings.model if sparse is None else f"{settings.model} with {sparse}"
+    name = settings.model
+    if sparse is not None:
+        name += f" with the values of {sparse}, step {about['step']}"
+        how = f"{shots} shots" if shots else "no shots"
     return f"{name}, {how}, {data.source}: {split} accuracy {found}"
 
 

@@ -61,6 +61,7 @@ def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
     for f in fields(settings):
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.type is bool:
+            help += f" (default {'yes' if f.default else 'no'})"
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
             continue
         kind = f.type if isinstance(f.type, type) else next(iter(f.type.__args__))  # int | None

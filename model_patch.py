@@ -26,7 +26,8 @@ other.
 [Q]'s layers (`index`) are the same idea with few moving places: one matrix serves both probes,
 value + ε z is written into its k places for the first half of the batch and value − ε z for the
 second. In 4 bits that matrix is unpacked once per step, where two plain forwards unpack it twice;
-in 16 bits it is the weight itself, whose k places are scratch (the values are kept in fp32).
+in 16 bits it is the weight itself, whose k places are scratch during the forward, the one thing
+that a probe writes; afterwards they are rewritten from the values, which are kept in fp32.
 
 Why it matters. θ is bit-identical after any number of probes; in place, ±ε drifts per step by ten
 times a typical update in fp16, by eighty times in bf16. The mask comes from the unperturbed θ by
@@ -195,7 +196,7 @@ class Patch:
 
     def _scattered(self, p: Few, signs):
         """One matrix for both probes, unpacked once: value + ε z goes into its k places, and when
-        the next sign is asked for value − ε z."""
+        the next sign is asked for value − ε z. THE SAME TENSOR BOTH TIMES: use it, then go on."""
         values = [torch.empty_like(p.flat) for _ in signs]
         self._shift(p, values, [self._eps[p.flat.device][s < 0] for s in signs])
         weight = p.layer.dense() if p.weight is None else p.weight

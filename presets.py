@@ -68,7 +68,7 @@ GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
     "llama": ("[S] Table 6", {"mezo": 1e-6, "s-mezo": 3e-6, "r-mezo": 3e-6}),
     "mistral": ("[S] Table 7", {"mezo": 1e-7, "s-mezo": 3e-6, "r-mezo": 3e-6}),
 }
-FEW_RATE = 1e-6, "no grid of [Q] is in our text, full zeroth-order runs had 1e-7 to 1e-6; tune it"
+FEW_RATE = 1e-6, "[Q]'s grid is unknown; its full zeroth-order runs had 1e-7 to 1e-6; tune it"
 TINY = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
     "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
     "s-mezo": {"sst2": 1e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
@@ -98,8 +98,10 @@ def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
         if config.method == "s-mezo":
             found["mask"] = "dynamic", "[S] §3.2: re-taken every step"
     if family == "tiny":
-        rate = TINY[config.method].get(config.task, min(TINY[config.method].values()))
-        found["lr"] = rate, "best of the grid in tiny/compare.py"
+        rates = TINY[config.method]
+        found["lr"] = min(rates.values()), "lowest of the tiny model's rates; tune it"
+        if config.task in rates and not config.train_file:
+            found["lr"] = rates[config.task], "best of the grid in tiny/compare.py"
         found["steps"] = 300, "enough for the tiny model"
     if config.method == "mezo":
         found["density"] = 1.0, "MeZO moves every weight"
@@ -130,7 +132,7 @@ def check(config: Config, workers: int = 1) -> None:
         raise UserError(f"--mask {config.mask}: {config.method} has none to choose")
     if config.refresh_every and (config.method != "s-mezo" or config.mask not in (None, "dynamic")):
         raise UserError(
-            f"--refresh-every {config.refresh_every} with {config.method}, --mask {config.mask}: "
+            f"--refresh-every {config.refresh_every} with {config.mask or ''} {config.method}: "
             "only the dynamic mask of s-mezo has a threshold to take again"
         )
     if config.refresh_every < 0:
@@ -145,6 +147,8 @@ def check(config: Config, workers: int = 1) -> None:
             f"--vectors, --select and --rounding are not for {config.method}: a mask says which "
             "weights move, and their values are kept in fp32"
         )
+    if few and config.mask in masks.KEPT:
+        raise UserError(f"--mask {config.mask} is for s-mezo; {config.method} needs a file")
     if few and config.mask and (config.mask_from or config.density):
         raise UserError(f"--mask {config.mask} brings its own source and density; leave them out")
     if config.text and config.mask_from == "task":
@@ -208,7 +212,8 @@ def make_mask(config: Config, run: Path, data) -> None:
         if getattr(config, name) is not None:
             flags.append(f"--{name.replace('_', '-')}={getattr(config, name)}")
     flags += ["--trust-remote-code"] * config.trust_remote_code
-    print(f"  python masks.py {shlex.join(flags)}")
+    of = f" on {len(data.train)} training examples of this run" * (config.mask_from == "task")
+    print(f"  as python masks.py {shlex.join(flags)}{of}")
     args = masks.make_parser().parse_args(flags)
     try:
         sensitivity.save_mask(path, *masks.compute(args, data))

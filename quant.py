@@ -3,7 +3,7 @@
     code       paper                        [Q] §3.5: fine-tune 0.1 %, quantise the rest
     index      where m = 1, k places        positions in the flattened weight
     values     w_sparse = m ⊙ w             fp32 masters, the only thing that training changes
-    dense      w_dense = (1 − m) ⊙ w        NF4 codes, two per byte, and a scale per block of 64
+    dense      w_dense ≈ (1 − m) ⊙ w        NF4 codes, two per byte, and a scale per block of 64
 
 The k sensitive values leave first: their places become 0, which NF4 represents exactly, so
 dense + sparse is w there bit for bit, and a large value no longer stretches its block's scale.
@@ -79,13 +79,13 @@ class DenseSparseLinear(nn.Module):
         assert last < weight.numel(), f"place {last} of {weight.numel()} weights"
         index = index.to(weight.device, torch.int64)
         dense = weight.detach().reshape(-1).clone()
-        self.index, self.values = index, dense[index].float()  # plain attributes: buffers would be
-        dense[index] = 0  # replaced by empty ones when transformers finishes loading
+        # Plain attributes: buffers would be empty ones when transformers is done loading.
+        self.index, self.values = index, dense[index].float()
+        dense[index] = 0
+        # A row per block: bitsandbytes 0.50's CPU kernel errs where blocks straddle the rows.
         self.codes, self.state = quantize_4bit(
-            dense.view(
-                -1, BLOCK
-            ),  # a row per block: bitsandbytes 0.50's CPU kernel unpacks wrongly
-            blocksize=BLOCK,  # where blocks straddle the rows
+            dense.view(-1, BLOCK),
+            blocksize=BLOCK,
             compress_statistics=double_quant,
             quant_type="nf4",
         )

@@ -44,6 +44,9 @@ def make_run_directory(out: str | None, name: str) -> Path:
         try:
             if out is not None and run.is_dir() and not any(run.iterdir()):
                 run.rmdir()  # an empty folder will do
+            elif out is not None and _never_began(run):  # killed before its first step
+                (run / "config.json").unlink()
+                run.rmdir()
             run.mkdir(parents=True)  # one of two runs started together gets the name, not both
             write_json(run / "config.json", {})
             return run
@@ -55,6 +58,13 @@ def make_run_directory(out: str | None, name: str) -> Path:
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"cannot write to --out {run}: {why}") from error
+
+
+def _never_began(run: Path) -> bool:
+    """A directory that holds nothing but the empty config.json that a run takes its name with."""
+    if not run.is_dir() or [p.name for p in run.iterdir()] != ["config.json"]:
+        return False
+    return (run / "config.json").read_bytes().strip() == b"{}"
 
 
 def begin(run: Path, settings: dict) -> None:

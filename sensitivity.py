@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import zo
+from snapshot import put_in_place
 from tasks import UserError
 
 
@@ -279,7 +280,7 @@ def save_mask(path, index: dict[str, Tensor], provenance: dict) -> None:
     beside = Path(f"{path}.{os.getpid()}.part")
     try:
         save_file(index, beside, metadata={"provenance": json.dumps(provenance)})
-        os.replace(beside, path)
+        put_in_place(beside, Path(path))
     except SafetensorError as error:  # a full disk, too, is one of these
         raise UserError(f"cannot write {path}: {error}") from error
     finally:
@@ -341,8 +342,8 @@ def check_values(path, provenance: dict, name: str, weight: Tensor) -> None:
 
 def _another_model(path, provenance, why: str) -> UserError:
     return UserError(
-        f"{path} is a mask for {provenance['model']}, not for this model: {why}; make one with "
-        "python masks.py --model"
+        f"{path} was made for {provenance['model']}, not for this model: {why}; give that model, "
+        "or make a mask for this one with python masks.py"
     )
 
 

@@ -119,6 +119,9 @@ def read_sparse(path: Path) -> tuple[dict, dict, dict]:
 
 def put_in_place(beside: Path, path: Path) -> None:
     """Rename a file that is complete; the disk has its contents first, and then its name."""
+    mask = os.umask(0)
+    os.umask(mask)
+    beside.chmod(0o666 & ~mask)  # safetensors lets only the owner read
     _sync(beside)
     os.replace(beside, path)
     _sync(path.parent)

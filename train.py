@@ -194,6 +194,7 @@ def main(argv=None) -> None:
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run that stopped")
     given = vars(parser.parse_args(argv))
     resume, run = given.pop("resume", None), None
+    before = signal.signal(signal.SIGTERM, stop_now)  # as Ctrl-C; inside the loop see `Stop`
     try:
         group = workers.join()
         if resume is None:
@@ -218,7 +219,13 @@ def main(argv=None) -> None:
         print("\ntrain.py: stopped" + f"; python train.py --resume {kept} goes on" * bool(kept))
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         workers.leave()
+
+
+def stop_now(number, _):
+    """SIGTERM where no step is to be finished first."""
+    raise KeyboardInterrupt(number)
 
 
 def prepare(given: dict, group):
@@ -235,6 +242,8 @@ def prepare(given: dict, group):
         setattr(config, name, value)
     if config.method in masks.FEW:
         check_mask(config, loading.skeleton(model_config, config.trust_remote_code))
+        if config.mask is not None:
+            filled["density"] = config.density, "the mask's"
     for name, value in asdict(config).items():
         source = filled[name][1] if name in filled else "you" if name in given else None
         if source:
@@ -315,8 +324,8 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     if not writes:
         return
     if index is not None:
-        about = {name: settings[name] for name in ("model", "method", "dtype", "double_quant")}
-        about |= {"task": config.task, "step": result["best_step"]}
+        names = ("method", "dtype", "double_quant", *(f.name for f in fields(loading.Settings)))
+        about = {name: settings[name] for name in names} | {"step": result["best_step"]}
         about["matrices"] = sensitivity.read_mask(run / record.MASK)[1]["matrices"]
         snapshot.write_sparse(run / record.SPARSE, index, handle.tensors(), about)
     result |= {
@@ -331,6 +340,8 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     record.write_json(run / record.RESULT, result | {"workers": group.size})
     print(f"test accuracy, last weights             {last}")
     print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
+    if result["best_step"] == 0 and (index is not None or config.save_model):
+        print("no step was better on validation than the start, so the ORIGINAL weights are saved")
     done = config.steps - before
     print(f"{run}/ holds the run; {done} steps and their validation took {seconds:.0f} s")
 

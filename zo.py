@@ -65,7 +65,7 @@ def philox(counter0, counter1: Tensor, key):
 
 
 def random_words(seed, stream, index: Tensor):
-    """Two random 32-bit words for each element `index` (int64) of tensor `stream` under `seed`.
+    """Two random 32-bit words for each number `index` (int64) of tensor `stream` under `seed`.
 
     `seed` (48 bits) and `stream` (16 bits) are ints, or 0-dim int64 tensors inside a compiled
     kernel. (The element is counter 1, so the first product is one number for the whole tensor; as
@@ -81,12 +81,21 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def normal(seed, stream, index: Tensor) -> Tensor:
-    """z ~ N(0, 1), fp32, of the elements `index`. Elements e and e + 64 of each 128 share a draw.
+def draw_of(index: Tensor) -> Tensor:
+    """Which draw serves an element: one serves two, e and e + 64 of each block of 128.
 
-    One draw serves two elements at half the price; 64 apart, a kernel reads both in whole lines.
+        element   0 … 63   64 … 127   128 … 191   192 … 255   …
+        draw      0 … 63    0 … 63     64 … 127    64 … 127   …
+        is its    r cos φ   r sin φ    r cos φ     r sin φ
+
+    Two for the price of one; 64 apart, so that a kernel reads and writes both in whole lines.
     """
-    first, second = normal_pair(*random_words(seed, stream, index >> 7 << 6 | index & 63))
+    return index >> 7 << 6 | index & 63
+
+
+def normal(seed, stream, index: Tensor) -> Tensor:
+    """z ~ N(0, 1), fp32, one per element of `index`: its half of its draw."""
+    first, second = normal_pair(*random_words(seed, stream, draw_of(index)))
     return torch.where((index & PAIR) == 0, first, second)
 
 
@@ -190,7 +199,7 @@ def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, s
             ([out[:, 1] for out in outs], theta[:, 1], element + PAIR, z[1], words[::-1]),
         ]
     else:
-        words = random_words(seed, stream, index >> 7 << 6 | index & 63)
+        words = random_words(seed, stream, draw_of(index))
         parts = [(outs, theta, index, normal(seed, stream, index), words)]
     for outs, theta, index, z, words in parts:
         m = mask(theta, index, state)

@@ -228,7 +228,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "test_sensitive::test_fisher_is_brute_force_autograd"),
     # ------------------------------------------------------------ quant.py and [Q]'s layers
     ("sensitive weights quantised with the rest", "quant",
-     "        dense[index] = 0  #", "        #",
+     "        dense[index] = 0\n", "",
      "test_quant::test_dense_plus_sparse_is_w_at_the_sensitive_places"),
     ("the sparse values kept in 16 bits", "quant",
      "dense[index].float()", "dense[index]",

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 IMPORTS = {  # who may know whom: downward only
     "zo": set(),
-    "sensitivity": {"tasks", "zo"},
+    "sensitivity": {"snapshot", "tasks", "zo"},
     "masks": {"loading", "scoring", "sensitivity", "tasks", "zo"},
     "quant": set(),
     "moving": {"masks", "quant", "zo"},

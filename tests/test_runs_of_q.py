@@ -152,7 +152,7 @@ def test_a_run_makes_its_own_mask(source, folder, tmp_path, capsys):
     run(folder, tmp_path / "run", "senszoq", *flags)
     printed = next(l for l in capsys.readouterr().out.splitlines() if "python masks.py" in l)  # noqa: E741
     again = tmp_path / "again.safetensors"
-    words = [w for w in printed.split()[2:] if not w.startswith("--out")]
+    words = [w for w in printed.split() if w.startswith("--") and not w.startswith("--out")]
     masks.main([*words, f"--out={again}"])
     one, two = (
         sensitivity.read_mask(tmp_path / "run" / "mask.safetensors"),
@@ -231,7 +231,7 @@ def test_a_mask_for_another_model_is_refused(method, folder, mask, tmp_path, cap
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
     flags = [f"--mask={mask}", f"--model={tmp_path}/model"]
     line = refused(arguments(folder, tmp_path / "run", method, *flags), train.main, capsys)
-    assert f"is a mask for {folder}/model, not for this model" in line
+    assert f"was made for {folder}/model, not for this model" in line
     assert not (tmp_path / "run").exists()
 
 

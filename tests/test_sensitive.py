@@ -443,7 +443,7 @@ def test_a_mask_for_another_model_is_refused_and_says_for_which(saved, other):
         model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(32, 48))
     else:
         model = build("opt")
-    with pytest.raises(UserError, match="is a mask for some/llama, not for this model") as error:
+    with pytest.raises(UserError, match="was made for some/llama, not for this model") as error:
         sensitivity.load_mask(path, model)
     assert "\n" not in str(error.value)
 
