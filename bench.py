@@ -21,6 +21,8 @@ that must be there: weights, and the two perturbed copies of the largest one or 
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import time
@@ -214,6 +216,8 @@ class Peak:
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not the row's doing
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
 
     def read(self) -> int:

@@ -211,13 +211,15 @@ def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, s
 
 
 class Sweep:
-    """`_sweep` as a kernel: compiled to one fused loop, or eager in chunks that stay in the cache.
+    """`_sweep` as a kernel: compiled to fused loops, or eager. In chunks, which bounds temporaries.
 
     Compiled and eager agree to the last bit or two of z (the fused cos and log round differently),
-    so whether a run was compiled belongs to its record.
+    so whether a run was compiled belongs to its record; how it was chunked changes nothing.
     """
 
-    CHUNK = 1 << 16  # elements; 8-byte temporaries of this length stay in L2
+    # elements: eager temporaries of 8 bytes stay in L2, compiled ones of 4 in L3; on a GPU, where a
+    # launch costs more, they take a few hundred MB
+    CHUNK = {"cpu": (1 << 16, 1 << 22), "cuda": (1 << 22, 1 << 25)}  # (eager, compiled)
 
     def __init__(self, compiled: bool = False):
         self.kernel = None
@@ -238,41 +240,29 @@ class Sweep:
         may be θ itself, the same object."""
         numel, numbers = theta.numel(), (seed, stream, mask, state, stochastic)
         assert numel <= MAX_ELEMENTS, f"{numel} elements exceed the 32-bit counter"
-
-        def run(start, end, index, *shape):
+        whole = 0 if index is not None else numel // (2 * PAIR) * (2 * PAIR)
+        if index is None:  # whole blocks first, then what is left of the tensor, by its index
+            index = torch.arange(whole, numel, device=theta.device)
+        chunk = self.CHUNK["cuda" if theta.is_cuda else "cpu"][self.compiled]
+        pieces = [(start, min(start + chunk, whole), True) for start in range(0, whole, chunk)]
+        pieces += [(i, min(i + chunk, numel), False) for i in range(whole, numel, chunk)]
+        for start, end, blocks in pieces:
+            shape = (-1, 2, PAIR) if blocks else (-1,)
             # `.data`: without their bases, views of all kinds share one compilation
             part = theta[start:end].view(shape).data
             parts = [part if out is theta else out[start:end].view(shape).data for out in outs]
-            self._run(parts, coefficients, part, index, *numbers)
+            where = None if blocks else index[start - whole : end - whole]
+            first = torch.tensor(start, device=theta.device)
+            self._run(parts, coefficients, part, where, first, *numbers)
 
-        blocks = numel // (2 * PAIR) if index is None else 0
-        whole = blocks * 2 * PAIR
-        if blocks:
-            run(0, whole, None, blocks, 2, PAIR)
-        if whole < numel:  # what is left of a tensor, or elements picked by `index`
-            rest = torch.arange(whole, numel, device=theta.device) if index is None else index
-            run(whole, numel, rest, numel - whole)
-
-    def _run(self, outs, coefficients, theta, index, *numbers) -> None:
+    def _run(self, *arguments) -> None:
         if self.kernel is not None:
             try:
-                return self.kernel(outs, coefficients, theta, index, 0, *numbers)
+                return self.kernel(*arguments)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 warnings.warn(f"torch.compile failed, running eager: {reason[0]}", stacklevel=3)
                 self.kernel = None
-        chunk = self.CHUNK << 6 if theta.is_cuda else self.CHUNK  # there, launches cost more
-        rows = chunk if index is not None else chunk // (2 * PAIR)
-        for row in range(0, theta.shape[0], rows):
-            part = slice(row, row + rows)
-            _sweep(
-                [out[part] for out in outs],
-                coefficients,
-                theta[part],
-                None if index is None else index[part],
-                row * 2 * PAIR,  # not read where there is an index
-                *numbers,
-            )
-        return None
+        return _sweep(*arguments)

@@ -237,7 +237,7 @@ def sweep_arguments(theta):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_eager_kernel_is_the_primitive_in_chunks(dtype):
     """Sweep in chunks equals θ + a m⊙z on the whole tensor, to the bit, for each of its outputs."""
-    theta = torch.randn(3 * zo.Sweep.CHUNK + 17).to(dtype)
+    theta = torch.randn(3 * zo.Sweep.CHUNK["cpu"][0] + 17).to(dtype)
     outs, a = [torch.empty_like(theta) for _ in range(2)], (0.25, -0.25)
     zo.Sweep()(outs, [torch.tensor(x) for x in a], **sweep_arguments(theta))
     z = zo.gaussian(zo.step_seed(3, 5), 9, theta.shape)
