@@ -71,10 +71,10 @@ GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
 FEW_RATE = 1e-6, "[Q]'s grid is unknown; its full zeroth-order runs had 1e-7 to 1e-6; tune it"
 TINY = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
     "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
-    "s-mezo": {"sst2": 1e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
-    "r-mezo": {"sst2": 3e-3, "rte": 3e-3, "boolq": 3e-3, "copa": 3e-3},
-    "sensitive": {"sst2": 1e-1, "rte": 1e-1, "boolq": 1e-1, "copa": 1e-1},
-    "senszoq": {"sst2": 1e-1, "rte": 1e-1, "boolq": 1e-1, "copa": 1e-1},
+    "s-mezo": {"sst2": 3e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
+    "r-mezo": {"sst2": 1e-2, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
+    "sensitive": {"sst2": 1.0, "rte": 1e-1, "boolq": 1e-1, "copa": 3e-1},
+    "senszoq": {"sst2": 1.0, "rte": 1e-1, "boolq": 3e-2, "copa": 3e-1},
 }
 
 
