@@ -328,6 +328,8 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
         about = {name: settings[name] for name in names} | {"step": result["best_step"]}
         about["matrices"] = sensitivity.read_mask(run / record.MASK)[1]["matrices"]
         snapshot.write_sparse(run / record.SPARSE, index, handle.tensors(), about)
+    if config.save_model:  # before the final result: only a run that has all of it has finished
+        eval.save_checkpoint(handle.model, tokenizer, run / "model")
     result |= {
         name: {"accuracy": found.value, "standard_error": found.error, "n": found.n}
         for name, found in (("zero_shot", zero_shot), ("last", last), ("best", best))
