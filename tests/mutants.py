@@ -114,7 +114,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "test_masks::test_small_weights_move_not_large_ones"),
     ("random mask: a normal draw below the density", "masks",
      "zo.random_words(seed, stream, index)[0] < bound",
-     "zo.normal(seed, stream, index) < bound * 2**-32",
+     "zo.normal(index, *zo.random_words(seed, stream, index)) < bound * 2**-32",
      "test_masks::test_the_random_mask_has_the_density_asked_for"),
     ("packed mask: bits in the other order", "masks",
      "(state[index >> 3] >> (index & 7) & 1)", "(state[index >> 3] >> (7 - (index & 7)) & 1)",
