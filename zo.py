@@ -187,27 +187,25 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, stochastic):
     """out ← θ + a·m⊙z for each (out, a), z drawn once; `mask(theta, index, state)` gives m.
 
-    Either flat tensors, θ's element i being `index[i]` of the whole; or, `index` None, whole blocks
-    of two halves, (blocks, 2, 64), from element `start` on, where each draw serves both halves.
+    `theta` and each of `outs` are lists. Either of one flat tensor, θ's element i being `index[i]`
+    of the whole; or, `index` None, of both halves of whole blocks from element `start` on, two
+    times (blocks, 64), where each draw serves both.
     """
     if index is None:
-        draw = torch.arange(theta.shape[0] * PAIR, device=theta.device).view(-1, PAIR) + start // 2
+        draw = torch.arange(theta[0].numel(), device=theta[0].device).view(-1, PAIR) + start // 2
         words = random_words(seed, stream, draw)
-        element, z = draw + (draw >> 6 << 6), normal_pair(*words)  # `element` of the first half
-        parts = [
-            ([out[:, 0] for out in outs], theta[:, 0], element, z[0], words),
-            ([out[:, 1] for out in outs], theta[:, 1], element + PAIR, z[1], words[::-1]),
-        ]
+        first = draw + (draw >> 6 << 6)  # element
+        z, index, words = normal_pair(*words), (first, first + PAIR), (words, words[::-1])
     else:
         words = random_words(seed, stream, draw_of(index))
-        parts = [(outs, theta, index, normal(index, *words), words)]
-    for outs, theta, index, z, words in parts:
-        m = mask(theta, index, state)
+        z, index, words = [normal(index, *words)], [index], [words]
+    for half, theta_i in enumerate(theta):
+        m = mask(theta_i, index[half], state)
         for out, a in zip(outs, coefficients, strict=True):
-            value = shifted(theta, a, m, z)
-            if stochastic and out.element_size() < 4:  # 32-bit weights hear every update
-                value = round_stochastically(value, out.dtype, *words)
-            out.copy_(value)  # rounds to nearest
+            value, dtype = shifted(theta_i, a, m, z[half]), out[half].dtype
+            if stochastic and dtype.itemsize < 4:  # 32-bit weights hear every update
+                value = round_stochastically(value, dtype, *words[half])
+            out[half].copy_(value)  # rounds to nearest
 
 
 class Sweep:
@@ -247,13 +245,19 @@ class Sweep:
         pieces = [(start, min(start + chunk, whole), True) for start in range(0, whole, chunk)]
         pieces += [(i, min(i + chunk, numel), False) for i in range(whole, numel, chunk)]
         for start, end, blocks in pieces:
-            shape = (-1, 2, PAIR) if blocks else (-1,)
-            # `.data`: without their bases, views of all kinds share one compilation
-            part = theta[start:end].view(shape).data
-            parts = [part if out is theta else out[start:end].view(shape).data for out in outs]
+
+            def part(tensor, start=start, end=end, blocks=blocks):
+                # `.data`: without their bases, views of all kinds share one compilation
+                piece = tensor[start:end]
+                return (
+                    [h.data for h in piece.view(-1, 2, PAIR).unbind(1)] if blocks else [piece.data]
+                )
+
+            mine = part(theta)
+            theirs = [mine if out is theta else part(out) for out in outs]
             where = None if blocks else index[start - whole : end - whole]
             first = torch.full((), start, device=theta.device)  # no copy from the host
-            self._run(parts, coefficients, part, where, first, *numbers)
+            self._run(theirs, coefficients, mine, where, first, *numbers)
 
     def _run(self, *arguments) -> None:
         if self.kernel is not None:
