@@ -13,7 +13,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --dist worksteal
 
 bench: .venv/ready
 	$(RUN) bench.py --shape 134m --json bench-134m.json

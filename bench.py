@@ -53,6 +53,8 @@ class World:
     def __init__(self, args, four_bits: bool):
         dtype = getattr(torch, args.dtype)
         self.model = build(args.shape, dtype, args.device, four_bits)
+        if args.device == "cpu":
+            loading.keep_freed_memory()  # as for training
         size = (args.batch, args.tokens)
         ids = torch.randint(3, self.model.config.vocab_size, size, device=args.device)
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -114,9 +116,10 @@ def ours(rule: masks.Rule, few: bool = False):
     def row(world: World):
         index = None
         if few:
-            weights = sensitivity.decoder_linears(world.model) if not packed(world.model) else {}
-            index = {name: places(w, i) for i, (name, w) in enumerate(weights.items())}
-            index |= {f"{name}.weight": m.index for name, m in packed(world.model)}
+            index = {f"{path}.weight": m.index for path, m in quant.packed(world.model).items()}
+            if not index:
+                weights = sensitivity.decoder_linears(world.model)
+                index = {name: places(w, i) for i, (name, w) in enumerate(weights.items())}
         handle = Patch(world.model, rule, eps=EPS, index=index, compiled=world.compiled)
 
         def step(number: int) -> None:
@@ -129,11 +132,6 @@ def ours(rule: masks.Rule, few: bool = False):
         handle.remove()
 
     return row
-
-
-def packed(model) -> list:
-    """(name, layer) of the layers in 4 bits."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, quant.DenseSparseLinear)]
 
 
 @contextmanager
@@ -189,10 +187,10 @@ ROWS = {  # name: (is the model in 4 bits, the row)
 def counted(name: str, model, dtype: torch.dtype) -> int | None:
     """Bytes of the tensors that the row must hold, activations aside; None where not counted."""
     elements = [p.numel() for p in model.parameters()]
-    layers = [layer for _, layer in packed(model)]
+    layers = quant.packed(model).values()
     stored = sum(elements) * dtype.itemsize + sum(layer.stored_bytes() for layer in layers)
     largest = max(elements) * dtype.itemsize
-    unpacked = max((m.in_features * m.out_features for m in layers), default=0) * dtype.itemsize
+    unpacked = max((m.size for m in layers), default=0) * dtype.itemsize
     kept = {"s-mezo, constant mask": sum(elements), "s-mezo, packed mask": sum(elements) // 8}
     if name == "two forwards" or layers:
         return stored + unpacked
@@ -280,7 +278,7 @@ def parts(world: World, handle: Patch, args) -> dict:
     twice = {
         k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in world.inputs.items()
     }
-    seed, layers = zo.step_seed(1, 1), [layer for _, layer in packed(world.model)]
+    seed, layers = zo.step_seed(1, 1), quant.packed(world.model).values()
 
     def perturb():
         with handle._open(seed):
@@ -343,7 +341,7 @@ def main() -> None:
         peak, world = Peak(args.device), World(args, four_bits)
         weights = list(world.model.parameters())
         elements = sum(p.numel() for p in weights)
-        elements += sum(m.in_features * m.out_features for _, m in packed(world.model))
+        elements += sum(m.size for m in quant.packed(world.model).values())
         found |= {"weights": elements, "weights_bytes": elements * weights[0].element_size()}
         for name in names:
             try:

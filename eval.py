@@ -14,7 +14,6 @@ are about a megabyte, and the weights they rebuild are bit-identical on the same
 Model, data and settings must be those of the run: fingerprints tell.
 """
 
-import inspect
 import math
 from dataclasses import fields
 from functools import partial
@@ -54,13 +53,6 @@ class Accuracy(NamedTuple):
         return f"{self.value:.3f} ± {self.error:.3f} (n = {self.n})"
 
 
-def model_inputs(model, batch: scoring.Batch) -> dict:
-    """What this model's forward takes of a batch; logits only where an option is scored."""
-    wanted = batch.inputs() | {"logits_to_keep": batch.keep}
-    known = inspect.signature(model.forward).parameters
-    return {name: value for name, value in wanted.items() if name in known}
-
-
 @torch.no_grad()
 def accuracy(
     model, tokenizer, examples, *, batch_size=16, max_length=2048, group=workers.ALONE
@@ -75,7 +67,7 @@ def accuracy(
     for start in tqdm(range(0, len(mine), batch_size), "evaluating", **quiet):
         part = mine[start : start + batch_size]
         batch = scoring.collate(tokenizer, part, max_length=max_length, device=model.device)
-        logits = model(**model_inputs(model, batch), use_cache=False).logits
+        logits = model(**batch.inputs(model), use_cache=False).logits
         right += int(scoring.correct(logits, batch).sum())
     return Accuracy(group.sum([right])[0] / len(examples), len(examples))
 

@@ -43,7 +43,6 @@ tensor.
 
 import argparse
 import hashlib
-import inspect
 import os
 from functools import partial
 from pathlib import Path
@@ -241,10 +240,7 @@ def task_losses(tokenizer, examples, classification: bool, max_length: int = 204
             max_length=max_length,
             device=model.device,
         )
-        wanted = batch.inputs() | {"logits_to_keep": batch.keep}
-        known = inspect.signature(model.forward).parameters
-        inputs = {name: value for name, value in wanted.items() if name in known}
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**batch.inputs(model), use_cache=False).logits
         return (scoring.classification_loss if classification else scoring.lm_loss)(logits, batch)
 
     return [partial(loss, example) for example in examples]

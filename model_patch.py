@@ -344,9 +344,9 @@ class Patch:
 
     def report(self) -> str:
         """What was patched, in one line."""
-        packed = [m for m in self.model.modules() if isinstance(m, quant.DenseSparseLinear)]
+        packed = quant.packed(self.model).values()
         total = sum(p.numel() for p in self.model.parameters())
-        total += sum(layer.in_features * layer.out_features for layer in packed)
+        total += sum(layer.size for layer in packed)
         move = self._active()
         return (
             f"patched {len(self.wrapped)} modules with {len(self.moving)} tensors; "

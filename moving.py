@@ -90,7 +90,7 @@ def few(model, index: dict[str, Tensor]) -> dict[int, Few]:
         layer = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, quant.DenseSparseLinear):
             key, weight, places, values = layer, None, layer.index, layer.values
-            size = layer.in_features * layer.out_features
+            size = layer.size
         else:
             key, layer = model.get_parameter(name), None
             weight, size = key.detach(), key.numel()

@@ -109,6 +109,11 @@ class DenseSparseLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
 
+    @property
+    def size(self) -> int:
+        """How many weights it stands for."""
+        return self.out_features * self.in_features
+
     def stored_bytes(self) -> int:
         """What stays in memory for this matrix, the bias aside."""
         state = self.state
@@ -140,8 +145,13 @@ def quantise(model: nn.Module, name: str, weight: Tensor, index: Tensor, double_
     path = name.removesuffix(".weight")
     parent, _, child = path.rpartition(".")
     check_linears(model, [name])
-    packed = DenseSparseLinear(weight, index, model.get_submodule(path).bias, double_quant)
-    setattr(model.get_submodule(parent), child, packed)
+    layer = DenseSparseLinear(weight, index, model.get_submodule(path).bias, double_quant)
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def packed(model: nn.Module) -> dict[str, DenseSparseLinear]:
+    """{path: layer} of the layers that are in 4 bits."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, DenseSparseLinear)}
 
 
 def unpack(model: nn.Module) -> None:
@@ -149,9 +159,7 @@ def unpack(model: nn.Module) -> None:
 
     They are on the CPU, as a GPU that holds the model in 4 bits may not in 16.
     """
-    paths = [path for path, m in model.named_modules() if isinstance(m, DenseSparseLinear)]
-    for path in paths:
-        layer = model.get_submodule(path)
+    for path, layer in packed(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(layer.weight.cpu()), layer.bias
         parent, _, child = path.rpartition(".")

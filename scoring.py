@@ -21,6 +21,7 @@ What differs from MeZO (princeton-nlp/MeZO, large_models/{utils,run}.py).
   4.9e-4, so (l+ - l-) / 2 eps at eps = 1e-3 moves in steps of 0.24.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 from os.path import commonprefix  # of any sequences, not only of paths
 
@@ -91,9 +92,12 @@ class Batch:
     num_options: int  # C, the largest number of options in the batch
     score: str  # "all" options, or only the "right" ones
 
-    def inputs(self) -> dict[str, Tensor]:
-        """For `model(**batch.inputs(), logits_to_keep=batch.keep)`."""
-        return {k: getattr(self, k) for k in ("input_ids", "attention_mask", "position_ids")}
+    def inputs(self, model) -> dict:
+        """What this model's forward takes of the batch; logits only where an option is scored."""
+        wanted = {k: getattr(self, k) for k in ("input_ids", "attention_mask", "position_ids")}
+        wanted["logits_to_keep"] = self.keep
+        known = inspect.signature(model.forward).parameters
+        return {name: value for name, value in wanted.items() if name in known}
 
     def to(self, device: str | torch.device) -> "Batch":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}

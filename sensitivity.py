@@ -18,7 +18,6 @@ weights negates indices where it should negate magnitudes: a second random mask.
 """
 
 import json
-import os
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import zo
-from snapshot import put_in_place
+from snapshot import load_tensors, save_tensors
 from tasks import UserError
 
 
@@ -269,32 +268,18 @@ def _sample(weight: Tensor) -> list[float]:
 
 
 def save_mask(path, index: dict[str, Tensor], provenance: dict) -> None:
-    """Write {name: positions} and where they come from (JSON; "matrices" is `identity`'s answer).
+    """Write {name: positions} and where they come from ("matrices" is `identity`'s answer).
 
-    Written beside and then renamed: a file of that name is replaced by a complete one or not at
-    all.
+    A file of that name is replaced by a complete one or not at all.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    beside = Path(f"{path}.{os.getpid()}.part")
-    try:
-        save_file(index, beside, metadata={"provenance": json.dumps(provenance)})
-        put_in_place(beside, Path(path))
-    except SafetensorError as error:  # a full disk, too, is one of these
-        raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    save_tensors(Path(path), index, {"provenance": json.dumps(provenance)})
 
 
 def read_mask(path) -> tuple[dict[str, Tensor], dict]:
     """(index, provenance) of a file, no model needed; UserError where it is no mask."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as file:
-            index = {name: file.get_tensor(name) for name in file.keys()}
-            provenance = json.loads((file.metadata() or {})["provenance"])
+        index, about = load_tensors(path)
+        provenance = json.loads(about["provenance"])
         if set(index) != set(provenance["matrices"]) or not {"model"} <= set(provenance):
             raise ValueError("its provenance is of other matrices")
         for name, i in index.items():
@@ -304,7 +289,7 @@ def read_mask(path) -> tuple[dict[str, Tensor], dict]:
                 raise ValueError(f"{name} is not in order")
     except FileNotFoundError as error:
         raise UserError(f"no mask file {path}; python masks.py makes one") from error
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         why = (f"{type(error).__name__}: {error}").splitlines()[0]
         raise UserError(
             f"{path} is no complete mask file ({why}); make it again with python masks.py"

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tasks import UserError
@@ -43,10 +43,7 @@ def write(run: Path, step: int, tensors: dict, settings: dict) -> None:
     On a GPU the tensors are copied to the host first.
     """
     path = run / f"snapshot-{step}.safetensors"
-    beside = path.with_suffix(".tmp")
-    about = _about(step, tensors, settings)
-    save_file({name: flat.cpu() for name, flat in tensors.items()}, beside, metadata=about)
-    put_in_place(beside, path)
+    save_tensors(path, tensors, _about(step, tensors, settings))
     for old in run.glob("snapshot-*"):
         if old != path:
             old.unlink()
@@ -67,9 +64,7 @@ def newest(run: Path, stop: int, settings: dict) -> tuple[int, dict]:
     for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
         try:
             step = int(path.stem.removeprefix("snapshot-"))
-            with safe_open(path, "pt") as file:
-                about = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors, about = load_tensors(path)
             if about != _about(step, tensors, settings):
                 raise ValueError("of another run or step, or not the values that were written")
         except Exception as error:  # safetensors has its own, for a torn file or a wrong header
@@ -89,19 +84,16 @@ def write_sparse(path: Path, index: dict, values: dict, about: dict) -> None:
 
     12 to 13 MB for 0.1 % of 1.6e9 weights, 52 for Llama-2-7B's 6.5e9.
     """
-    tensors = {f"{name}.values": value.cpu() for name, value in values.items()}
-    tensors |= {f"{name}.index": places.cpu().int() for name, places in index.items()}
-    beside = path.with_suffix(".tmp")
-    save_file(tensors, beside, metadata={"about": json.dumps(about)})
-    put_in_place(beside, path)
+    tensors = {f"{name}.values": value for name, value in values.items()}
+    tensors |= {f"{name}.index": places.int() for name, places in index.items()}
+    save_tensors(path, tensors, {"about": json.dumps(about)})
 
 
 def read_sparse(path: Path) -> tuple[dict, dict, dict]:
     """(index, values, about) of such a file; UserError where it is none, or torn."""
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            about = json.loads(file.metadata()["about"])
+        tensors, about = load_tensors(path)
+        about = json.loads(about["about"])
         index, values = (
             {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)}
             for end in (".index", ".values")
@@ -115,6 +107,30 @@ def read_sparse(path: Path) -> tuple[dict, dict, dict]:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} holds no sparse weights of train.py ({why})") from error
     return index, values, about
+
+
+# ------------------------------------------------------------------ files, whole or not at all
+
+
+def save_tensors(path: Path, tensors: dict, about: dict[str, str]) -> None:
+    """A safetensors file with `about` as its metadata: written beside, synced, renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        save_file({n: tensor.cpu() for n, tensor in tensors.items()}, beside, metadata=about)
+        put_in_place(beside, path)
+    except SafetensorError as error:  # a full disk is one of these, not an OSError
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file, on the CPU; ValueError where it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def put_in_place(beside: Path, path: Path) -> None:

@@ -92,7 +92,7 @@ def losses(handle, parts, loss_fn, seed: int, group) -> tuple[float, float]:
     """
     plus = minus = weight = 0.0  # float64: one part alone comes out as it went in
     for part in parts:
-        inputs = eval.model_inputs(handle.model, part)
+        inputs = part.inputs(handle.model)
         try:
             pair = handle.losses(inputs, lambda logits, b=part: loss_fn(logits, b), seed)
         except ValueError as error:  # a weight that forward never used

@@ -1,6 +1,9 @@
 """Shared by all tests: one thread (the models are tiny) and the place of the real data, if any."""
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test waits for a network
 
 import pytest
 import torch

@@ -38,8 +38,8 @@ def test_a_four_bit_model_stores_what_its_table_says(shape):
         shapes.SHAPES["small"] = ("llama", dict(shapes.SHAPES["134m"][1], layers=1, vocab=512))
         shape = "small"
     model = shapes.build(shape, torch.bfloat16, "cpu", four_bits=True)
-    layers = [m for m in model.modules() if isinstance(m, quant.DenseSparseLinear)]
-    weights = sum(m.in_features * m.out_features for m in layers)
+    layers = quant.packed(model).values()
+    weights = sum(m.size for m in layers)
     values = sum(m.index.numel() for m in layers)
     assert values == pytest.approx(shapes.SENSITIVE * weights, rel=0.02)
     stored = sum(m.stored_bytes() for m in layers) - 12 * values

@@ -63,7 +63,7 @@ def answers(model, tokenizer, folder):
 
     batch = scoring.collate(tokenizer, data.test)
     with torch.no_grad():
-        logits = model(**eval.model_inputs(model, batch), use_cache=False).logits
+        logits = model(**batch.inputs(model), use_cache=False).logits
     return scoring.correct(logits, batch)
 
 

@@ -18,6 +18,7 @@ import loading
 import masks
 import scoring
 import sensitivity
+import snapshot
 import tasks
 from sensitivity import decoder_linears, fisher, sensitive, sensitive_index
 from tasks import UserError
@@ -152,7 +153,7 @@ def test_the_tasks_own_loss_can_be_the_source(folder):
         losses = masks.task_losses(tokenizer, examples, classification)
         for loss, example in zip(losses, examples, strict=True):
             batch = scoring.collate(tokenizer, [example], score=score)
-            logits = model(**batch.inputs()).logits
+            logits = model(**batch.inputs(model)).logits
             fn = scoring.classification_loss if classification else scoring.lm_loss
             torch.testing.assert_close(loss(model), fn(logits, batch))
         rows = brute_force(model, losses)
@@ -491,10 +492,10 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     """A mask is replaced by a complete one or not at all, and nothing is left beside it."""
     model, index, path = saved
     before = path.read_bytes()
-    monkeypatch.setattr(sensitivity.os, "replace", lambda *_: 1 / 0)
+    monkeypatch.setattr(snapshot.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sensitivity.save_mask(path, {n: i[:1] for n, i in index.items()}, {"model": "x"})
-    with pytest.raises(UserError, match="cannot write /proc/none"):
+    with pytest.raises(OSError, match="cannot write /proc/none"):
         sensitivity.save_mask("/proc/none", index, {"model": "x"})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 

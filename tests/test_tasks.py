@@ -140,7 +140,7 @@ def mezo_scores(model, tokenizer, example):
 
 @torch.no_grad()
 def run(model, batch):
-    return model(**batch.inputs(), logits_to_keep=batch.keep).logits
+    return model(**batch.inputs(model)).logits
 
 
 def row_texts(tokenizer, encoded):
@@ -733,9 +733,10 @@ def test_shared_rows_equal_rows_of_their_own(llama):
 def test_layout_of_a_batch():
     """Left-padded to a multiple of 8, positions from 0 at BOS, int64; EOS pads if need be."""
     batch = collate(TOKENIZER, YES_NO + MULTI)
-    for x in batch.inputs().values():
+    tensors = batch.input_ids, batch.attention_mask, batch.position_ids
+    for x in tensors:
         assert x.dtype == torch.int64 and x.shape == batch.input_ids.shape and x.shape[1] % 8 == 0
-    for ids, mask, position in zip(*batch.inputs().values(), strict=True):
+    for ids, mask, position in zip(*tensors, strict=True):
         pad = int((mask == 0).sum())
         assert (mask[pad:] == 1).all() and ids[pad] == 1 and (ids[:pad] == 2).all()
         assert position.tolist() == [0] * pad + list(range(len(mask) - pad))
@@ -751,7 +752,7 @@ def test_only_the_last_positions_are_needed(llama):
     """logits_to_keep and all logits (a model that ignores it) give bit-equal scores."""
     batch = collate(TOKENIZER, YES_NO + MULTI)
     kept = run(llama, batch)
-    full = llama(**batch.inputs()).logits.detach()
+    full = llama(**batch.inputs(llama) | {"logits_to_keep": 0}).logits.detach()
     assert kept.shape[1] == batch.keep < full.shape[1]
     assert torch.equal(
         scoring.option_scores(full[:, -batch.keep :], batch), scoring.option_scores(full, batch)
@@ -777,9 +778,10 @@ def test_half_logits_make_an_fp32_loss(llama, dtype):
 def test_two_halves_of_a_doubled_batch(llama):
     """The losses depend on (logits, batch) alone: halves of [x; x] give the loss of x, twice."""
     batch = collate(TOKENIZER, YES_NO + MULTI)
-    doubled = {k: torch.cat([v, v]) for k, v in batch.inputs().items()}
+    inputs = batch.inputs(llama)
+    doubled = {k: torch.cat([v, v]) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     with torch.no_grad():
-        both = llama(**doubled, logits_to_keep=batch.keep).logits.chunk(2)
+        both = llama(**inputs | doubled).logits.chunk(2)
     for half in both:
         for loss in (scoring.classification_loss, scoring.lm_loss):
             torch.testing.assert_close(loss(half, batch), loss(run(llama, batch), batch))

@@ -7,7 +7,9 @@ weights whose bits an update changes, by quartile of their magnitude. Rounding t
 update below half a weight's spacing, and the spacing grows with the weight: large weights cannot
 hear what small ones can. About 20 minutes on two cores.
 
-    python tiny/precision.py --model M --task sst2 --data-dir D --lr mezo=2e-5 s-mezo=1e-4
+    python tiny/precision.py --lr mezo=2e-5 s-mezo=1e-4 --model M --task sst2 --data-dir D
+
+Flags that are not its own go to train.py.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -74,15 +77,15 @@ def heard(method: str, lr: float, dtype: str, common: list[str], updates: int = 
     loss_fn = scoring.classification_loss if data.classification else scoring.lm_loss
     changed, inside = torch.zeros(4), torch.zeros(4)
     for step in range(updates):
-        chosen = tasks.batches(len(data.train), 16, 0, step)
+        chosen = tasks.batches(len(data.train), config.batch_size, 0, step)
         batch = scoring.collate(
             tokenizer,
             [data.train[i] for i in chosen],
             score="all" if data.classification else "right",
         )
         seed = zo.step_seed(0, step)
-        inputs = batch.inputs() | {"logits_to_keep": batch.keep}
-        losses = handle.losses(inputs, lambda logits, b=batch: loss_fn(logits, b), seed)
+        loss = partial(loss_fn, batch=batch)
+        losses = handle.losses(batch.inputs(model), loss, seed)
         handle.update(seed, -lr * zo.projected_grad(*losses, handle.eps).item())
         for p in handle.moving.values():
             was, index = original[p.name], torch.arange(p.flat.numel())
@@ -99,19 +102,14 @@ def heard(method: str, lr: float, dtype: str, common: list[str], updates: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default=None, help="default: the tiny model")
-    parser.add_argument("--task", default="copa")
-    parser.add_argument("--data-dir", default=None)
     parser.add_argument("--lr", nargs="*", default=["mezo=1e-3", "s-mezo=3e-2"])
     parser.add_argument("--scales", nargs="*", type=float, default=[1.0, 0.1], help="of the rates")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write everything here")
-    args = parser.parse_args()
+    args, common = parser.parse_known_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    common = [f"--task={args.task}"]
-    common += [f"--model={args.model}"] if args.model else []
-    common += [f"--data-dir={args.data_dir}"] if args.data_dir else []
+    common = ["--task=copa", *common]  # where it is given again, the last one counts
     rates = {pair.split("=")[0]: float(pair.split("=")[1]) for pair in args.lr}
     cases = [(m, float(f"{lr * scale:.3g}")) for m, lr in rates.items() for scale in args.scales]
     found: dict = {"common": common, "steps": args.steps, "heard": {}, "trained": {}}
