@@ -49,6 +49,10 @@ class Accuracy(NamedTuple):
         """Standard error of the mean of n coin flips."""
         return math.sqrt(self.value * (1 - self.value) / self.n)
 
+    def facts(self) -> dict:
+        """As it stands in result.json."""
+        return {"accuracy": self.value, "standard_error": self.error, "n": self.n}
+
     def __str__(self):
         return f"{self.value:.3f} ± {self.error:.3f} (n = {self.n})"
 

@@ -330,16 +330,11 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
         snapshot.write_sparse(run / record.SPARSE, index, handle.tensors(), about)
     if config.save_model:  # before the final result: only a run that has all of it has finished
         eval.save_checkpoint(handle.model, tokenizer, run / "model")
-    result |= {
-        name: {"accuracy": found.value, "standard_error": found.error, "n": found.n}
-        for name, found in (("zero_shot", zero_shot), ("last", last), ("best", best))
-    }
+    result |= {"zero_shot": zero_shot.facts(), "last": last.facts(), "best": best.facts()}
     result |= {"training_seconds": seconds, "seconds": time.perf_counter() - began}
-    result |= {"seed": config.seed, "data_seed": config.data_seed} | record.machine(
-        handle.model.device
-    )
+    result |= {"seed": config.seed, "data_seed": config.data_seed, "workers": group.size}
     record.draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
-    record.write_json(run / record.RESULT, result | {"workers": group.size})
+    record.write_json(run / record.RESULT, result | record.machine(handle.model.device))
     print(f"test accuracy, last weights             {last}")
     print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
     if result["best_step"] == 0 and (index is not None or config.save_model):

@@ -33,9 +33,10 @@ The counter is 64 bits and the key 32. They are divided so that no two draws eve
 
 and a step's 48-bit seed is 24 bits of run seed and 24 bits of step (`step_seed`).
 
-What it costs: the readable function is the kernel. `Sweep` compiles it, to some 1.6 ns per weight on
-two CPU cores, where `torch.randn` alone takes 3.6 (torch 2.13 makes two loops of it, with radius and
-angle written between them). Without a compiler the same lines run in small chunks, ten times slower.
+What it costs: the readable function is the kernel. `Sweep` compiles it, to some 1.6 ns per weight
+on two CPU cores, where `torch.randn` alone takes 3.6 (torch 2.13 makes two loops of it, with radius
+and angle written between them). Without a compiler the same lines run in small chunks, ten times
+slower.
 """
 
 import math

@@ -87,8 +87,8 @@ def literal_step(model, rule_masks, inputs, *, lr, eps, seed):
         )
 
 
-def write_task(path) -> None:
-    """A tiny random LLaMA with a word tokenizer, and a task: which of two words came first?"""
+def write_model(path) -> None:
+    """A tiny random LLaMA with a word tokenizer."""
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
@@ -97,8 +97,13 @@ def write_task(path) -> None:
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(path / "model")
-    build("llama-tied").save_pretrained(path / "model")
+    ).save_pretrained(path)
+    build("llama-tied").save_pretrained(path)
+
+
+def write_task(path) -> None:
+    """Such a model, and a task for it: which of two words came first?"""
+    write_model(path / "model")
     for name, count in (("train", 90), ("test", 40)):
         with open(path / f"{name}.jsonl", "w") as file:
             for i in range(count):

@@ -8,11 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, build
+from models import ARCHITECTURES, WORDS, build, write_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 import loading
 import masks
@@ -555,23 +553,12 @@ def test_texts_of_every_form(tmp_path):
 
 # ------------------------------------------------------------------ python masks.py
 
-WORDS = [*"abcdefghij", "red", "blue", ".", "?"]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny random LLaMA with a word tokenizer, and a text."""
     path = tmp_path_factory.mktemp("model")
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(path / "model")
-    build("llama-tied").save_pretrained(path / "model")
+    write_model(path / "model")
     text = [" ".join(WORDS[(i * j) % 14] for j in range(9, 40)) for i in range(1, 30)]
     (path / "text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in text))
     (path / "short.txt").write_text("a b c")

@@ -56,28 +56,29 @@ def make_mask(path: Path, seed: int) -> None:
 
 
 def train_once(job) -> dict:
-    """One run of train.py: (task, flags, lr, seed, steps) to what the table needs of it."""
+    """One run of train.py: (flags, lr, seed, steps, n) to what the tables need of it; its loss is
+    the mean of the last n lines of metrics.jsonl."""
     import torch
 
     import train
 
     torch.set_num_threads(1)
-    task, flags, lr, seed, steps = job
+    flags, lr, seed, steps, last = job
     with tempfile.TemporaryDirectory() as folder:
-        if "--mask=" in flags:
-            flags = f"{flags.replace('--mask=', f'--mask={folder}/')}.safetensors"
-            make_mask(Path(flags.split("--mask=")[1]), seed)
-        common = [f"--task={task}", f"--lr={lr}", f"--seed={seed}", f"--steps={steps}"]
-        sizes = [f"--out={folder}/run", f"--eval-every={steps}", "--compile=yes"]
-        quietly(train.main, [*flags.split(), *common, *sizes])
+        if flags[-1].startswith("--mask="):
+            mask = Path(folder, flags[-1].removeprefix("--mask=") + ".safetensors")
+            make_mask(mask, seed)
+            flags = [*flags[:-1], f"--mask={mask}"]
+        common = [f"--lr={lr}", f"--seed={seed}", f"--steps={steps}", f"--out={folder}/run"]
+        common += [f"--eval-every={steps}", "--compile=yes"]
+        quietly(train.main, [*flags, *common])
         result = json.loads(Path(folder, "run", "result.json").read_text())
-        lines = [
-            json.loads(t) for t in Path(folder, "run", "metrics.jsonl").read_text().splitlines()
-        ]
+        text = Path(folder, "run", "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     return {
         "test": result["last"]["accuracy"],
         "validation": lines[-1]["validation_accuracy"],
-        "loss": statistics.mean(line["loss"] for line in lines[-20:]),
+        "loss": statistics.mean(line["loss"] for line in lines[-last:]),
         "active": lines[-1]["active_density"],
     }
 
@@ -114,30 +115,30 @@ def main() -> None:
         for name in args.methods:
             flags, grid = METHODS[name]
             row = found["rows"][name] = {}
-            jobs = [(task, flags, lr, 0, args.steps) for task in args.tasks for lr in grid]
-            runs = dict(zip(jobs, pool.map(train_once, jobs), strict=True))
-            better = {
-                task: sorted(grid, key=lambda lr: score([runs[task, flags, lr, 0, args.steps]]))[
-                    -2:
+
+            def train_all(keys, flags=flags):
+                jobs = [
+                    ([f"--task={t}", *flags.split()], lr, s, args.steps, 20) for t, lr, s in keys
                 ]
+                return dict(zip(keys, pool.map(train_once, jobs), strict=True))
+
+            runs = train_all([(task, lr, 0) for task in args.tasks for lr in grid])
+            better = {
+                task: sorted(grid, key=lambda lr, t=task: score([runs[t, lr, 0]]))[-2:]
                 for task in args.tasks
             }
-            seeds = range(1, args.seeds)
-            jobs = [
-                (t, flags, lr, s, args.steps) for t in args.tasks for lr in better[t] for s in seeds
-            ]
-            runs |= dict(zip(jobs, pool.map(train_once, jobs), strict=True))
+            more = range(1, args.seeds)
+            runs |= train_all([(t, lr, s) for t in args.tasks for lr in better[t] for s in more])
             for task in args.tasks:
                 by_rate = {
-                    lr: [runs[task, flags, lr, seed, args.steps] for seed in range(args.seeds)]
-                    for lr in better[task]
+                    lr: [runs[task, lr, seed] for seed in range(args.seeds)] for lr in better[task]
                 }
                 lr = max(by_rate, key=lambda lr: score(by_rate[lr]))
                 row[task] = {
                     "lr": lr,
                     "accuracy": [run["test"] for run in by_rate[lr]],
                     "active": statistics.mean(run["active"] for run in by_rate[lr]),
-                    "all": {str(job[2:4]): run for job, run in runs.items() if job[0] == task},
+                    "all": {str(key[1:]): run for key, run in runs.items() if key[0] == task},
                 }
             print(name, {task: (v["lr"], v["accuracy"]) for task, v in row.items()}, flush=True)
     print(table(found))

@@ -17,13 +17,12 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import quietly
+from compare import train_once
 
 KINDS = (  # dtype, rounding
     ("float32", "nearest"),
@@ -32,24 +31,6 @@ KINDS = (  # dtype, rounding
     ("float16", "nearest"),
     ("float16", "stochastic"),
 )
-
-
-def train_once(job) -> dict:
-    """One run of train.py: loss at the end and test accuracy."""
-    import torch
-
-    import train
-
-    torch.set_num_threads(1)
-    method, lr, (dtype, rounding), seed, steps, common = job
-    with tempfile.TemporaryDirectory() as folder:
-        flags = [f"--method={method}", f"--lr={lr}", f"--seed={seed}", f"--steps={steps}"]
-        flags += [f"--dtype={dtype}", f"--rounding={rounding}", f"--out={folder}/run"]
-        flags += [f"--eval-every={steps}", "--log-every=100", "--compile=yes"]
-        quietly(train.main, [*common, *flags])
-        result = json.loads(Path(folder, "run", "result.json").read_text())
-        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
-    return {"test": result["last"]["accuracy"], "loss": json.loads(lines[-1])["loss"]}
 
 
 def heard(method: str, lr: float, dtype: str, common: list[str], updates: int = 10) -> list[float]:
@@ -124,12 +105,12 @@ def main() -> None:
             print(f"| {job[0]}, η = {job[1]:g}, {job[2]} | {cells} |", flush=True)
         print(f"\n| {args.steps} steps | loss at the end | test accuracy |\n|---|---|---|")
         for method, lr in cases:
-            jobs = [
-                (method, lr, kind, seed, args.steps, common)
-                for kind in KINDS
-                for seed in range(args.seeds)
-            ]
-            runs = dict(zip([j[2:4] for j in jobs], pool.map(train_once, jobs), strict=True))
+            keys = [(kind, seed) for kind in KINDS for seed in range(args.seeds)]
+            jobs = []
+            for (dtype, rounding), seed in keys:
+                flags = [f"--method={method}", f"--dtype={dtype}", f"--rounding={rounding}"]
+                jobs.append(([*common, *flags, "--log-every=100"], lr, seed, args.steps, 1))
+            runs = dict(zip(keys, pool.map(train_once, jobs), strict=True))
             for kind in KINDS:
                 cells = []
                 for what in ("loss", "test"):
