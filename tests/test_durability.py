@@ -387,6 +387,40 @@ def failing(owner, name, code, number=1):
     return context
 
 
+def on_a_tmpfs(prepare):
+    """The run's directory is a file system of its own, of 1 MB, after `prepare(run)`."""
+
+    @contextmanager
+    def context(at):
+        run, aside = at / "run", at / "aside"
+        run.rename(aside), run.mkdir()
+        if os.system(f"mount -t tmpfs -o size=1m none {run} 2>/dev/null"):
+            pytest.skip("no right to mount a file system")
+        try:
+            shutil.copytree(aside, run, dirs_exist_ok=True)
+            prepare(run)
+            yield
+        finally:
+            shutil.rmtree(aside)
+            shutil.copytree(run, aside, ignore=shutil.ignore_patterns("filler"))
+            assert os.system(f"umount {run}") == 0
+        run.rmdir(), aside.rename(run)
+
+    return context
+
+
+def fill(run):
+    """To the last block; files may still grow to the end of theirs."""
+    with open(run / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def lock(run):
+    """No more writes, for the owner and root neither."""
+    assert os.system(f"mount -o remount,ro {run}") == 0
+
+
 FULL = {  # where the disk ends: (how, what the one line says)
     "in a line of steps.csv": (
         lambda at: no_larger((at / "run/steps.csv").stat().st_size + 100), "File too large"),
@@ -399,6 +433,8 @@ FULL = {  # where the disk ends: (how, what the one line says)
     "read-only": (failing(steplog, "open", errno.EROFS), "Read-only file system"),
     "not ours": (failing(steplog, "open", errno.EACCES), "Permission denied"),
     "a failing disk": (failing(os, "fsync", errno.EIO, 3), "Input/output error"),
+    "a full tmpfs": (on_a_tmpfs(fill), "No space left"),
+    "a read-only mount": (on_a_tmpfs(lock), "Read-only file system"),
 }  # fmt: skip
 
 
