@@ -7,9 +7,10 @@
     rule        one answer to "which weights move", the only thing that tells the methods apart
     index       [Q]'s m: per matrix, the places of the weights that move (sensitivity.py)
 
-[S]'s appendix reads the other way round in one sentence ("with 80 % sparsity … the 80th
-percentile"); its ablation (smallest quarter 82.7 on RTE, everything 71.7) and the authors' replies
-settle it: **sparsity 0.75 means that the smallest 25 % move.**
+[S]'s appendix C.2 and one of the authors' replies put "sparsity 0.75" at the 75th percentile of
+|θ|: the smallest 75 % would move. Their own RTE scores say otherwise: sparsity 0.75 has 83.0, the
+smallest quarter alone 82.7, the smallest three quarters 72.3, all weights 71.7. So
+**sparsity 0.75 means that the smallest 25 % move.**
 
 A rule has two methods. `prepare` looks at a weight once, before training, and returns what must be
 kept for it (a threshold, a bit per weight, nothing); `mask` answers for any of its elements, from
@@ -36,9 +37,8 @@ lines cost. A rule of your own is these few lines:
     python masks.py --model M --text FILE --density 0.001 --out mask.safetensors
     python masks.py --model M --task rte --out mask.safetensors      the task's own loss instead
 
-Deviations from [S]. Algorithm 3 prints θ ≤ h; without the absolute value it would select 62.5 % of
-the weights where 25 % are meant, so `get_mask` compares |θ|. "Layer" is read as one parameter
-tensor.
+Deviations from [S]. Algorithm 3 is printed with two slips, see `get_mask`. "Layer" is read as one
+parameter tensor.
 """
 
 import argparse
@@ -70,15 +70,21 @@ from tasks import UserError
 def threshold(weight: Tensor, density: float) -> Tensor:
     """h: the k-th smallest |w|, k = round(density · numel), at least 1; 0-dim, the weight's dtype.
 
-    [S] §3.2 and appendix C.2. |w| ≤ h holds for exactly k elements, more only where values tie with
-    h. Needs one copy of the weight.
+    [S] §3.2 and appendix C.2, at percentile 1 − sparsity (see above). |w| ≤ h holds for exactly k
+    elements, more only where values tie with h. Needs one copy of the weight.
     """
     magnitude = weight.detach().abs().flatten()
     return kth_smallest(magnitude, max(1, round(density * magnitude.numel())))
 
 
 def get_mask(theta: Tensor, h: Tensor) -> Tensor:
-    """[S] Algorithm 3, GetMask: m_ij = 1 where |θ_ij| ≤ h_i. The printed version forgets |·|."""
+    """[S] Algorithm 3, GetMask, of one tensor θ_i and its threshold h_i.
+
+        printed:  if θ_ij ≤ h_i then θ_ij = 1, else 0          meant:  m_ij = 1 where |θ_ij| ≤ h_i
+
+    Two misprints: the result is m; and without |·| all negative weights would move (50 %) and half
+    of the smallest quarter (12.5 %), 62.5 % where 25 % are meant.
+    """
     return theta.abs() <= h
 
 
@@ -86,7 +92,7 @@ class Rule:
     """Which elements of a weight move. `density` is the share wanted, in (0, 1]."""
 
     refresh_every = 0  # steps after which `prepare` is called again; 0: never
-    static = True  # does the mask stay the same while θ moves?
+    static = False  # True: the mask never changes, so that its elements are counted once
 
     def __init__(self, density: float = 1.0):
         if not 0 < density <= 1:
@@ -110,6 +116,8 @@ class Rule:
 class Everything(Rule):
     """MeZO: every weight moves."""
 
+    static = True
+
     @staticmethod
     def mask(theta, index, state):
         return torch.ones_like(theta, dtype=torch.bool)
@@ -122,8 +130,6 @@ class SmallWeights(Rule):
     fixed, 82.0 with k = 100). With h fixed, a weight that walks out of [−h, h] freezes there: watch
     the active density in the metrics.
     """
-
-    static = False
 
     def __init__(self, density: float, refresh_every: int = 0):
         super().__init__(density)
@@ -139,6 +145,8 @@ class SmallWeights(Rule):
 
 class ConstantMask(Rule):
     """[S] §3.2 "constant mask": the small weights of before training, stored as booleans."""
+
+    static = True
 
     def prepare(self, weight, stream):
         return get_mask(weight.detach().flatten(), threshold(weight, self.density))
@@ -170,6 +178,8 @@ class RandomMask(Rule):
     Weight j moves when a uniform 32-bit word of its own is below density · 2³². (Comparing a
     *normal* draw with the density, as one code base does, turns 0.5 into 0.69.)
     """
+
+    static = True
 
     def __init__(self, density: float, seed: int = 0):
         super().__init__(density)

@@ -45,7 +45,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import masks
 import moving
@@ -63,7 +63,7 @@ class Patch:
 
     handle = Patch(model, rule)
     loss_plus, loss_minus = handle.losses(inputs, loss_fn, seed)
-    handle.update(seed, -lr * zo.projected_grad(loss_plus, loss_minus, eps))
+    handle.update(seed, float(-lr * zo.projected_grad(loss_plus, loss_minus, eps)))
 
     eps: ε, 1e-3 in both papers. vectors: what happens to one-dimensional tensors (norms, biases),
     of which [S] says nothing: "masked" like the rest, "free" (all of them move) or "frozen".
@@ -152,27 +152,22 @@ class Patch:
 
     # ------------------------------------------------------------------ inside a probe
 
-    def _is_doubled(self, value: Tensor) -> bool:
-        rows, positions = self._doubled  # activations (rows, T, d), or flattened (rows · T, d)
-        length = value.shape[0] if value.dim() else 0
-        return length == positions or length == rows and value.dim() > 1
+    def _is_doubled(self, value) -> bool:
+        """Does it hold the doubled batch: (rows, T, d), or flattened (rows · T, d)?"""
+        rows, positions = self._doubled
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return False
+        return value.shape[0] == positions or value.shape[0] == rows and value.dim() > 1
 
     def _halves(self, arguments) -> list:
         """The arguments of each probe: the halves of every tensor that holds the doubled batch."""
-        halves, found = [], False
-        for i in (0, 1):
-
-            def take(value, i=i):
-                nonlocal found
-                if not isinstance(value, Tensor) or not self._is_doubled(value):
-                    return value
-                found = True
-                return value.tensor_split(2)[i]
-
-            halves.append(tree_map(take, arguments))
-        if not found:
+        if not any(map(self._is_doubled, tree_leaves(arguments))):
             raise LostBatch
-        return halves
+
+        def half(i: int, value):
+            return value.tensor_split(2)[i] if self._is_doubled(value) else value
+
+        return [tree_map(functools.partial(half, i), arguments) for i in (0, 1)]
 
     @contextlib.contextmanager
     def _perturbed(self, owned, signs):

@@ -11,10 +11,11 @@
 A mask here is an index: {name of a matrix: sorted flat int32 positions}. The same k per matrix for
 every kind, so that kinds differ only in which weights they take.
 
-Deviations, or what our text of [Q] leaves open. It defines the score as a mean of squares; code
-close to it squares the mean gradient, which gives another mask: `statistic="of-mean"`. Ranking per
-matrix, not over all of them, and the choice of matrices are that code's. Its mask of the largest
-weights negates indices where it should negate magnitudes: a second random mask.
+Deviations, or what our text of [Q] leaves open. The authors' code could not be had; a public one is
+close to the paper. [Q] defines the score as a mean of squares; that code squares the mean gradient,
+which gives another mask: `statistic="of-mean"`. Ranking per matrix, not over all of them, and the
+choice of matrices are that code's. Its mask of the largest weights negates indices where it should
+negate magnitudes, which makes it a second random mask.
 """
 
 import json

@@ -5,7 +5,7 @@ unless asked for. What it saves is time: a step costs an update to replay, about
 cost to train. Snapshots are safetensors; one stands at a time.
 
 Where thresholds are re-taken (--refresh-every) they must follow from the snapshot alone, so it is
-taken just before a step that re-takes them (train.check).
+taken just before a step that re-takes them (presets.check).
 """
 
 import json

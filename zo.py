@@ -19,9 +19,10 @@ model_patch.py (§3.3 of [S]).
 
 Noise is a function, not a stream. MeZO regenerates z by reseeding the global generator and visiting
 the parameters in the same order. Here z is a pure function of (seed, stream, element):
-Philox-2x32-10 (Salmon et al., SC'11), a ten-round cipher of a counter. So noise does not depend on
-the device, on chunking or on visiting order; the rows of an embedding can be drawn alone; the
-global generator is never touched; and a log of (seed, a) pairs replays a run anywhere.
+Philox-2x32-10 (Salmon et al., SC'11), a ten-round cipher of a counter. So its random words are the
+same on every device, in any chunking and visiting order, and z is, to the last bit or two in which
+logarithms and cosines round; the rows of an embedding can be drawn alone; the global generator is
+never touched; and a log of (seed, a) pairs replays a run, to the bit on the same kind of device.
 (`torch.randn` can do none of this.)
 
 The counter is 64 bits and the key 32. They are divided so that no two draws ever share an input:
@@ -171,7 +172,7 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
     so θ does not come back to the bit; in 16 bits that drift is larger than an update. §3.3 has
     none of it.
     """
-    masks = get_masks(theta)  # m ← GetMask(θ_t, h)
+    masks = get_masks(theta)  # m ← GetMask(θ_t, h): Algorithm 3, masks.get_mask for each tensor
     perturb_parameters(theta, eps, seed, masks)
     loss_plus = float(loss())  # l⁺ = L(θ_t; B)
     perturb_parameters(theta, -2 * eps, seed, masks)
@@ -185,27 +186,41 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 # ------------------------------------------------------------------ one pass over memory
 
 
+def draw_at(index: Tensor, seed, stream) -> list:
+    """[(z, elements, words)] of any elements of tensor `stream`."""
+    words = random_words(seed, stream, draw_of(index))
+    return [(normal(index, *words), index, words)]
+
+
+def draw_blocks(start: Tensor, like: Tensor, seed, stream) -> list:
+    """[(z, elements, words)] of both halves of whole blocks from element `start` on.
+
+    Each draw serves both halves. The second has the words the other way round, so that not the same
+    bits round both.
+    """
+    draw = torch.arange(like.numel(), device=like.device).view(-1, PAIR) + start // 2
+    words = random_words(seed, stream, draw)
+    cosine, sine = normal_pair(*words)
+    element = draw + (draw >> 6 << 6)
+    return [(cosine, element, words), (sine, element + PAIR, words[::-1])]
+
+
 def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, stochastic):
     """out ← θ + a·m⊙z for each (out, a), z drawn once; `mask(theta, index, state)` gives m.
 
-    `theta` and each of `outs` are lists. Either of one flat tensor, θ's element i being `index[i]`
-    of the whole; or, `index` None, of both halves of whole blocks from element `start` on, two
-    times (blocks, 64), where each draw serves both.
+    `theta` and each of `outs` are lists: of one flat tensor, the elements `index` of the whole; or,
+    `index` None, of the two `halves` of whole blocks from element `start` on.
     """
     if index is None:
-        draw = torch.arange(theta[0].numel(), device=theta[0].device).view(-1, PAIR) + start // 2
-        words = random_words(seed, stream, draw)
-        first = draw + (draw >> 6 << 6)  # element
-        z, index, words = normal_pair(*words), (first, first + PAIR), (words, words[::-1])
+        drawn = draw_blocks(start, theta[0], seed, stream)
     else:
-        words = random_words(seed, stream, draw_of(index))
-        z, index, words = [normal(index, *words)], [index], [words]
-    for half, theta_i in enumerate(theta):
-        m = mask(theta_i, index[half], state)
+        drawn = draw_at(index, seed, stream)
+    for half, (z, element, words) in enumerate(drawn):
+        m = mask(theta[half], element, state)
         for out, a in zip(outs, coefficients, strict=True):
-            value, dtype = shifted(theta_i, a, m, z[half]), out[half].dtype
+            value, dtype = shifted(theta[half], a, m, z), out[half].dtype
             if stochastic and dtype.itemsize < 4:  # 32-bit weights hear every update
-                value = round_stochastically(value, dtype, *words[half])
+                value = round_stochastically(value, dtype, *words)
             out[half].copy_(value)  # rounds to nearest
 
 
@@ -247,20 +262,26 @@ class Sweep:
         """Flat `outs` ← θ + a·m⊙z, rounded to nearest in their dtype or stochastically. Numbers (a,
         seed, stream) are 0-dim tensors on θ's device, so that a new value never recompiles. `out`
         may be θ itself, the same object."""
-        numel, numbers = theta.numel(), (seed, stream, mask, state, stochastic)
+        numel, device, numbers = (
+            theta.numel(),
+            theta.device,
+            (seed, stream, mask, state, stochastic),
+        )
         assert numel <= MAX_ELEMENTS, f"{numel} elements exceed the 32-bit counter"
         whole = 0 if index is not None else numel // (2 * PAIR) * (2 * PAIR)
-        if index is None:  # whole blocks first, then what is left of the tensor, by its index
-            index = torch.arange(whole, numel, device=theta.device)
         chunk = self.CHUNK["cuda" if theta.is_cuda else "cpu"][self.compiled]
-        pieces = [(i, min(i + chunk, whole), halves) for i in range(0, whole, chunk)]
-        pieces += [(i, min(i + chunk, numel), alone) for i in range(whole, numel, chunk)]
-        for start, end, parts in pieces:
-            mine = parts(theta[start:end])
-            theirs = [mine if out is theta else parts(out[start:end]) for out in outs]
-            where = None if parts is halves else index[start - whole : end - whole]
-            first = torch.full((), start, device=theta.device)  # no copy from the host
-            self._run(theirs, coefficients, mine, where, first, *numbers)
+
+        def cut(parts, start, end):
+            own = parts(theta[start:end])
+            return [own if o is theta else parts(o[start:end]) for o in outs], coefficients, own
+
+        for start in range(0, whole, chunk):  # whole blocks
+            first = torch.full((), start, device=device)  # no copy from the host
+            self._run(*cut(halves, start, min(start + chunk, whole)), None, first, *numbers)
+        for start in range(whole, numel, chunk):  # picked elements, or what the blocks left over
+            end = min(start + chunk, numel)
+            which = torch.arange(start, end, device=device) if index is None else index[start:end]
+            self._run(*cut(alone, start, end), which, None, *numbers)
 
     def _run(self, *arguments) -> None:
         if self.kernel is not None:

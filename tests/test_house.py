@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import mutants
 import pytest
 
 import loading
@@ -152,3 +153,9 @@ def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_every_mutant_applies():
+    """Each mistake that `make mutants` makes stands exactly once in the source as it is."""
+    for name, module, old, *_ in mutants.MUTANTS:
+        assert (ROOT / f"{module}.py").read_text(encoding="utf-8").count(old) == 1, name

@@ -435,3 +435,22 @@ def test_on_a_gpu_the_step_equals_the_literal_algorithm_1(dtype, compiled, rule)
                                    atol=1e-5)  # fmt: skip
     z = zo.gaussian(SEED, 5, (1000,), device="cuda").cpu()
     torch.testing.assert_close(z, zo.gaussian(SEED, 5, (1000,)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_rule_of_ones_own_is_counted_again_every_time():
+    """The rule of masks.py's docstring, whose mask follows θ: active density is the share now."""
+
+    class LargeWeights(masks.Rule):
+        def prepare(self, weight, stream):
+            return masks.threshold(weight, 1 - self.density)
+
+        @staticmethod
+        def mask(theta, index, state):
+            return theta.abs() > state
+
+    handle = Patch(build("llama"), LargeWeights(0.25))
+    assert handle.active_density() == pytest.approx(0.25, abs=0.01)
+    handle.update(zo.step_seed(0, 0), 0.05)
+    inside = sum(int((p.flat.abs() > p.state).sum()) for p in handle.moving.values())
+    share = inside / sum(p.size for p in handle.moving.values())
+    assert handle.active_density() == share and abs(share - 0.25) > 0.01
