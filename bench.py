@@ -128,8 +128,10 @@ def ours(rule: masks.Rule, few: bool = False):
             handle.update(seed, -LR * zo.projected_grad(plus, minus, EPS).item())
 
         step.handle = handle
-        yield step
-        handle.remove()
+        try:
+            yield step
+        finally:  # also where it does not fit
+            handle.remove()
 
     return row
 
@@ -140,10 +142,12 @@ def adam(world: World):
     for p in world.model.parameters():
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(world.model.parameters(), lr=LR)
-    yield lambda number: (optimizer.zero_grad(), world.loss().backward(), optimizer.step())
-    world.model.zero_grad()
-    for p in world.model.parameters():
-        p.requires_grad_(False)
+    try:
+        yield lambda number: (optimizer.zero_grad(), world.loss().backward(), optimizer.step())
+    finally:
+        world.model.zero_grad()
+        for p in world.model.parameters():
+            p.requires_grad_(False)
 
 
 @contextmanager
@@ -162,9 +166,11 @@ def lora(world: World, rank: int = 8):
                 )
             )
     optimizer = torch.optim.Adam(adapters, lr=LR)
-    yield lambda number: (optimizer.zero_grad(), world.loss().backward(), optimizer.step())
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield lambda number: (optimizer.zero_grad(), world.loss().backward(), optimizer.step())
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 ROWS = {  # name: (is the model in 4 bits, the row)

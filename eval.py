@@ -37,6 +37,8 @@ import workers
 from loading import Settings
 from tasks import UserError
 
+HERE = {"dtype", "device", "device_map", "trust_remote_code"}  # not a run's to decide, but ours
+
 
 class Accuracy(NamedTuple):
     """Share of n examples answered right."""
@@ -80,7 +82,11 @@ def accuracy(
 
 
 def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.Patch:
-    """Patch a model as a run's config.json says. NaN in its weights is refused, once and here."""
+    """Patch a model as a run's config.json says. NaN in its weights is refused, once and here.
+
+    Compiled kernels round otherwise, so a run that began with them is not continued without. For a
+    new run settings["compiled"] becomes what is possible.
+    """
     for name, weight in model.named_parameters():
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
             if not torch.stack(weight.detach().aminmax()).isfinite().all():  # NaN shows in both
@@ -93,7 +99,7 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
         seed=settings["seed"],
     )
     try:
-        return model_patch.Patch(
+        handle = model_patch.Patch(
             model,
             rule,
             eps=settings["eps"],
@@ -105,6 +111,11 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
         )
     except ValueError as error:  # nothing selected
         raise UserError(str(error)) from error
+    if settings["compiled"] and not handle.warm_up():
+        if "fingerprint" in settings:
+            raise UserError("this run's kernels were compiled, and here that fails (see above)")
+        settings["compiled"] = False
+    return handle
 
 
 def replay(handle: model_patch.Patch, steps, start: tuple[int, dict] = (0, {})) -> None:
@@ -179,9 +190,12 @@ def rebuild(settings: dict, steps, run: Path | None = None):
     return handle, tokenizer
 
 
-def open_sparse(path: Path, settings: Settings):
+def open_sparse(path: Path, settings: Settings, model_config):
     """The model that [Q]'s result was trained on, with the trained values in their places."""
     index, values, about = snapshot.read_sparse(path)
+    skeleton = loading.skeleton(model_config, settings.trust_remote_code)
+    weights = sensitivity.decoder_linears(skeleton)
+    sensitivity.check_mask(path, index, about, weights)  # names and shapes, before anything loads
     check, four_bits = partial(sensitivity.check_values, path, about), None
     if about["method"] == "senszoq":
         four_bits = quant.loading_config(index, about["double_quant"], check)
@@ -194,8 +208,8 @@ def open_sparse(path: Path, settings: Settings):
         device_map=settings.device_map,
     )
     if four_bits is None:
-        weights = {name: p for name, p in model.named_parameters() if name in index}
-        sensitivity.check_mask(path, index, about, weights)
+        for name in index:
+            check(name, model.get_parameter(name))
     handle = model_patch.Patch(model, masks.Everything(), index=index)
     handle.load(values)
     handle.remove()
@@ -242,16 +256,20 @@ def main(argv=None) -> None:
 
 def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str | None) -> str:
     """Zero-shot or in-context accuracy of a model, perhaps with [Q]'s trained values, as a line."""
+    asked, about = set(given), None
     if sparse is not None:
-        if "dtype" in given:
+        if "dtype" in asked:
             raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
         about = snapshot.read_sparse(sparse)[2]
-        of_data = ("task", "data_dir", "train_file", "validation_file", "test_file")
-        names = ["model"] if given.keys() & set(of_data) else ["model", *of_data]
+        other_data = asked & {"task", "data_dir", "train_file", "validation_file", "test_file"}
+        names = {"model"} if other_data else {f.name for f in fields(Settings)} - HERE
         given = {name: about[name] for name in names} | given  # the run's own, unless others are
     settings = Settings(**given)
     loading.check(settings)
     data = loading.load_data(settings)
+    if about is not None and asked <= HERE | {"model", "batch_size", "max_length"}:
+        if data.fingerprint != about["data_fingerprint"]:
+            raise UserError(f"the data of {sparse} have changed: {data.source}; name others")
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     settings.max_length = loading.usable_length(settings.max_length, model_config)
     if shots > len(data.train):
@@ -262,7 +280,7 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
     if not examples:
         raise UserError(f"the {split} split is empty")
     if sparse is not None:
-        model = open_sparse(sparse, settings)
+        model = open_sparse(sparse, settings, model_config)
     else:
         where = settings.device, settings.trust_remote_code
         model = loading.load_model(
@@ -289,9 +307,11 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str
     config, steps = record.open_run(run)
     if step in (None, "best"):
         stop = record.read_result(run)["best_step"]
+        if stop > len(steps):
+            raise UserError(f"{run} was best after step {stop}, but its log has {len(steps)}")
     elif step == "last":
         stop = len(steps)
-    elif step.isdigit() and int(step) <= len(steps):
+    elif step.isdecimal() and int(step) <= len(steps):
         stop = int(step)
     else:
         raise UserError(

@@ -266,7 +266,13 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
 
     import loading
 
-    for name, least in (("samples", 1), ("length", 2), ("groups", 1), ("seed", 0)):
+    for name, least in (
+        ("samples", 1),
+        ("length", 2),
+        ("max_length", 2),
+        ("groups", 1),
+        ("seed", 0),
+    ):
         if not least <= getattr(args, name) < zo.MAX_RUN_SEED:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least}, less than 2^24")
     task = args.task or args.train_file
@@ -287,7 +293,7 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
     scores_on = args.scores_device and loading.choose_device(args.scores_device)
     how_many(decoder_linears(loading.skeleton(config, trust)), args.density)
     made = {"model": args.model, "kind": args.kind, "density": args.density, "seed": args.seed}
-    length, longest = (loading.usable_length(n, config) for n in (args.length, 2048))
+    length, longest = (loading.usable_length(n, config) for n in (args.length, args.max_length))
     losses = []
     if task:
         data = loading.load_data(settings) if data is None else data
@@ -338,6 +344,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--density", type=float, default=0.001, help="share of each matrix (default 0.001)")
     add("--samples", type=int, default=100, help="texts or examples (default 100)")
     add("--length", type=int, default=512, help="tokens of a text (default 512)")
+    add("--max-length", type=int, default=2048, help="with --task: tokens of a prompt, the last")
     add("--seed", type=int, default=0, help="of the texts drawn and of --kind random")
     add("--groups", type=int, default=1, help="score 1/n of the matrices at a time, in n passes")
     add("--scores-device", help="where scores are kept, such as cpu; default the model's device")

@@ -69,7 +69,7 @@ class Patch:
     of which [S] says nothing: "masked" like the rest, "free" (all of them move) or "frozen".
     select: a regular expression on parameter names; all parameters by default, as in MeZO and [S].
     index: [Q], {parameter name: its places that move}; nothing else does, and there is no choice by
-    rule, vectors or select. rounding: of updates to 16-bit weights, "nearest" or "stochastic".
+    rule, vectors or select. rounding: of updates to 16-bit weights, "stochastic" or "nearest".
     compiled: fuse noise, mask and add (needs a C++ compiler, on a GPU Triton).
     """
 
@@ -82,7 +82,7 @@ class Patch:
         vectors: str = "masked",
         select: str = "",
         index: dict[str, Tensor] | None = None,
-        rounding: str = "nearest",
+        rounding: str = "stochastic",
         compiled: bool = False,
     ):
         if model.training:
@@ -309,6 +309,14 @@ class Patch:
                 self._shift(p, [p.flat], [number[p.flat.device]], stochastic=self.stochastic)
                 p.settle()
 
+    @torch.no_grad()
+    def warm_up(self) -> bool:
+        """Compile the probes' kernel now; False where that fails, and sweeps run eager."""
+        p = max(self.moving.values(), key=lambda p: p.flat.numel())
+        with self._open(0):
+            self._shift(p, [torch.empty_like(p.flat) for _ in "+-"], self._eps[p.flat.device])
+        return self.sweep.compiled
+
     def refresh(self, step: int) -> None:
         """Before step `step`: take thresholds again where the rule says so ([S]'s ablation)."""
         for p in self.moving.values():
@@ -343,12 +351,9 @@ class Patch:
         total = sum(p.numel() for p in self.model.parameters())
         total += sum(layer.size for layer in packed)
         move = self._active()
-        return (
-            f"patched {len(self.wrapped)} modules with {len(self.moving)} tensors; "
-            f"{move:,} of {total:,} weights move ({move / total:.2%})"
-            + f"; {len(packed)} matrices are in 4 bits"
-            * bool(packed)
-        )
+        four = f"; {len(packed)} matrices are in 4 bits" if packed else ""
+        patched = f"patched {len(self.wrapped)} modules with {len(self.moving)} tensors"
+        return f"{patched}; {move:,} of {total:,} weights move ({move / total:.2%}){four}"
 
     def remove(self) -> None:
         """An ordinary Hugging Face model again, with the weights as they are now."""

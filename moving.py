@@ -17,7 +17,7 @@ import quant
 import zo
 
 VECTORS = ("masked", "free", "frozen")
-ROUNDING = ("nearest", "stochastic")
+ROUNDING = ("stochastic", "nearest")
 
 
 @dataclass

@@ -48,7 +48,7 @@ class Config(Settings):
         "masked", "what one-dimensional tensors (norms, biases) are", moving.VECTORS
     )
     rounding: str = setting(
-        "nearest", "of updates to 16-bit weights; stochastic keeps small ones", moving.ROUNDING
+        "stochastic", "of updates to 16-bit weights; nearest loses small ones", moving.ROUNDING
     )
     select: str = setting("", "regular expression: only parameters whose name matches move")
     eval_every: int | None = setting(None, "steps between validations; default steps / 10")
@@ -142,7 +142,7 @@ def check(config: Config, workers: int = 1) -> None:
             f"--mask-from, --text and --no-double-quant are for {' and '.join(masks.FEW)}, not for "
             f"{config.method}"
         )
-    if few and (config.vectors != "masked" or config.select or config.rounding != "nearest"):
+    if few and (config.vectors != "masked" or config.select or config.rounding != Config.rounding):
         raise UserError(
             f"--vectors, --select and --rounding are not for {config.method}: a mask says which "
             "weights move, and their values are kept in fp32"
@@ -206,7 +206,7 @@ def make_mask(config: Config, run: Path, data) -> None:
         shutil.copyfile(config.mask, path)
         return
     flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
-    flags += [f"--device={config.device}", f"--out={path}"]
+    flags += [f"--device={config.device}", f"--out={path}", f"--max-length={config.max_length}"]
     names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
     for name in names:
         if getattr(config, name) is not None:
@@ -225,4 +225,5 @@ def make_mask(config: Config, run: Path, data) -> None:
     gc.collect()  # the scored model, held in cycles
     if torch.cuda.is_available():  # the peak that a run reports is its own
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)

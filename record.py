@@ -14,8 +14,11 @@ JSON and snapshots are written beside, synced and renamed: whole or not at all. 
 steplog.py's.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import resource
 from pathlib import Path
@@ -36,20 +39,24 @@ MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps 
 # ------------------------------------------------------------------ the directory
 
 
-def make_run_directory(out: str | None, name: str) -> Path:
-    """`out`, or runs/`name` with a number; UserError where it holds something or is read-only."""
+def make_run_directory(out: str | None, name: str) -> tuple[Path, int]:
+    """`out`, or runs/`name` with a number, and its lock; UserError where it holds a run already.
+
+    What was killed before its first step holds nothing yet: its directory is taken over.
+    """
     number = 1
     while True:
         run = Path(out) if out is not None else Path("runs", name + f"-{number}" * (number > 1))
         try:
-            if out is not None and run.is_dir() and not any(run.iterdir()):
-                run.rmdir()  # an empty folder will do
-            elif out is not None and _never_began(run):  # killed before its first step
-                (run / "config.json").unlink()
-                run.rmdir()
-            run.mkdir(parents=True)  # one of two runs started together gets the name, not both
+            run.mkdir(parents=True, exist_ok=out is not None)
+            held = lock(run)
+            if not _never_began(run):
+                os.close(held)
+                raise FileExistsError
+            for left in EARLY:
+                (run / left).unlink(missing_ok=True)
             write_json(run / "config.json", {})
-            return run
+            return run, held
         except FileExistsError as error:
             if out is not None:
                 message = f"--out {run} is already there and not empty; choose another name"
@@ -60,11 +67,28 @@ def make_run_directory(out: str | None, name: str) -> Path:
             raise UserError(f"cannot write to --out {run}: {why}") from error
 
 
+def lock(run: Path) -> int:
+    """Who trains a run holds this descriptor of its directory; UserError where another does."""
+    held = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(held)
+        raise UserError(f"{run} is being trained by another process right now") from error
+    except OSError:
+        pass  # a file system without locks
+    return held
+
+
+EARLY = (STEPS, METRICS, MASK, f"{MASK}.tmp", "config.json", "config.json.tmp")
+
+
 def _never_began(run: Path) -> bool:
-    """A directory that holds nothing but the empty config.json that a run takes its name with."""
-    if not run.is_dir() or [p.name for p in run.iterdir()] != ["config.json"]:
-        return False
-    return (run / "config.json").read_bytes().strip() == b"{}"
+    """Is there nothing in a directory but what a run writes before its first step?"""
+    config = run / "config.json"
+    return {p.name for p in run.iterdir()} <= set(EARLY) and (
+        not config.exists() or config.read_bytes().strip() == b"{}"
+    )
 
 
 def begin(run: Path, settings: dict) -> None:
@@ -85,9 +109,11 @@ def kept(run: Path | None) -> Path | None:
     log = run and run / STEPS
     if run is None or (log.exists() and log.stat().st_size > len(HEADER) + 1):
         return run
-    for name in (STEPS, METRICS, MASK, "config.json", "config.json.tmp"):
+    for name in EARLY:
         (run / name).unlink(missing_ok=True)
-    return run.rmdir()
+    with contextlib.suppress(OSError):  # somebody else put something there
+        run.rmdir()
+    return None
 
 
 def write_json(path: Path, value) -> None:
@@ -177,7 +203,8 @@ def machine(device: torch.device) -> dict:
 
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
-        peak = torch.cuda.max_memory_allocated(device)
+        devices = range(torch.cuda.device_count())  # --device-map auto spreads a model over them
+        peak = sum(map(torch.cuda.max_memory_allocated, devices))
     else:
         hardware = (
             f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

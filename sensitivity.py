@@ -42,7 +42,7 @@ def decoder_linears(model) -> dict[str, nn.Parameter]:
     """The weights that [Q] masks and quantises: the linear layers' in the decoder blocks, in order.
 
     By type (nn.Linear, GPT-2's Conv1D) and place, not by name. Embeddings, head, norms and biases
-    stay out, and so do experts that share one 3-D tensor, and routers. ValueError if none is left.
+    stay out, and so do experts and routers that are no nn.Linear. ValueError if none is left.
     """
     from transformers.pytorch_utils import Conv1D
 

@@ -179,12 +179,13 @@ class Stop:
             raise KeyboardInterrupt(asked)
 
 
-def worth_compiling(config: Config, model) -> bool:
+def worth_compiling(config: Config, model, index) -> bool:
     """On a GPU; on a CPU where it saves a minute, twice the half that compiling takes."""
     if config.compile != "auto":
         return config.compile == "yes"
     eager, compiled = 15e-9, 2e-9  # seconds per weight and sweep, of which a step has two
-    weights = sum(p.numel() for p in model.parameters())
+    swept = model.parameters() if index is None else index.values()
+    weights = sum(tensor.numel() for tensor in swept)
     saved = 2 * (eager - compiled) * weights * config.steps
     return model.device.type == "cuda" or saved > 60
 
@@ -196,14 +197,14 @@ def main(argv=None) -> None:
     parser = loading.make_parser(Config, __doc__.split("\n\n")[0])
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run that stopped")
     given = vars(parser.parse_args(argv))
-    resume, run = given.pop("resume", None), None
+    resume, run, lock = given.pop("resume", None), None, None
     before = signal.signal(signal.SIGTERM, stop_now)  # as Ctrl-C; inside the loop see `Stop`
     try:
         group = workers.join()
         if resume is None:
             config, tokenizer, data = prepare(given, group)
             if group.rank == 0:
-                run = record.make_run_directory(config.out, run_name(config))
+                run, lock = record.make_run_directory(config.out, run_name(config))
                 if config.method in masks.FEW:
                     make_mask(config, run, data)
             if config.method in masks.FEW:
@@ -211,6 +212,7 @@ def main(argv=None) -> None:
             fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
         else:
             config, settings, tokenizer, data = reopen(resume, given, group)
+            lock = record.lock(resume) if group.rank == 0 else None
             fine_tune(config, resume, settings, tokenizer, data, group)
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
         kept = resume or record.kept(run)
@@ -223,6 +225,8 @@ def main(argv=None) -> None:
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+        if lock is not None:
+            os.close(lock)
         workers.leave()
 
 
@@ -285,6 +289,8 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     began, resumed = time.perf_counter(), settings is not None
     settings = (settings or asdict(config)) | {"steps": config.steps}
     here = {"device": group.device(config.device), "device_map": config.device_map}
+    if config.method in masks.FEW:
+        group.hand_out(run / record.MASK)
     model, index = eval.open_model(settings | here, run)
     if not resumed:
         settings |= facts(config, model, data, index)
@@ -329,6 +335,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     if index is not None:
         names = ("method", "dtype", "double_quant", *(f.name for f in fields(loading.Settings)))
         about = {name: settings[name] for name in names} | {"step": result["best_step"]}
+        about["data_fingerprint"] = settings["data_fingerprint"]
         about["matrices"] = sensitivity.read_mask(run / record.MASK)[1]["matrices"]
         snapshot.write_sparse(run / record.SPARSE, index, handle.tensors(), about)
     if config.save_model:  # before the final result: only a run that has all of it has finished
@@ -349,7 +356,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
 def facts(config: Config, model, data: tasks.Data, index) -> dict:
     """What config.json holds of model and data, so that the run can be replayed from anywhere."""
     found = {
-        "compiled": worth_compiling(config, model),
+        "compiled": worth_compiling(config, model, index),
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_fingerprint": loading.fingerprint(model),
         "data_fingerprint": data.fingerprint,

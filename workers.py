@@ -15,6 +15,8 @@ Messages are numbers and JSON, never pickle. A worker that dies ends the run; it
 import json
 import os
 import sys
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -58,6 +60,20 @@ class Group:
         if other := [rank for rank in range(self.size) if not torch.equal(found[rank], found[0])]:
             raise UserError(f"worker {other[0]} of {self.size} has other {what} than worker 0")
 
+    def hand_out(self, path: Path) -> None:
+        """Worker 0's file, to all: on a machine that does not have it, it is written there, too."""
+        if self.size == 1:
+            return
+        length = int(self.gather([path.stat().st_size if self.rank == 0 else 0])[0])
+        content = bytearray(path.read_bytes() if self.rank == 0 else length)
+        message = torch.frombuffer(content, dtype=torch.uint8)  # shares its memory
+        self._network(dist.broadcast, message, 0)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f"{path.name}.{self.rank}")  # several on one machine
+            beside.write_bytes(content)
+            beside.replace(path)
+
     def tell(self, value):
         """Worker 0's value, which must be JSON, on all workers."""
         if self.size == 1:
@@ -85,7 +101,8 @@ def join() -> Group:
     """The group that torchrun started, or this process alone. Only worker 0 prints."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
-        dist.init_process_group("gloo")
+        # a worker that dies is noticed at once; the time is that of making [Q]'s mask
+        dist.init_process_group("gloo", timeout=timedelta(hours=3))
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
     return Group(rank, size) if size > 1 else ALONE
 

@@ -246,8 +246,8 @@ class Sweep:
     CHUNK = {"cpu": (1 << 16, 1 << 22), "cuda": (1 << 22, 1 << 25)}  # (eager, compiled)
 
     def __init__(self, compiled: bool = False):
-        self.kernel = None
-        if compiled:  # a broken graph, or one compiled too often, is an error and not a slow run
+        self.kernel, self.worked = None, False
+        if compiled:
             torch._dynamo.config.recompile_limit = 64  # a few per rule and dtype; the default is 8
             self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True)
 
@@ -286,10 +286,14 @@ class Sweep:
     def _run(self, *arguments) -> None:
         if self.kernel is not None:
             try:
-                return self.kernel(*arguments)
+                self.kernel(*arguments)
+                self.worked = True
+                return None
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
+                if self.worked:  # half a run compiled and half eager could not be replayed
+                    raise
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 warnings.warn(f"torch.compile failed, running eager: {reason[0]}", stacklevel=3)
                 self.kernel = None

@@ -486,11 +486,14 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(base, at, capsys, monkey
 
 def test_a_run_that_is_running_is_left_alone(at, capsys):
     """Two processes never write one log."""
-    settings, _ = train.record.open_run(at / "run")
-    config = train.Config(**{f: settings[f] for f in vars(train.Config())})
-    with steplog.StepLog(config, at / "run", settings):
-        error = error_of(train.main, [f"--resume={at}/run"], capsys)
-    assert "by another process" in error
+    lock = train.record.lock(at / "run")
+    before = steps_of(at / "run")
+    assert "by another process" in error_of(train.main, [f"--resume={at}/run"], capsys)
+    assert "by another process" in error_of(
+        train.main, [*kill.arguments(at / "task"), f"--out={at}/run"], capsys
+    )
+    os.close(lock)
+    assert steps_of(at / "run") == before
 
 
 def test_kill_9_at_random_moments(folder, tmp_path):

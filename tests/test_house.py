@@ -12,7 +12,9 @@ import loading
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, RESULTS = (
+    ROOT.joinpath(f).read_text(encoding="utf-8") for f in ("README.md", "RESULTS.md")
+)
 IMPORTS = {  # who may know whom: downward only
     "zo": set(),
     "sensitivity": {"snapshot", "tasks", "zo"},
@@ -116,15 +118,17 @@ def test_modules_are_short_and_every_public_name_is_explained(name):
 
 
 def commands():
-    text = README.replace("\\\n", " ")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    """Of both documents: the lines of blocks, and what stands in the text in backquotes."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", README + RESULTS, flags=re.S)
+    lines += [command.replace("\n", " ") for command in re.findall(r"`(python [^`]*)`", prose)]
     return [line for line in lines if line.startswith("python ")]
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_has_flags_that_exist(command):
-    """Commands in the README parse: script, flags and values are real."""
+def test_every_command_has_flags_that_exist(command):
+    """Commands in README and RESULTS parse: script, flags and values are real."""
     words = shlex.split(command)[1:]
     assert (ROOT / words[0]).is_file(), words[0]
     if words[0] in ("train.py", "eval.py"):
@@ -136,7 +140,8 @@ def test_every_command_of_the_readme_has_flags_that_exist(command):
         parser.parse_args(words[1:])
     else:
         source = (ROOT / words[0]).read_text(encoding="utf-8")
-        assert all(f'"{word}"' in source for word in words[1:] if word.startswith("--"))
+        for word in words[1:]:
+            assert not word.startswith("--") or f'"{word.replace("--no-", "--")}"' in source, word
 
 
 def test_the_readmes_table_of_modules_is_true():
@@ -150,7 +155,7 @@ def test_the_readmes_table_of_modules_is_true():
 
 def test_links_of_the_readme_lead_somewhere():
     """Local links and pictures in the README exist."""
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in re.findall(r"\]\(([^)#]+)\)", README + RESULTS):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
 

@@ -1,6 +1,8 @@
 """model_patch.py against the literal Algorithm 1, on tiny random models of many architectures."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from models import ARCHITECTURES, batch, build, literal_step, loss_fn
 from torch import nn
 
 import masks
+import model_patch
 import zo
 from model_patch import Patch
 
@@ -114,7 +117,7 @@ def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype):
     """Probes and update of a 16-bit weight are fp32 arithmetic on it, rounded to nearest once."""
     layer = nn.Linear(40, 30, bias=False).to(dtype).eval()
     theta = layer.weight.detach().clone()
-    handle = Patch(layer, masks.Everything(), eps=EPS)
+    handle = Patch(layer, masks.Everything(), eps=EPS, rounding="nearest")
     z = zo.gaussian(SEED, 0, theta.shape)
     x = torch.eye(40, dtype=dtype)
     with torch.no_grad(), handle._open(SEED, doubled=(80, 0)):
@@ -454,3 +457,16 @@ def test_a_rule_of_ones_own_is_counted_again_every_time():
     inside = sum(int((p.flat.abs() > p.state).sum()) for p in handle.moving.values())
     share = inside / sum(p.size for p in handle.moving.values())
     assert handle.active_density() == share and abs(share - 0.25) > 0.01
+
+
+def test_the_loop_of_the_readme_trains():
+    """The README's loop of one's own, as printed: the loss falls, the model is ordinary again."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    inputs, model = batch(), build("llama")
+    with torch.no_grad():
+        before = loss_fn(model(**inputs).logits)
+        names = {"masks": masks, "model_patch": model_patch, "zo": zo, "model": model}
+        exec(loop, names | {"steps": 50, "inputs": inputs, "loss_fn": loss_fn, "lr": 1e-2})
+        assert loss_fn(model(**inputs).logits) < before - 0.1
+    assert not any("forward" in module.__dict__ for module in model.modules())

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from models import build
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -87,7 +88,7 @@ def test_the_sparse_file_on_its_model_is_the_trained_model(method, folder, mask,
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert not any(isinstance(m, quant.DenseSparseLinear) for m in merged.modules())
-    trained = eval.open_sparse(sparse, loading.Settings(model=f"{folder}/model"))
+    trained = eval.open_sparse(sparse, loading.Settings(model=f"{folder}/model"), merged.config)
     assert torch.equal(answers(merged, tokenizer, folder), answers(trained, tokenizer, folder))
     for name, values in snapshot.read_sparse(sparse)[1].items():
         index = sensitivity.read_mask(mask)[0][name].long()
@@ -120,6 +121,31 @@ def test_four_bits_change_the_loss_little(folder, mask, tmp_path):
     assert curves["sensitive"] == pytest.approx(curves["senszoq"], abs=0.1)
     assert curves["sensitive"] != curves["senszoq"]
     assert len(set(seeds)) == 12
+
+
+def test_the_sparse_file_knows_its_runs_data(folder, mask, tmp_path, capsys):
+    """Without other flags eval.py asks the run's own examples, and refuses changed ones."""
+    flags = [f"--mask={mask}", "--num-train=50", "--num-test=17", "--data-seed=3"]
+    run(folder, tmp_path / "run", "senszoq", *flags)
+    sparse = tmp_path / "run" / "sparse.safetensors"
+    best = json.loads((tmp_path / "run" / "result.json").read_text())["best"]
+    capsys.readouterr()
+    eval.main([f"--sparse={sparse}"])
+    line = capsys.readouterr().out
+    assert f"accuracy {best['accuracy']:.3f} ±" in line and "(n = 17)" in line
+    eval.main([f"--sparse={sparse}", "--num-test=5"])
+    assert "(n = 5)" in capsys.readouterr().out
+    build("opt").save_pretrained(tmp_path / "opt")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "opt")
+    line = refused([f"--sparse={sparse}", f"--model={tmp_path / 'opt'}"], eval.main, capsys)
+    assert str(sparse) in line
+    text = (folder / "test.jsonl").read_text()
+    try:
+        (folder / "test.jsonl").write_text(text.replace('"label": 0', '"label": 1', 1))
+        line = refused([f"--sparse={sparse}"], eval.main, capsys)
+    finally:
+        (folder / "test.jsonl").write_text(text)
+    assert f"the data of {sparse} have changed" in line
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,7 +220,7 @@ def test_bad_flags_of_q_are_one_line(folder, mask, tmp_path, capsys, monkeypatch
         (["--density=1e-6"], "takes none of the 512 weights of"),
         (["--density=0"], "--density 0.0: the share of weights that move"),
         (["--vectors=free"], "a mask says which weights move"),
-        (["--rounding=stochastic"], "their values are kept in fp32"),
+        (["--rounding=nearest"], "their values are kept in fp32"),
         (["--refresh-every=5"], "only the dynamic mask of s-mezo"),
         (["--text=x.txt", "--mask-from=task"], "one of the two"),
     ]
@@ -268,7 +294,6 @@ def test_a_sparse_file_is_checked(folder, mask, tmp_path, capsys):
 
 def test_conv1d_goes_into_sixteen_bits_only(folder, tmp_path, capsys):
     """GPT-2's Conv1D trains as `sensitive`; as `senszoq` it is refused before loading."""
-    from models import build
 
     build("gpt2").save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "gpt2")

@@ -20,7 +20,7 @@ for the whole file.** (Lemma 1's samples have degree 2: below 1e-20. Inequalitie
 the 20.) And it is one throw, not one per run: hypothesis is derandomized and every seed is a
 constant, so a given version gives the same numbers every time.
 
-Run `pytest -s tests/test_theorems.py` for the numbers that the README quotes.
+Run `pytest -s tests/test_theorems.py` for the numbers that RESULTS.md quotes.
 """
 
 import math

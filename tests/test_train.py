@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,65 @@ def test_a_run_that_failed_before_its_first_step_gives_its_name_back(folder, tmp
     assert "before its first step" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"config.json": "{}"},
+        {"config.json.tmp": "{"},
+        {"config.json": "{}", "mask.safetensors": "…", "mask.safetensors.tmp": "…"},
+        {"config.json": "{}", "steps.csv": "step,seed", "metrics.jsonl": ""},
+    ],
+    ids=",".join,
+)
+def test_what_was_killed_before_its_first_step_is_taken_over(left, folder, tmp_path):
+    """The same command again: nothing was lost, so nothing is in the way; what lives is."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name, text in left.items():
+        (out / name).write_text(text)
+    lock = record.lock(out)  # as if it had not been killed, but were still loading
+    assert exit_code(arguments(folder, out)) == 2
+    assert {p.name: p.read_text() for p in out.iterdir()} == left
+    os.close(lock)
+    run(folder, out)
+    (out / "config.json").write_text("{}")  # a result beside it: no longer its beginning
+    assert exit_code(arguments(folder, out)) == 2 and (out / "result.json").exists()
+
+
+def test_a_run_knows_whether_its_kernels_were_compiled(folder, tmp_path, monkeypatch, capsys):
+    """No compiler: a new run says so in config.json; one that was compiled is not continued."""
+
+    def broken(function, **_):
+        def kernel(*arguments):
+            raise RuntimeError("no C++ compiler")
+
+        return kernel
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    run(folder, tmp_path / "with", "--compile=yes")
+    assert record.open_run(tmp_path / "with")[0]["compiled"] is True
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        run(folder, tmp_path / "without", "--compile=yes")
+    assert record.open_run(tmp_path / "without")[0]["compiled"] is False
+    with pytest.warns(UserWarning):
+        assert exit_code([f"--run={tmp_path / 'with'}", "--step=last"], eval.main) == 2
+    assert "kernels were compiled, and here that fails" in capsys.readouterr().err
+
+
+def test_a_log_that_was_cut_before_its_best_step_is_refused(folder, tmp_path, capsys):
+    """eval.py never reports a step that it did not replay."""
+    run(folder, tmp_path / "run")
+    log = tmp_path / "run" / "steps.csv"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result | {"best_step": 4}))
+    assert exit_code([f"--run={tmp_path / 'run'}"], eval.main) == 2
+    assert "was best after step 4, but its log has 1" in capsys.readouterr().err
+    assert exit_code([f"--run={tmp_path / 'run'}", "--step=²"], eval.main) == 2
+    assert "--step ²: best, last, or 0 … 1" in capsys.readouterr().err
+
+
 def test_what_fails_after_training_does_not_lose_the_result(folder, tmp_path, monkeypatch):
     """best_step is on disk before the second model is loaded, so eval.py can go on from there."""
 
@@ -288,7 +348,7 @@ def test_the_default_run_directory_has_a_name_of_its_own(folder, tmp_path, monke
     """Without --out runs are numbered, never overwritten."""
     monkeypatch.chdir(tmp_path)
     name = train.run_name(train.Config(model="some/llama", task="rte", seed=3))
-    names = [record.make_run_directory(None, name).as_posix() for _ in range(2)]
+    names = [record.make_run_directory(None, name)[0].as_posix() for _ in range(2)]
     assert names == ["runs/llama-rte-s-mezo-seed3", "runs/llama-rte-s-mezo-seed3-2"]
 
 

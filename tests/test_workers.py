@@ -119,6 +119,23 @@ def test_workers_share_a_run_of_q(folder, tmp_path):
     assert_equal_to_rounding(tmp_path / "run", tmp_path / "one")
 
 
+def test_workers_without_a_common_disk_share_a_mask(folder, tmp_path):
+    """Each worker in a folder of its own, as on two machines: the mask is handed out."""
+
+    def apart(rank):
+        (tmp_path / f"machine{rank}").mkdir()
+        os.chdir(tmp_path / f"machine{rank}")
+
+    flags = ["--method=sensitive", "--mask-from=task", "--density=0.02", "--refresh-every=0"]
+    codes, errors = together(2, command(folder, "run", *flags), tmp_path, apart)
+    assert codes == [0, 0], errors
+    there = tmp_path / "machine1" / "run"
+    assert [path.name for path in there.iterdir()] == [record.MASK]
+    assert (there / record.MASK).read_bytes() == (
+        tmp_path / "machine0" / "run" / record.MASK
+    ).read_bytes()
+
+
 def die_at_step_10(rank):
     original, calls = train.losses, []
 

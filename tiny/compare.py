@@ -1,4 +1,4 @@
-"""The README's table of methods on the tiny model: python tiny/compare.py --json FILE
+"""The table of methods on the tiny model in RESULTS.md: python tiny/compare.py --json FILE
 
 Every method on every task for the same number of steps, each at its own best learning rate of a
 stated grid: all rates with seed 0, then the other seeds for the better two, and of these the best
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def table(found: dict) -> str:
-    """The README's table, in Markdown."""
+    """The table, in Markdown."""
     tasks = list(next(iter(found["rows"].values())))
     lines = [f"| | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
     for name, row in found["rows"].items():

@@ -1,6 +1,6 @@
 """What masks of text know of tasks, on the tiny model: python tiny/measure.py
 
-[Q]'s measurements, in the README's tables. The gradient of a task is the mean over its training
+[Q]'s measurements, the tables of RESULTS.md. The gradient of a task is the mean over its training
 examples, as in [Q]'s figures; masks are per-sample Fisher masks. Text is the model's own
 pre-training text (tiny/data/c4.jsonl) and another corpus, sums about fruit (other.jsonl).
 
