@@ -141,7 +141,7 @@ def test_the_sparse_file_knows_its_runs_data(folder, mask, tmp_path, capsys):
     assert str(sparse) in line
     text = (folder / "test.jsonl").read_text()
     try:
-        (folder / "test.jsonl").write_text(text.replace('"label": 0', '"label": 1', 1))
+        (folder / "test.jsonl").write_text(text.replace('"label": 0', '"label": 1'))
         line = refused([f"--sparse={sparse}"], eval.main, capsys)
     finally:
         (folder / "test.jsonl").write_text(text)
