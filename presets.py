@@ -186,6 +186,11 @@ def run_name(config: Config) -> str:
 def check_mask(config: Config, skeleton) -> None:
     """UserError where [Q]'s mask, or one of this density, does not fit the model; nothing loads."""
     weights = sensitivity.decoder_linears(skeleton)
+    if config.mask is None and config.device_map:
+        raise UserError(
+            "--device-map with a mask to be made: python masks.py scores on one device (--device "
+            "cpu will do); make it first, then give --mask FILE"
+        )
     if config.method == "senszoq":
         try:
             quant.check_linears(skeleton, weights)

@@ -50,7 +50,7 @@ def probes(method: str, dtype: str, common: list[str], count: int):
     data = loading.load_data(config)
     tokenizer, _ = loading.load_tokenizer(config.model)
     model = loading.load_model(config.model, dtype, "cpu")
-    handle = Patch(model, masks.make_rule(method, 0.25), rounding="nearest")
+    handle = Patch(model, masks.make_rule(method, 0.25), eps=config.eps, rounding="nearest")
     loss_fn = scoring.classification_loss if data.classification else scoring.lm_loss
     for step in range(count):
         chosen = tasks.batches(len(data.train), config.batch_size, 0, step)
