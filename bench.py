@@ -3,7 +3,7 @@
 The figure is R = time of one training step ÷ time of two plain forward passes of the same model on
 the same batch, both measured in this process, in turn. 1 is the floor for 16- and 32-bit weights:
 the two losses need two forward passes. A 4-bit model unpacks its weights in every forward, so there
-one unpacking for both probes goes below 1. Published: MeZO 3.3, Sparse-MeZO in place 4.35 (GRZO's
+one unpacking for both probes can go below 1. Published: MeZO 3.3, Sparse-MeZO in place 4.35 (GRZO's
 profile of Llama-3-8B on A100s). Weights are random: time and memory do not depend on their values.
 
     row                     one step is
