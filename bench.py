@@ -53,8 +53,6 @@ class World:
     def __init__(self, args, four_bits: bool):
         dtype = getattr(torch, args.dtype)
         self.model = build(args.shape, dtype, args.device, four_bits)
-        if args.device == "cpu":
-            loading.keep_freed_memory()  # as for training
         size = (args.batch, args.tokens)
         ids = torch.randint(3, self.model.config.vocab_size, size, device=args.device)
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -245,6 +243,8 @@ def timed(function, device: str) -> float:
 def measure(name: str, row, world: World, peak: Peak, args) -> dict:
     """One row, its steps in turn with two plain forwards of the same model."""
     with row(world) as step:
+        if args.device == "cpu":
+            loading.keep_freed_memory()  # as for training
         timed(lambda: step(0), args.device)  # compiles, allocates
         timed(world.two_forwards, args.device)
         ratios, seconds = [], []

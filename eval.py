@@ -115,6 +115,8 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
         if "fingerprint" in settings:
             raise UserError("this run's kernels were compiled, and here that fails (see above)")
         settings["compiled"] = False
+    if model.device.type == "cpu":
+        loading.keep_freed_memory()
     return handle
 
 

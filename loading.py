@@ -266,21 +266,21 @@ def load_model(
         raise UserError(f"{name!r} does not fit on the GPUs there are; try --dtype bfloat16")
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads cost more than they save on matrices this small
-    if device == "cpu":
-        keep_freed_memory()
     return model.eval()  # OPT has dropout 0.1, which would drown the probes
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep up to 2 GB of freed memory, where it would hand large blocks back at once.
+    """Have glibc keep freed blocks of less than 64 MB, where it would hand them back at once.
 
     A forward frees its activations layer by layer. Getting them anew, a page fault per 4 kB, costs
-    up to a tenth of a step on a CPU, and more for the doubled batch than for two plain ones.
+    up to a tenth of a step on a CPU, and more for the doubled batch than for two plain ones. To be
+    called when model and thresholds are there: kept, the weight-sized copies that those need left
+    10 GB of holes at 7B.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # as in malloc.h
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
+        libc.mallopt(mmap_threshold, 1 << 26)
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def usable_length(max_length: int, model_config) -> int:
