@@ -133,16 +133,15 @@ def main() -> None:
             for (dtype, rounding), seed in keys:
                 flags = [f"--method={method}", f"--dtype={dtype}", f"--rounding={rounding}"]
                 jobs.append(([*common, *flags, "--log-every=100"], lr, seed, args.steps, 1))
-            runs = dict(zip(keys, pool.map(train_once, jobs), strict=True))
+            ended = pool.map(train_once, jobs)  # in order, so that a row is printed when it is done
             for kind in KINDS:
+                runs = [next(ended) for _ in range(args.seeds)]
+                found["trained"][str((method, lr, *kind))] = runs
                 cells = []
                 for what in ("loss", "test"):
-                    values = [runs[kind, seed][what] for seed in range(args.seeds)]
+                    values = [run[what] for run in runs]
                     spread = statistics.stdev(values) if len(values) > 1 else 0
                     cells.append(f"{statistics.mean(values):.4f} ± {spread:.4f}")
-                found["trained"][str((method, lr, *kind))] = [
-                    runs[kind, s] for s in range(args.seeds)
-                ]
                 name = "float32" if kind[0] == "float32" else ", ".join(kind)
                 print(f"| {method}, η = {lr:g}, {name} | {' | '.join(cells)} |", flush=True)
     if args.json:
