@@ -345,16 +345,14 @@ def main() -> None:
         if not names:
             continue
         peak, world = Peak(args.device), World(args, four_bits)
-        weights = list(world.model.parameters())
-        elements = sum(p.numel() for p in weights)
-        elements += sum(m.size for m in quant.packed(world.model).values())
-        found |= {"weights": elements, "weights_bytes": elements * weights[0].element_size()}
+        elements, dtype = quant.count_weights(world.model), getattr(torch, args.dtype)
+        found |= {"weights": elements, "weights_bytes": elements * dtype.itemsize}
         for name in names:
             try:
                 found["rows"][name] = measure(name, ROWS[name][1], world, peak, args)
             except torch.OutOfMemoryError:
                 print(f"{name:<24} does not fit")
-        del world, weights
+        del world
         if args.device.startswith("cuda"):
             torch.cuda.empty_cache()
     found["machine"] = machine(torch.device(args.device))

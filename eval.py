@@ -192,9 +192,12 @@ def rebuild(settings: dict, steps, run: Path | None = None):
     return handle, tokenizer
 
 
-def open_sparse(path: Path, settings: Settings, model_config):
-    """The model that [Q]'s result was trained on, with the trained values in their places."""
-    index, values, about = snapshot.read_sparse(path)
+def open_sparse(path: Path, found: tuple, settings: Settings, model_config):
+    """The model that [Q]'s result was trained on, with the trained values in their places.
+
+    `found`: what `snapshot.read_sparse(path)` gave, 12 bytes for each of the k places.
+    """
+    index, values, about = found
     skeleton = loading.skeleton(model_config, settings.trust_remote_code)
     weights = sensitivity.decoder_linears(skeleton)
     sensitivity.check_mask(path, index, about, weights)  # names and shapes, before anything loads
@@ -258,11 +261,12 @@ def main(argv=None) -> None:
 
 def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str | None) -> str:
     """Zero-shot or in-context accuracy of a model, perhaps with [Q]'s trained values, as a line."""
-    asked, about = set(given), None
+    asked, about = set(given), None  # about: of the run that wrote --sparse
     if sparse is not None:
         if "dtype" in asked:
             raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
-        about = snapshot.read_sparse(sparse)[2]
+        found_sparse = snapshot.read_sparse(sparse)
+        about = found_sparse[2]
         other_data = asked & {"task", "data_dir", "train_file", "validation_file", "test_file"}
         names = {"model"} if other_data else {f.name for f in fields(Settings)} - HERE
         given = {name: about[name] for name in names} | given  # the run's own, unless others are
@@ -282,7 +286,7 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
     if not examples:
         raise UserError(f"the {split} split is empty")
     if sparse is not None:
-        model = open_sparse(sparse, settings, model_config)
+        model = open_sparse(sparse, found_sparse, settings, model_config)
     else:
         where = settings.device, settings.trust_remote_code
         model = loading.load_model(

@@ -347,9 +347,7 @@ class Patch:
 
     def report(self) -> str:
         """What was patched, in one line."""
-        packed = quant.packed(self.model).values()
-        total = sum(p.numel() for p in self.model.parameters())
-        total += sum(layer.size for layer in packed)
+        packed, total = quant.packed(self.model), quant.count_weights(self.model)
         move = self._active()
         four = f"; {len(packed)} matrices are in 4 bits" if packed else ""
         patched = f"patched {len(self.wrapped)} modules with {len(self.moving)} tensors"

@@ -154,6 +154,12 @@ def packed(model: nn.Module) -> dict[str, DenseSparseLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, DenseSparseLinear)}
 
 
+def count_weights(model: nn.Module) -> int:
+    """How many weights a model has, those in 4 bits included."""
+    layers = packed(model).values()
+    return sum(p.numel() for p in model.parameters()) + sum(layer.size for layer in layers)
+
+
 def unpack(model: nn.Module) -> None:
     """An ordinary model again: every 4-bit layer an nn.Linear with the weights it stood for.
 

@@ -187,13 +187,17 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 
 
 def draw_at(index: Tensor, seed, stream) -> list:
-    """[(z, elements, words)] of any elements of tensor `stream`."""
+    """[(z, elements, words)] of any elements of tensor `stream`, `index`: (n,) int64.
+
+    z (n,) fp32 is [S]'s z_i at those elements; words: two of (n,) int64, each below 2³².
+    """
     words = random_words(seed, stream, draw_of(index))
     return [(normal(index, *words), index, words)]
 
 
 def draw_blocks(start: Tensor, like: Tensor, seed, stream) -> list:
-    """[(z, elements, words)] of both halves of whole blocks from element `start` on.
+    """[(z, elements, words)] of both halves of whole blocks from element `start` on: the same as
+    `draw_at`, each tensor (blocks, 64) like `like`.
 
     Each draw serves both halves. The second has the words the other way round, so that not the same
     bits round both.

@@ -88,7 +88,12 @@ def test_the_sparse_file_on_its_model_is_the_trained_model(method, folder, mask,
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert not any(isinstance(m, quant.DenseSparseLinear) for m in merged.modules())
-    trained = eval.open_sparse(sparse, loading.Settings(model=f"{folder}/model"), merged.config)
+    trained = eval.open_sparse(
+        sparse,
+        snapshot.read_sparse(sparse),
+        loading.Settings(model=f"{folder}/model"),
+        merged.config,
+    )
     assert torch.equal(answers(merged, tokenizer, folder), answers(trained, tokenizer, folder))
     for name, values in snapshot.read_sparse(sparse)[1].items():
         index = sensitivity.read_mask(mask)[0][name].long()
