@@ -196,10 +196,12 @@ def counted(name: str, model, dtype: torch.dtype) -> int | None:
     largest = max(elements) * dtype.itemsize
     unpacked = max((m.size for m in layers), default=0) * dtype.itemsize
     kept = {"s-mezo, constant mask": sum(elements), "s-mezo, packed mask": sum(elements) // 8}
-    if name == "two forwards" or layers:
+    if name.endswith("two forwards"):
         return stored + unpacked
+    if layers:  # beside index and values: a stream's number, and value ± ε z
+        return stored + unpacked + 10 * sum(len(layer.index) for layer in layers)
     if name == "sensitive":
-        return stored + round(12 * SENSITIVE * sum(elements))
+        return stored + round(22 * SENSITIVE * sum(elements))
     return stored + 2 * largest + kept.get(name, 0) if "mezo" in name else None
 
 
@@ -288,7 +290,7 @@ def parts(world: World, handle: Patch, args) -> dict:
 
     def perturb():
         with handle._open(seed):
-            for p in handle.moving.values():
+            for p in handle.weights:
                 with handle._perturbed({"weight": p}, (+1, -1)) as weights:
                     for _ in weights:
                         pass

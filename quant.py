@@ -16,7 +16,7 @@ CUDA, does the work, and a test holds the two equal.
     bytes per weight                4-bit codes   scales   together   Llama-2-7B's 6.476e9 weights
     fp32 scales                     0.5           1/16     0.5625     3.64 GB
     double quantisation             0.5           1/64 ⁺   0.5157     3.34 GB
-    sparse part, density 0.001      8 bytes of index and 4 of value each: 0.08 GB
+    sparse part, density 0.001      8 bytes of index, 4 of value, 2 of noise stream each: 0.09 GB
 
 (⁺ 8-bit scales, and one fp32 number for every 256 of them.)
 

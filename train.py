@@ -128,7 +128,7 @@ class FirstSteps:
 
     def __init__(self, handle):
         self.sample = []
-        for p in handle.moving.values():
+        for p in handle.moving:
             every = max(1, p.flat.numel() // 4096) | 1  # odd: not one column of a matrix
             places = torch.arange(0, p.flat.numel(), every, device=p.flat.device)
             places = places[p.rule.mask(p.flat[places], places, p.state)]

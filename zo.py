@@ -266,11 +266,7 @@ class Sweep:
         """Flat `outs` ← θ + a·m⊙z, rounded to nearest in their dtype or stochastically. Numbers (a,
         seed, stream) are 0-dim tensors on θ's device, so that a new value never recompiles. `out`
         may be θ itself, the same object."""
-        numel, device, numbers = (
-            theta.numel(),
-            theta.device,
-            (seed, stream, mask, state, stochastic),
-        )
+        numel, device, last = theta.numel(), theta.device, (mask, state, stochastic)
         assert numel <= MAX_ELEMENTS, f"{numel} elements exceed the 32-bit counter"
         whole = 0 if index is not None else numel // (2 * PAIR) * (2 * PAIR)
         chunk = self.CHUNK["cuda" if theta.is_cuda else "cpu"][self.compiled]
@@ -281,11 +277,13 @@ class Sweep:
 
         for start in range(0, whole, chunk):  # whole blocks
             first = torch.full((), start, device=device)  # no copy from the host
-            self._run(*cut(halves, start, min(start + chunk, whole)), None, first, *numbers)
+            own = cut(halves, start, min(start + chunk, whole))
+            self._run(*own, None, first, seed, stream, *last)
         for start in range(whole, numel, chunk):  # picked elements, or what the blocks left over
             end = min(start + chunk, numel)
             which = torch.arange(start, end, device=device) if index is None else index[start:end]
-            self._run(*cut(alone, start, end), which, None, *numbers)
+            its = stream[start:end].long() if stream.dim() else stream
+            self._run(*cut(alone, start, end), which, None, seed, its, *last)
 
     def _run(self, *arguments) -> None:
         if self.kernel is not None:

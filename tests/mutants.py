@@ -29,7 +29,7 @@ UPDATE = "        with self._open(seed):\n            number"
 CLEAN_UP = """        try:
             yield
         finally:
-            self._seed = self._sign = None
+            self._seed, self._sign, self._drawn = None, None, {}
 """
 IN_PLACE = """        if True:
             found = []
@@ -37,7 +37,7 @@ IN_PLACE = """        if True:
                 self.update(seed, a)
                 found.append(loss_fn(self.model(**inputs, use_cache=False).logits))
             self.update(seed, self.eps)
-            for p in self.moving.values():
+            for p in self.weights:
                 p.used = True
             return tuple(found)
 """
@@ -130,8 +130,8 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "return value.tensor_split(2)[i]", "return value.tensor_split(2)[0]",
      "test_model_patch::test_one_pass_equals_the_literal_algorithm_1[llama]"),
     ("tied head perturbed once", "model_patch",
-     "                if id(p) in self.moving\n",
-     '                if id(p) in self.moving and module is not getattr(model, "lm_head", None)\n',
+     "for name, p in own if id(p) in found}",
+     'for name, p in own if id(p) in found and module is not getattr(model, "lm_head", None)}',
      "test_model_patch::test_tied_weights_are_perturbed_alike"),
     ("tied weights numbered twice", "moving",
      "enumerate(model.named_parameters())",
@@ -154,7 +154,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "        if model.training:", "        if False:",
      "test_model_patch::test_training_mode_is_refused"),
     ("a probe left open after an error", "model_patch",
-     CLEAN_UP, "        yield\n        self._seed = self._sign = None\n",
+     CLEAN_UP, "        yield\n        self._seed, self._sign, self._drawn = None, None, {}\n",
      "test_model_patch::test_an_exception_inside_a_probe_leaves_an_ordinary_model"),
     ("an unused weight moved by pure noise, in silence", "model_patch",
      "if not p.used]:", "if p.used is None]:",
@@ -236,11 +236,11 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "                few.settle()\n", "                pass\n",
      "test_quant::test_probes_change_nothing_and_updates_the_values_alone"),
     ("both probes at value + ε z", "model_patch",
-     "        for value in values:\n            weight", 
-     "        for value in values[:1] * 2:\n            weight",
+     "self._drawn[p.whole][sign < 0]",
+     "self._drawn[p.whole][0]",
      "test_quant::test_both_halves_equal_plain_models_with_the_weights_written_out"),
     ("noise by place in the list, not in the matrix", "moving",
-     "size, index=places, layer=layer", "size, index=torch.arange(len(places)), layer=layer",
+     "torch.cat([p.index for p in few])", "torch.cat([torch.arange(len(p.index)) for p in few])",
      "test_quant::test_the_16_bit_method_equals_the_literal_step_on_the_same_index"),
     # ------------------------------------------------------------ rounding
     ("rounded up with a fixed probability", "zo",

@@ -343,7 +343,7 @@ def test_the_threshold_stays_or_is_refreshed():
     fixed = Patch(build("llama"), masks.SmallWeights(0.3))
     refreshed = Patch(build("llama"), masks.SmallWeights(0.3, refresh_every=4))
     for handle in (fixed, refreshed):
-        for p in handle.moving.values():
+        for p in handle.moving:
             p.weight.mul_(2)
     for step in range(4):
         fixed.refresh(step), refreshed.refresh(step)
@@ -454,8 +454,8 @@ def test_a_rule_of_ones_own_is_counted_again_every_time():
     handle = Patch(build("llama"), LargeWeights(0.25))
     assert handle.active_density() == pytest.approx(0.25, abs=0.01)
     handle.update(zo.step_seed(0, 0), 0.05)
-    inside = sum(int((p.flat.abs() > p.state).sum()) for p in handle.moving.values())
-    share = inside / sum(p.size for p in handle.moving.values())
+    inside = sum(int((p.flat.abs() > p.state).sum()) for p in handle.moving)
+    share = inside / sum(p.size for p in handle.moving)
     assert handle.active_density() == share and abs(share - 0.25) > 0.01
 
 

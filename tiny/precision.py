@@ -73,7 +73,7 @@ def heard(method: str, lr: float, dtype: str, common: list[str]) -> list[float]:
     for handle, seed, g in probes(method, dtype, common, 10):
         original = {name: flat.clone() for name, flat in handle.tensors().items()}
         handle.update(seed, -lr * g)
-        for p in handle.moving.values():
+        for p in handle.moving:
             was, index = original[p.name], torch.arange(p.flat.numel())
             quarter = was.float().abs().argsort().argsort() * 4 // len(was)
             mask = p.rule.mask(was, index, p.state)
