@@ -134,15 +134,20 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, high: Tensor, low: T
     """fp32 `value` to a neighbour in fp16 or bf16, up or down, so that the mean is `value`.
 
     An update far below the spacing of θ's dtype is lost by rounding to nearest, every time; this
-    way it arrives on average. The 16 random bits are the low bytes of z's own two words, which move
-    z by less than 1e-6 in all but one draw of 10⁵: no second draw is needed.
+    way it arrives on average. Random bits are added where `dtype` has none (the last 16 of bf16, 13
+    of fp16), and what is there then is cut off: it carries as often as it should. The random bits
+    are the low bytes of z's own two words, which move z by less than 1e-6 in all but one draw of
+    10⁵: no second draw is needed.
     """
     info = torch.finfo(dtype)
-    power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent of value
-    spacing = power.clamp(min=info.tiny) * info.eps  # between neighbours in dtype; exact
-    uniform = ((high & 0xFF) << 8 | low & 0xFF).float() * 2.0**-16  # [0, 1)
-    below = torch.floor(value / spacing)
-    return ((below + (value / spacing - below > uniform)) * spacing).to(dtype)
+    cut = 23 + int(math.log2(info.eps))  # fp32 has 23 bits behind the point, bf16 7, fp16 10
+    random = ((high & 0xFF) << 8 | low & 0xFF).int()  # [0, 2¹⁶)
+    bits = value.view(torch.int32) + (random >> 16 - cut) & ~((1 << cut) - 1)
+    rounded = bits.view(torch.float32)
+    if dtype == torch.float16:  # below 6e-5 its numbers are 2⁻²⁴ apart, unlike fp32's
+        small = torch.floor(value * 2.0**24 + random.float() * 2.0**-16) * 2.0**-24
+        rounded = torch.where(value.abs() < info.tiny, small, rounded)
+    return rounded.to(dtype)
 
 
 @torch.no_grad()
