@@ -267,6 +267,9 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
             raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
         found_sparse = snapshot.read_sparse(sparse)
         about = found_sparse[2]
+        needed = {f.name for f in fields(Settings)} | {"data_fingerprint", "step"}
+        if missing := sorted(needed - about.keys()):
+            raise UserError(f"{sparse} says no {missing[0]}: from another version; train again")
         other_data = asked & {"task", "data_dir", "train_file", "validation_file", "test_file"}
         names = {"model"} if other_data else {f.name for f in fields(Settings)} - HERE
         given = {name: about[name] for name in names} | given  # the run's own, unless others are

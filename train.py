@@ -255,8 +255,9 @@ def prepare(given: dict, group):
         source = filled[name][1] if name in filled else "you" if name in given else None
         if source:
             print(f"  {name:<14} {value!s:<24} {source}")
-    parts = [len(part) for part in (data.train, data.validation, data.test)]
-    print(f"  {'data':<14} {data.source}: train {parts[0]}, validation {parts[1]}, test {parts[2]}")
+    train = f"train {len(data.train)}" + " at every step" * (len(data.train) <= config.batch_size)
+    parts = f"{train}, validation {len(data.validation)}, test {len(data.test)}"
+    print(f"  {'data':<14} {data.source}: {parts}")
     return config, tokenizer, data
 
 
@@ -349,8 +350,8 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
     if result["best_step"] == 0 and (index is not None or config.save_model):
         print("no step was better on validation than the start, so the ORIGINAL weights are saved")
-    done = config.steps - before
-    print(f"{run}/ holds the run; {done} steps and their validation took {seconds:.0f} s")
+    took = f"{config.steps - before} steps and their validation took {seconds:.0f} s"
+    print(f"{run}/ holds the run; {took}")
 
 
 def facts(config: Config, model, data: tasks.Data, index) -> dict:

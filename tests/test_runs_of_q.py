@@ -283,7 +283,7 @@ def test_a_mask_that_changed_is_refused(folder, mask, tmp_path, capsys):
 
 
 def test_a_sparse_file_is_checked(folder, mask, tmp_path, capsys):
-    """A torn sparse file, and one of another model, are one line each."""
+    """A torn sparse file, one of another model or of another version are one line each."""
     run(folder, tmp_path / "run", "sensitive", f"--mask={mask}")
     sparse = tmp_path / "run" / "sparse.safetensors"
     torn = tmp_path / "torn.safetensors"
@@ -296,6 +296,11 @@ def test_a_sparse_file_is_checked(folder, mask, tmp_path, capsys):
     tiny = str(loading.HERE / "tiny/model")
     line = refused([f"--sparse={sparse}", f"--model={tiny}", *files], eval.main, capsys)
     assert "not for this model" in line
+    index, values, about = snapshot.read_sparse(sparse)
+    del about["data_fingerprint"]
+    snapshot.write_sparse(tmp_path / "old.safetensors", index, values, about)
+    line = refused([f"--sparse={tmp_path}/old.safetensors", *files], eval.main, capsys)
+    assert "says no data_fingerprint: from another version" in line
 
 
 def test_conv1d_goes_into_sixteen_bits_only(folder, tmp_path, capsys):

@@ -363,3 +363,33 @@ def test_a_sweep_draws_the_noise_of_its_elements(numel, compiled):
     sweep([out], [torch.tensor(1.0)], theta[picked], seed, stream, masks.Everything.mask, state,
           index=picked)  # fmt: skip
     torch.testing.assert_close(out, want[picked], rtol=1e-5, atol=1e-6 if compiled else 0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_sweep_draws_for_several_tensors(compiled):
+    """With a stream for each element, one sweep is to the bit a sweep of each tensor's elements."""
+    sweep, state = zo.Sweep(compiled), torch.empty(0)
+    streams, picked = [2, 32767], [torch.tensor([0, 5, 63, 64, 700]), torch.tensor([1, 64, 9999])]
+    seed, a = torch.tensor(zo.step_seed(3, 5)), torch.tensor(0.5)
+    theta = torch.randn(8)
+    each = torch.tensor(streams, dtype=torch.int16).repeat_interleave(torch.tensor([5, 3]))
+    out = torch.empty(8)
+    sweep([out], [a], theta, seed, each, masks.Everything.mask, state, torch.cat(picked))
+    z = [zo.gaussian(zo.step_seed(3, 5), s, (10000,))[i] for s, i in zip(streams, picked)]
+    assert sweep.compiled == compiled
+    torch.testing.assert_close(
+        out, theta + 0.5 * torch.cat(z), rtol=0, atol=1e-6 if compiled else 0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_compiled_kernel_rounds_stochastically_too(dtype):
+    """Compiled and eager updates of 16-bit weights differ where z's last bit does, so hardly ever."""
+    theta = (torch.randn(1 << 14) * 10.0 ** torch.randint(-7, 2, (1 << 14,))).to(dtype)
+    kernels = zo.Sweep(compiled=True), zo.Sweep()
+    outs = [torch.empty_like(theta) for _ in kernels]
+    arguments = sweep_arguments(theta) | {"mask": masks.Everything.mask, "stochastic": True}
+    for kernel, out in zip(kernels, outs, strict=True):
+        kernel([out], [torch.tensor(1e-5)], **arguments)
+    assert kernels[0].compiled and (outs[0] != theta).float().mean() > 0.1
+    assert (outs[0] == outs[1]).float().mean() > 0.999
