@@ -34,6 +34,7 @@ import sensitivity
 import snapshot
 import tasks
 import workers
+import zo
 from loading import Settings
 from tasks import UserError
 
@@ -87,6 +88,8 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
     Compiled kernels round otherwise, so a run that began with them is not continued without. For a
     new run settings["compiled"] becomes what is possible.
     """
+    if settings.get("arithmetic") != zo.ARITHMETIC:
+        raise UserError("a version of nanoZO that rounds otherwise made this run; go on with that")
     for name, weight in model.named_parameters():
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
             if not torch.stack(weight.detach().aminmax()).isfinite().all():  # NaN shows in both
@@ -128,6 +131,7 @@ def replay(handle: model_patch.Patch, steps, start: tuple[int, dict] = (0, {})) 
     done, tensors = start
     if tensors:
         handle.load(tensors)
+        del start, tensors  # as large as what moves
     for step, seed, a, *_ in steps[done:]:
         handle.refresh(step)
         if math.isfinite(a):  # else it was skipped
@@ -190,6 +194,15 @@ def rebuild(settings: dict, steps, run: Path | None = None):
     replay(handle, steps, snapshot.newest(run, len(steps), settings) if run else (0, {}))
     handle.remove()
     return handle, tokenizer
+
+
+def save_sparse(run: Path, settings: dict, index: dict, values: dict, step: int) -> None:
+    """[Q]'s result into the run's directory, with all that `open_sparse` and `evaluate` need."""
+    names = ("method", "dtype", "double_quant", "data_fingerprint")
+    names += tuple(f.name for f in fields(Settings))
+    about = {name: settings[name] for name in names} | {"step": step}
+    about["matrices"] = sensitivity.read_mask(run / record.MASK)[1]["matrices"]
+    snapshot.write_sparse(run / record.SPARSE, index, values, about)
 
 
 def open_sparse(path: Path, found: tuple, settings: Settings, model_config):
@@ -275,11 +288,11 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
         given = {name: about[name] for name in names} | given  # the run's own, unless others are
     settings = Settings(**given)
     loading.check(settings)
+    tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     data = loading.load_data(settings)
     if about is not None and asked <= HERE | {"model", "batch_size", "max_length"}:
         if data.fingerprint != about["data_fingerprint"]:
             raise UserError(f"the data of {sparse} have changed: {data.source}; name others")
-    tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     settings.max_length = loading.usable_length(settings.max_length, model_config)
     if shots > len(data.train):
         raise UserError(f"--shots {shots}: there are {len(data.train)} training examples")

@@ -1,7 +1,8 @@
 """What a command line names, checked and loaded: settings, data, tokenizer, model.
 
 One dataclass holds every setting; the command line is derived from it (`make_parser`). Bad input
-fails in the first second, before anything large is loaded: `UserError`, one line, exit code 2.
+fails before anything large is loaded, in the seconds that importing takes: `UserError`, one line,
+exit code 2.
 Models and tokenizers are Hugging Face's, from the hub or a local folder.
 """
 
@@ -75,6 +76,8 @@ def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
 def check(settings: Settings) -> None:
     """Raise UserError for a value that cannot work, before loading; name task and data."""
     files = settings.train_file or settings.validation_file or settings.test_file
+    if Path(settings.model).resolve() == HERE / Settings.model:
+        settings.model = Settings.model  # the same, by another path
     if settings.task is None and not files:
         if settings.model != Settings.model:
             raise UserError(f"give --task, one of {', '.join(tasks.TASKS)}, or files of your own")

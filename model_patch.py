@@ -86,11 +86,10 @@ class Patch:
         rounding: str = "stochastic",
         compiled: bool = False,
     ):
+        if rounding not in moving.ROUNDING or not 0 < eps < float("inf"):
+            raise ValueError(f"rounding {rounding!r} is one of {moving.ROUNDING}; eps {eps} > 0")
         if model.training:
-            raise ValueError(
-                "the model is in training mode, where dropout would drown the probes; "
-                "call model.eval() first"
-            )
+            raise ValueError("in training mode dropout drowns the probes; call model.eval() first")
         self.model, self.eps, self.sweep = model, eps, zo.Sweep(compiled)
         self.stochastic = rounding == "stochastic"
         if index is not None:
@@ -267,7 +266,7 @@ class Patch:
 
     @torch.no_grad()
     def losses(self, inputs: dict, loss_fn, seed: int) -> tuple[Tensor, Tensor]:
-        """(l⁺, l⁻) of [S] eq. 2 on one batch, as 0-dim tensors. θ is not written.
+        """(l⁺, l⁻) of [S] Algorithm 1 on one batch, as 0-dim tensors. θ is not written.
 
         `inputs`: the model's keyword arguments, tensors of B rows (input_ids (B, T), …) and plain
         values; `loss_fn`: the logits of B rows to a scalar. Raises ValueError, naming it, where a
@@ -305,6 +304,7 @@ class Patch:
 
         `seed` is the probes' own. Computed in fp32 and rounded to θ's dtype.
         """
+        assert abs(a) < float("inf"), f"an update of {a} leaves no weight finite; skip the step"
         with self._open(seed):
             number = {d: torch.tensor(a, dtype=torch.float32, device=d) for d in self._eps}
             for p in self.moving:

@@ -100,6 +100,7 @@ def choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
 
 def few(model, index: dict[str, Tensor]) -> dict[int, Few]:
     """{id(parameter or 4-bit layer): Few}; streams are numbered by name, alike in 16 and 4 bits."""
+    assert len(index) <= zo.MAX_STREAMS, f"{len(index)} matrices, {zo.MAX_STREAMS} noise streams"
     found, sizes = {}, []
     for name, places in sorted(index.items()):
         layer = model.get_submodule(name.rpartition(".")[0])

@@ -117,7 +117,7 @@ def check(config: Config, workers: int = 1) -> None:
     for name in ("eps", "lr", "steps", "eval_every", "log_every"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be positive")
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be positive and finite")
     if config.density is not None and not 0 < config.density <= 1:
         raise UserError(
             f"--density {config.density}: the share of weights that move, above 0 and at most 1 "
@@ -132,16 +132,17 @@ def check(config: Config, workers: int = 1) -> None:
         raise UserError(f"--mask {config.mask}: {config.method} has none to choose")
     if config.refresh_every and (config.method != "s-mezo" or config.mask not in (None, "dynamic")):
         raise UserError(
-            f"--refresh-every {config.refresh_every} with {config.mask or ''} {config.method}: "
+            f"--refresh-every {config.refresh_every} with {config.method}, mask {config.mask}: "
             "only the dynamic mask of s-mezo has a threshold to take again"
         )
     if config.refresh_every < 0:
         raise UserError(f"--refresh-every {config.refresh_every}: at least 0, which is never")
-    if not few and (config.mask_from or config.text or not config.double_quant):
+    if not few and (config.mask_from or config.text):
         raise UserError(
-            f"--mask-from, --text and --no-double-quant are for {' and '.join(masks.FEW)}, not for "
-            f"{config.method}"
+            f"--mask-from and --text are for {' and '.join(masks.FEW)}, not for {config.method}"
         )
+    if config.method != "senszoq" and not config.double_quant:
+        raise UserError(f"--no-double-quant is for senszoq, not for {config.method}")
     if few and (config.vectors != "masked" or config.select or config.rounding != Config.rounding):
         raise UserError(
             f"--vectors, --select and --rounding are not for {config.method}: a mask says which "
@@ -149,8 +150,11 @@ def check(config: Config, workers: int = 1) -> None:
         )
     if few and config.mask in masks.KEPT:
         raise UserError(f"--mask {config.mask} is for s-mezo; {config.method} needs a file")
-    if few and config.mask and (config.mask_from or config.density):
-        raise UserError(f"--mask {config.mask} brings its own source and density; leave them out")
+    if few and config.mask and (config.mask_from or config.density or config.text):
+        raise UserError(
+            f"--mask {config.mask} brings its own source and density; leave out --mask-from, "
+            "--text and --density"
+        )
     if config.text and config.mask_from == "task":
         raise UserError(f"--text {config.text} with --mask-from task: one of the two")
     if config.snapshot_every < 0:
@@ -204,12 +208,17 @@ def check_mask(config: Config, skeleton) -> None:
         config.density = about["density"]
 
 
-def make_mask(config: Config, run: Path, data) -> None:
-    """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would."""
+def make_mask(config: Config, run: Path, data) -> bool:
+    """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would.
+
+    True where it was made.
+    """
     path = run / record.MASK
     if config.mask is not None:
-        shutil.copyfile(config.mask, path)
-        return
+        beside = path.with_name(path.name + ".tmp")
+        shutil.copyfile(config.mask, beside)
+        record.put_in_place(beside, path)
+        return False
     flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
     flags += [f"--device={config.device}", f"--out={path}", f"--max-length={config.max_length}"]
     names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
@@ -232,3 +241,4 @@ def make_mask(config: Config, run: Path, data) -> None:
         torch.cuda.empty_cache()
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
+    return True

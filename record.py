@@ -42,7 +42,7 @@ MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps 
 def make_run_directory(out: str | None, name: str) -> tuple[Path, int]:
     """`out`, or runs/`name` with a number, and its lock; UserError where it holds a run already.
 
-    What was killed before its first step holds nothing yet: its directory is taken over.
+    What was killed before its first step holds nothing yet: `out` takes its directory over.
     """
     number = 1
     while True:
@@ -80,37 +80,50 @@ def lock(run: Path) -> int:
     return held
 
 
-EARLY = (STEPS, METRICS, MASK, f"{MASK}.tmp", "config.json", "config.json.tmp")
+EARLY = [name + end for name in (STEPS, METRICS, MASK, "config.json") for end in ("", ".tmp")]
 
 
 def _never_began(run: Path) -> bool:
-    """Is there nothing in a directory but what a run writes before its first step?"""
-    config = run / "config.json"
-    return {p.name for p in run.iterdir()} <= set(EARLY) and (
-        not config.exists() or config.read_bytes().strip() == b"{}"
-    )
+    """Is there nothing in a directory but what a run writes before its first step?
+
+    Its config.json, {}, comes first: a mask without one is somebody's own.
+    """
+    names, config = {p.name for p in run.iterdir()}, run / "config.json"
+    if not config.exists():
+        return names <= {"config.json.tmp"}
+    return names <= set(EARLY) and config.read_bytes().strip() == b"{}"
 
 
 def begin(run: Path, settings: dict) -> None:
     """From here on the run can be resumed: empty logs, then config.json."""
-    (run / METRICS).touch()
-    (run / STEPS).write_text(HEADER + "\n")
+    _write(run / METRICS, "")
+    _write(run / STEPS, HEADER + "\n")
     write_json(run / "config.json", settings)
 
 
-def reopen(run: Path, settings: dict) -> None:
-    """A stopped run goes on, perhaps to more steps; what was found at an earlier end goes."""
+def reopen(run: Path, settings: dict, steps: int) -> None:
+    """A run that stopped after `steps` goes on, perhaps to more of them. What was found at an
+    earlier end goes, and snapshots of later steps: its log was cut, and may go another way."""
+    for path in run.glob("snapshot-*.safetensors"):
+        if int(path.stem.removeprefix("snapshot-")) > steps:
+            path.unlink()
     write_json(run / "config.json", settings)
     (run / RESULT).unlink(missing_ok=True)
 
 
-def kept(run: Path | None) -> Path | None:
-    """A run directory that has logged a step; one without gives its name back."""
+def kept(run: Path | None, mask_made: bool = False) -> Path | None:
+    """A run directory that has logged a step; one without gives its name back.
+
+    `mask_made`: the mask was hours of work, perhaps. It stays, and a line says so.
+    """
     log = run and run / STEPS
     if run is None or (log.exists() and log.stat().st_size > len(HEADER) + 1):
         return run
     for name in EARLY:
-        (run / name).unlink(missing_ok=True)
+        if name != MASK or not mask_made:
+            (run / name).unlink(missing_ok=True)
+    if mask_made:
+        print(f"  the mask that was made is kept: --mask {run / MASK}")
     with contextlib.suppress(OSError):  # somebody else put something there
         run.rmdir()
     return None
@@ -118,8 +131,12 @@ def kept(run: Path | None) -> Path | None:
 
 def write_json(path: Path, value) -> None:
     """Whole or not at all, also where the power fails: written beside, synced, renamed."""
+    _write(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.write_text(text)
     put_in_place(beside, path)
 
 
@@ -144,6 +161,8 @@ def open_run(run: Path) -> tuple[dict, list[Step]]:
             f"{run}/config.json was changed after the run began: method, mask and all that decides "
             "the numbers must stay; undo it (paths and steps may change), or start a new run"
         )
+    if not isinstance(settings.get("steps"), int):
+        raise UserError(f"{run}/config.json: steps is {settings.get('steps')!r}, not a number")
     return settings, read_steps(run, settings)
 
 

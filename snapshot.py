@@ -64,6 +64,8 @@ def newest(run: Path, stop: int, settings: dict) -> tuple[int, dict]:
     for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
         try:
             step = int(path.stem.removeprefix("snapshot-"))
+            if step > stop:
+                continue
             tensors, about = load_tensors(path)
             if about != _about(step, tensors, settings):
                 raise ValueError("of another run or step, or not the values that were written")
@@ -71,8 +73,7 @@ def newest(run: Path, stop: int, settings: dict) -> tuple[int, dict]:
             why = str(error).splitlines()[0]
             print(f"  {path} is left alone ({why}): replaying the log from its start")
             continue
-        if step <= stop:
-            return step, tensors
+        return step, tensors
     return 0, {}
 
 

@@ -259,6 +259,7 @@ class StepLog:
         if self.run is not None:
             self.sync()
             snapshot.write(self.run, self.steps, tensors, self.settings)
+        self.began = time.perf_counter()  # nor is writing one
 
     def _close_line(self) -> None:
         """What follows from a line of metrics, read or just written."""

@@ -26,7 +26,6 @@ import loading
 import masks
 import record
 import scoring
-import sensitivity
 import snapshot
 import steplog
 import tasks
@@ -44,6 +43,7 @@ def train(config: Config, log, run: Path, model, tokenizer, data: tasks.Data, ha
     score = "all" if data.classification else "right"
     first = FirstSteps(handle)
     catch_up(log, handle, run, first)
+    log.began = time.perf_counter()  # replaying is not part of a step's time
     with Stop(group) as stop:
         for t in range(log.steps, config.steps):  # for t ← 1 to T do
             # Sample minibatch B from X and random seed s
@@ -197,7 +197,7 @@ def main(argv=None) -> None:
     parser = loading.make_parser(Config, __doc__.split("\n\n")[0])
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run that stopped")
     given = vars(parser.parse_args(argv))
-    resume, run, lock = given.pop("resume", None), None, None
+    resume, run, lock, mask_made = given.pop("resume", None), None, None, False
     before = signal.signal(signal.SIGTERM, stop_now)  # as Ctrl-C; inside the loop see `Stop`
     try:
         group = workers.join()
@@ -206,7 +206,7 @@ def main(argv=None) -> None:
             if group.rank == 0:
                 run, lock = record.make_run_directory(config.out, run_name(config))
                 if config.method in masks.FEW:
-                    make_mask(config, run, data)
+                    mask_made = make_mask(config, run, data)
             if config.method in masks.FEW:
                 config.mask = record.MASK  # on all workers: the fingerprint covers it
             fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
@@ -215,12 +215,12 @@ def main(argv=None) -> None:
             lock = record.lock(resume) if group.rank == 0 else None
             fine_tune(config, resume, settings, tokenizer, data, group)
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
-        kept = resume or record.kept(run)
+        kept = resume or record.kept(run, mask_made)
         if kept and isinstance(error, OSError | SafetensorError):  # a full disk, above all
             error = UserError(f"{error}; all before it is kept: --resume {kept} goes on")
         raise SystemExit(loading.fail("train.py", error)) from None
     except KeyboardInterrupt as stop:
-        kept = resume or record.kept(run)
+        kept = resume or record.kept(run, mask_made)
         print("\ntrain.py: stopped" + f"; python train.py --resume {kept} goes on" * bool(kept))
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     finally:
@@ -239,9 +239,9 @@ def prepare(given: dict, group):
     """(config, tokenizer, data) of a new run, checked, completed and printed."""
     config = Config(**given)
     check(config, group.size)
-    data = loading.load_data(config)
-    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     loading.choose_device(config.device)
+    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
+    data = loading.load_data(config)
     config.max_length = loading.usable_length(config.max_length, model_config)
     family = "tiny" if config.model == Config.model else model_config.model_type
     filled = presets(config, family)
@@ -317,7 +317,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
         if before:
             print(f"  going on after step {before} of {config.steps}")
         if writes and resumed:
-            record.reopen(run, settings)
+            record.reopen(run, settings, before)
         trained = time.perf_counter()
         train(config, log, run, model, tokenizer, data, handle, group)
     seconds = time.perf_counter() - trained
@@ -334,11 +334,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     if not writes:
         return
     if index is not None:
-        names = ("method", "dtype", "double_quant", *(f.name for f in fields(loading.Settings)))
-        about = {name: settings[name] for name in names} | {"step": result["best_step"]}
-        about["data_fingerprint"] = settings["data_fingerprint"]
-        about["matrices"] = sensitivity.read_mask(run / record.MASK)[1]["matrices"]
-        snapshot.write_sparse(run / record.SPARSE, index, handle.tensors(), about)
+        eval.save_sparse(run, settings, index, handle.tensors(), result["best_step"])
     if config.save_model:  # before the final result: only a run that has all of it has finished
         eval.save_checkpoint(handle.model, tokenizer, run / "model")
     result |= {"zero_shot": zero_shot.facts(), "last": last.facts(), "best": best.facts()}
@@ -347,7 +343,8 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     record.draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
     record.write_json(run / record.RESULT, result | record.machine(handle.model.device))
     print(f"test accuracy, last weights             {last}")
-    print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
+    if data.validation:
+        print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
     if result["best_step"] == 0 and (index is not None or config.save_model):
         print("no step was better on validation than the start, so the ORIGINAL weights are saved")
     took = f"{config.steps - before} steps and their validation took {seconds:.0f} s"
@@ -358,6 +355,7 @@ def facts(config: Config, model, data: tasks.Data, index) -> dict:
     """What config.json holds of model and data, so that the run can be replayed from anywhere."""
     found = {
         "compiled": worth_compiling(config, model, index),
+        "arithmetic": zo.ARITHMETIC,
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_fingerprint": loading.fingerprint(model),
         "data_fingerprint": data.fingerprint,

@@ -102,7 +102,11 @@ def join() -> Group:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
         # a worker that dies is noticed at once; the time is that of making [Q]'s mask
-        dist.init_process_group("gloo", timeout=timedelta(hours=3))
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(hours=3))
+        except (ValueError, RuntimeError) as error:
+            why = str(error).strip().splitlines()[0][:80]
+            raise UserError(f"cannot meet the other workers, use torchrun ({why})") from error
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
     return Group(rank, size) if size > 1 else ALONE
 

@@ -3,13 +3,13 @@
 [S] is Sparse MeZO (Liu et al., 2024), [Q] is SensZOQ (Guo et al., 2024). Both do three things:
 
     ẑ = m ⊙ z,  z ~ N(0, I)                                  [S] eq. 1
-    g = (L(θ + ε ẑ) − L(θ − ε ẑ)) / 2ε                       [S] eq. 2, [Q] SPSA
+    g = (L(θ + ε ẑ) − L(θ − ε ẑ)) / 2ε                       [S] eq. 2 is g ẑ; [Q] SPSA
     θ ← θ − η g ẑ
 
     code               paper             code             paper
     theta              θ                 loss_plus        l⁺ = L(θ + ε ẑ)
     z, mask            z, m              loss_minus       l⁻ = L(θ − ε ẑ)
-    a                  ε, −2ε or −ηg     projected_grad   proj_grad, g
+    a                  ±ε, −2ε or −ηg    projected_grad   proj_grad, g
     eps, lr            ε, η              seed             s, fresh for every step
 
 This module never sees a model: parameters are plain tensors and the loss is a closure, so a
@@ -49,6 +49,7 @@ from torch import Tensor
 MULTIPLIER, WEYL, WORD = 0xD256D193, 0x9E3779B9, 0xFFFFFFFF  # Philox-2x32's constants; 32 ones
 MAX_RUN_SEED, MAX_STEP = 1 << 24, 1 << 24
 MAX_ELEMENTS, MAX_STREAMS = 1 << 32, 1 << 15  # the upper half of the streams is for masks
+ARITHMETIC = 2  # goes up when an update gets other bits: a run is continued by its own kind
 PAIR = 64  # two elements this far apart share one draw of two words
 
 
@@ -134,18 +135,19 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, high: Tensor, low: T
     """fp32 `value` to a neighbour in fp16 or bf16, up or down, so that the mean is `value`.
 
     An update far below the spacing of θ's dtype is lost by rounding to nearest, every time; this
-    way it arrives on average. Random bits are added where `dtype` has none (the last 16 of bf16, 13
-    of fp16), and what is there then is cut off: it carries as often as it should. The random bits
-    are the low bytes of z's own two words, which move z by less than 1e-6 in all but one draw of
-    10⁵: no second draw is needed.
+    way it arrives on average. Random bits are added where `dtype` has none (the last 16 of fp32 for
+    bf16, 13 for fp16), and what is there then is cut off: it carries as often as it should. The
+    random bits are the low bytes of z's own two words. They are its last: of 1,000 z one differs by
+    more than 1e-5 without them, so rounding does not see z, and no second draw is needed.
     """
     info = torch.finfo(dtype)
     cut = 23 + int(math.log2(info.eps))  # fp32 has 23 bits behind the point, bf16 7, fp16 10
     random = ((high & 0xFF) << 8 | low & 0xFF).int()  # [0, 2¹⁶)
-    bits = value.view(torch.int32) + (random >> 16 - cut) & ~((1 << cut) - 1)
+    bits = (value.view(torch.int32) + (random >> (16 - cut))) & ~((1 << cut) - 1)
     rounded = bits.view(torch.float32)
     if dtype == torch.float16:  # below 6e-5 its numbers are 2⁻²⁴ apart, unlike fp32's
-        small = torch.floor(value * 2.0**24 + random.float() * 2.0**-16) * 2.0**-24
+        below = torch.floor(value * 2.0**24)
+        small = (below + (value * 2.0**24 - below > random * 2.0**-16)) * 2.0**-24
         rounded = torch.where(value.abs() < info.tiny, small, rounded)
     return rounded.to(dtype)
 
@@ -163,7 +165,7 @@ def perturb_parameters(theta: list[Tensor], a: float, seed: int, masks: list[Ten
 
 
 def projected_grad(loss_plus, loss_minus, eps: float):
-    """[S] eq. 2: the slope of L along ẑ, (l⁺ − l⁻) / 2ε."""
+    """[S] Algorithm 1's proj_grad, the slope of L along ẑ: (l⁺ − l⁻) / 2ε. Eq. 2 is it times ẑ."""
     return (loss_plus - loss_minus) / (2 * eps)
 
 
@@ -272,7 +274,7 @@ class Sweep:
         seed, stream) are 0-dim tensors on θ's device, so that a new value never recompiles. `out`
         may be θ itself, the same object."""
         numel, device, last = theta.numel(), theta.device, (mask, state, stochastic)
-        assert numel <= MAX_ELEMENTS, f"{numel} elements exceed the 32-bit counter"
+        assert index is not None or numel <= MAX_ELEMENTS, f"{numel} elements exceed the counter"
         whole = 0 if index is not None else numel // (2 * PAIR) * (2 * PAIR)
         chunk = self.CHUNK["cuda" if theta.is_cuda else "cpu"][self.compiled]
 

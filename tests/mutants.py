@@ -244,7 +244,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "test_quant::test_the_16_bit_method_equals_the_literal_step_on_the_same_index"),
     # ------------------------------------------------------------ rounding
     ("rounded up with a fixed probability", "zo",
-     "(random >> 16 - cut)", "((random & 1) << cut)",
+     "(random >> (16 - cut))", "((random & 1) << cut)",
      "test_zo::test_stochastic_rounding_is_unbiased"),
     ("the rounding sees the noise", "zo",
      "random = ((high & 0xFF) << 8 | low & 0xFF).int()",

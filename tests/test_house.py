@@ -50,6 +50,7 @@ IMPORTS = {  # who may know whom: downward only
         "snapshot",
         "tasks",
         "workers",
+        "zo",
     },
     "train": {
         "eval",
@@ -58,7 +59,6 @@ IMPORTS = {  # who may know whom: downward only
         "presets",
         "record",
         "scoring",
-        "sensitivity",
         "snapshot",
         "steplog",
         "tasks",
