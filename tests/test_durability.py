@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval
+import record
 import model_patch
 import scoring
 import snapshot
@@ -159,6 +160,7 @@ BAD = {  # what happened: (how, the command, what the one line says)
     "the model's fingerprint removed": (setting(model_fingerprint=None), RESUME, CHANGED),
     "validation at the start edited": (start_edited, RESUME, CHANGED),
     "another mask, evaluated": (setting(mask="packed"), EVAL, CHANGED),
+    "steps that are no number": (setting(steps="x"), RESUME, "steps is 'x', not a number"),
     "config.json torn, evaluated": (write("config.json", b"{"), EVAL, "torn or edited"),
     # ------------------------------------------------ steps.csv
     "no steps.csv": (remove("run/steps.csv"), RESUME, "steps.csv is missing"),
@@ -482,6 +484,26 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(base, at, capsys, monkey
     assert stop.value.code == 130 and len(steps_of(at / "run")) == STOPPED + 1
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_of_another_arithmetic_is_refused(at, capsys, monkeypatch):
+    """Where a version rounds updates otherwise, older logs are not continued with it."""
+    monkeypatch.setattr(train.zo, "ARITHMETIC", -1)
+    before = contents(at / "run")
+    for argv, main in (([f"--resume={at}/run"], train.main), (command(EVAL, at)[1], eval.main)):
+        assert "of nanoZO that rounds otherwise made this run" in error_of(main, argv, capsys)
+    assert contents(at / "run") == before
+
+
+def test_snapshots_of_a_log_that_was_cut_go(at):
+    """A run that goes on from before a snapshot may go another way, so that snapshot is removed."""
+    run = at / "run"
+    settings, steps = record.open_run(run)
+    (path,) = run.glob("snapshot-*.safetensors")
+    record.reopen(run, settings, len(steps))
+    assert path.exists()
+    record.reopen(run, settings, int(path.stem.removeprefix("snapshot-")) - 1)
+    assert not path.exists()
 
 
 def test_a_run_that_is_running_is_left_alone(at, capsys):

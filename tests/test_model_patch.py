@@ -299,6 +299,19 @@ def test_somebody_elses_wrapper_survives():
     assert head.forward is theirs
 
 
+def test_what_cannot_be_meant_is_refused():
+    """Another rounding than the two, an ε that is no distance, an update that is NaN."""
+    model = build("llama")
+    for more in ({"rounding": "neerest"}, {"eps": 0.0}, {"eps": float("nan")}):
+        with pytest.raises(ValueError, match="rounding"):
+            Patch(model, masks.Everything(), **more)
+    handle = Patch(model, masks.Everything())
+    before = {name: flat.clone() for name, flat in handle.tensors().items()}
+    with pytest.raises(AssertionError, match="skip the step"):
+        handle.update(SEED, float("nan"))
+    assert all(torch.equal(flat, before[name]) for name, flat in handle.tensors().items())
+
+
 def test_training_mode_is_refused():
     """Trap 9: dropout would drown the probes, before patching and after."""
     model = build("opt")

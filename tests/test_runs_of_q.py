@@ -229,6 +229,7 @@ def test_bad_flags_of_q_are_one_line(folder, mask, tmp_path, capsys, monkeypatch
         (["--refresh-every=5"], "only the dynamic mask of s-mezo"),
         (["--text=x.txt", "--mask-from=task"], "one of the two"),
         (["--device-map=auto"], "make it first, then give --mask FILE"),
+        ([f"--mask={mask}", "--text=x.txt"], "leave out --mask-from, --text and --density"),
     ]
     for flags, message in cases:
         line = refused(arguments(folder, tmp_path / "run", "senszoq", *flags), train.main, capsys)
@@ -237,6 +238,10 @@ def test_bad_flags_of_q_are_one_line(folder, mask, tmp_path, capsys, monkeypatch
     for method, flag in (("mezo", "--text=x.txt"), ("s-mezo", "--mask-from=text")):
         line = refused(arguments(folder, tmp_path / "run", method, flag), train.main, capsys)
         assert "are for sensitive and senszoq" in line
+    line = refused(
+        arguments(folder, tmp_path / "run", "sensitive", "--no-double-quant"), train.main, capsys
+    )
+    assert "--no-double-quant is for senszoq" in line
     line = refused(
         arguments(folder, tmp_path / "run", "s-mezo", f"--mask={mask}"), train.main, capsys
     )
@@ -250,6 +255,28 @@ def test_text_that_is_too_short_gives_the_name_back(folder, tmp_path, capsys):
     line = refused(arguments(folder, tmp_path / "run", "senszoq", *flags), train.main, capsys)
     assert "less than one sample" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_that_was_made_survives_a_start_that_fails(folder, tmp_path, capsys, monkeypatch):
+    """It may be hours of work: it is kept, a line says where, and no later run takes it away."""
+
+    def no_memory(*arguments, **more):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(eval, "accuracy", no_memory)
+    flags = ["--mask-from=task", "--density=0.02"]
+    with pytest.raises(SystemExit):
+        train.main(arguments(folder, tmp_path / "run", "sensitive", *flags))
+    kept = tmp_path / "run" / "mask.safetensors"
+    assert f"the mask that was made is kept: --mask {kept}" in capsys.readouterr().out
+    assert [p.name for p in kept.parent.iterdir()] == [kept.name]
+    sensitivity.read_mask(kept)
+    again = arguments(folder, tmp_path / "run", "sensitive", f"--mask={kept}")
+    assert "is already there and not empty" in refused(again, train.main, capsys)
+    assert kept.exists()
+    with pytest.raises(SystemExit):  # a copied mask is not kept
+        train.main(arguments(folder, tmp_path / "other", "sensitive", f"--mask={kept}"))
+    assert kept.exists() and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)

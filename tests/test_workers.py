@@ -227,6 +227,16 @@ def test_torchrun_starts_it(folder, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["workers"] == 2
 
 
+def test_a_worker_that_meets_nobody_is_one_line(monkeypatch, capsys):
+    """WORLD_SIZE without the rest of what torchrun sets is exit code 2, not a traceback."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--task=rte"])
+    assert stop.value.code == 2
+    assert "cannot meet the other workers, use torchrun" in capsys.readouterr().err
+
+
 def test_one_worker_needs_no_network():
     """Alone, a group is the identity."""
     group = workers.Group()

@@ -303,6 +303,17 @@ def test_stochastic_rounding_is_unbiased(dtype, value):
     assert abs(got.double().mean().item() - exact.item()) <= 5 * spread / 2 / n**0.5 + 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_that_does_not_move_keeps_its_bits(dtype):
+    """What dtype can hold is returned as it is, whatever the random bits; subnormals, too."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+    value = bits.view(dtype)
+    value = value[value.isfinite()]
+    for number in (0, 1, 0x8000, 0xFFFE, 0xFFFF):
+        high, low = (torch.full(value.shape, n) for n in (number >> 8, number & 0xFF))
+        assert torch.equal(zo.round_stochastically(value.float(), dtype, high, low), value)
+
+
 def test_stochastic_rounding_does_not_see_the_noise():
     """Whether a weight is rounded up is uncorrelated with its z, so the mean update stays a z."""
     n = 1 << 20
