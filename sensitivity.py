@@ -3,7 +3,7 @@
     code              paper
     fisher            diagonal of the empirical Fisher, the mean over samples of (∂ℓ/∂w_j)²
     sensitive         m: per weight matrix, the k = density · numel weights with the highest score
-    coverage          c = ‖m ⊙ ∇L‖² / ‖∇L‖²; Theorem 1 asks for a small k / c
+    coverage          c = ‖m ⊙ ∇L‖² / ‖∇L‖²; convergence wants a small k / c (derived in our tests)
     concentration     share of the squared gradient in its own top fraction, per matrix
     overlap           |A ∩ B| / k, by chance k / d
     random_index, largest, smallest                       masks of the same size to compare with
@@ -11,11 +11,11 @@
 A mask here is an index: {name of a matrix: sorted flat int32 positions}. The same k per matrix for
 every kind, so that kinds differ only in which weights they take.
 
-Deviations, or what our text of [Q] leaves open. The authors' code could not be had; a public one is
-close to the paper. [Q] defines the score as a mean of squares; that code squares the mean gradient,
-which gives another mask: `statistic="of-mean"`. Ranking per matrix, not over all of them, and the
-choice of matrices are that code's. Its mask of the largest weights negates indices where it should
-negate magnitudes, which makes it a second random mask.
+Deviations, and what is open: we had [Q]'s summary and reviews, not its full text or code; a public
+code base is close to it. [Q] defines the score as a mean of squares; that code squares the mean
+gradient, which gives another mask: `statistic="of-mean"`. Ranking per matrix, not over all of them,
+and the choice of matrices are that code's. Its mask of the largest weights negates indices where it
+should negate magnitudes, which makes it a second random mask.
 """
 
 import json

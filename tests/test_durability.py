@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval
-import record
 import model_patch
+import record
 import scoring
 import snapshot
 import steplog

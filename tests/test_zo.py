@@ -386,7 +386,10 @@ def test_one_sweep_draws_for_several_tensors(compiled):
     each = torch.tensor(streams, dtype=torch.int16).repeat_interleave(torch.tensor([5, 3]))
     out = torch.empty(8)
     sweep([out], [a], theta, seed, each, masks.Everything.mask, state, torch.cat(picked))
-    z = [zo.gaussian(zo.step_seed(3, 5), s, (10000,))[i] for s, i in zip(streams, picked)]
+    z = [
+        zo.gaussian(zo.step_seed(3, 5), s, (10000,))[i]
+        for s, i in zip(streams, picked, strict=True)
+    ]
     assert sweep.compiled == compiled
     torch.testing.assert_close(
         out, theta + 0.5 * torch.cat(z), rtol=0, atol=1e-6 if compiled else 0
@@ -395,7 +398,7 @@ def test_one_sweep_draws_for_several_tensors(compiled):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_compiled_kernel_rounds_stochastically_too(dtype):
-    """Compiled and eager updates of 16-bit weights differ where z's last bit does, so hardly ever."""
+    """Compiled and eager updates of 16-bit weights differ where z does in its last bit: hardly."""
     theta = (torch.randn(1 << 14) * 10.0 ** torch.randint(-7, 2, (1 << 14,))).to(dtype)
     kernels = zo.Sweep(compiled=True), zo.Sweep()
     outs = [torch.empty_like(theta) for _ in kernels]
