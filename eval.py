@@ -88,7 +88,7 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
     Compiled kernels round otherwise, so a run that began with them is not continued without. For a
     new run settings["compiled"] becomes what is possible.
     """
-    if settings.get("arithmetic") != zo.ARITHMETIC:
+    if "fingerprint" in settings and settings.get("arithmetic") != zo.ARITHMETIC:
         raise UserError("a version of nanoZO that rounds otherwise made this run; go on with that")
     for name, weight in model.named_parameters():
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -87,7 +87,8 @@ def setting(**changes):
     def spoil(at):
         path = at / "run" / "config.json"
         settings = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+        gone = [name for name, value in changes.items() if value is None]
+        path.write_text(json.dumps({k: v for k, v in settings.items() if k not in gone}))
 
     return spoil
 
@@ -152,7 +153,7 @@ BAD = {  # what happened: (how, the command, what the one line says)
     "another method": (setting(method="mezo"), RESUME, CHANGED),
     "another mask": (setting(mask="packed"), RESUME, CHANGED),
     "another density": (setting(density=0.5), RESUME, CHANGED),
-    "another learning rate": (setting(lr=0.02), RESUME, CHANGED),
+    "another learning rate": (setting(lr=0.5), RESUME, CHANGED),
     "another seed": (setting(seed=1), RESUME, CHANGED),
     "another dtype": (setting(dtype="bfloat16"), RESUME, CHANGED),
     "another batch size": (setting(batch_size=4), RESUME, CHANGED),
