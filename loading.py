@@ -2,8 +2,7 @@
 
 One dataclass holds every setting; the command line is derived from it (`make_parser`). Bad input
 fails before anything large is loaded, in the seconds that importing takes: `UserError`, one line,
-exit code 2.
-Models and tokenizers are Hugging Face's, from the hub or a local folder.
+exit code 2. Models and tokenizers are Hugging Face's, from the hub or a local folder.
 """
 
 import argparse
@@ -76,8 +75,8 @@ def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
 def check(settings: Settings) -> None:
     """Raise UserError for a value that cannot work, before loading; name task and data."""
     files = settings.train_file or settings.validation_file or settings.test_file
-    if Path(settings.model).resolve() == HERE / Settings.model:
-        settings.model = Settings.model  # the same, by another path
+    if is_tiny(settings.model):
+        settings.model = Settings.model
     if settings.task is None and not files:
         if settings.model != Settings.model:
             raise UserError(f"give --task, one of {', '.join(tasks.TASKS)}, or files of your own")
@@ -113,6 +112,11 @@ def load_data(settings: Settings) -> tasks.Data:
 def locate(name: str) -> str:
     """The offline default lies beside this file, wherever the program is started."""
     return str(HERE / name) if name.startswith("tiny/") and not Path(name).exists() else name
+
+
+def is_tiny(model: str) -> bool:
+    """Is it the offline default, by whatever path? It brings data and a text of its own."""
+    return Path(locate(model)).resolve() == HERE / Settings.model
 
 
 def fail(program: str, error: Exception) -> int:

@@ -301,7 +301,7 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
         losses = task_losses(tokenizer, examples, data.classification, longest)
         made |= {"source": f"{task}, {data.source}", "data": data.fingerprint}
     elif args.kind == "sensitive":
-        tiny = Path(loading.locate(args.model)).resolve() == loading.HERE / "tiny/model"
+        tiny = loading.is_tiny(args.model)
         text = args.text or (loading.locate("tiny/data/c4.jsonl") if tiny else None)
         texts = loading.read_texts(text)
         windows = loading.text_windows(tokenizer, texts, args.samples, length, args.seed)
