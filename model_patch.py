@@ -36,7 +36,7 @@ construction. Memory is that of inference: weights, activations of the doubled b
 of the largest weight (the scratch, shared by all layers).
 
 What it costs: two fused passes over the weights per step, one for the probes and one for the update
-(zo.Sweep; bench.py measures them). What differs from Algorithm 1: l⁻ is taken at θ − ε ẑ at once,
+(sweep.py; bench.py measures them). What differs from Algorithm 1: l⁻ is taken at θ − ε ẑ at once,
 where the printed order rounds twice on its way there through θ + ε ẑ.
 """
 
@@ -51,7 +51,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import masks
 import moving
 import quant
-import zo
+import sweep
 from moving import Few, Moving
 
 
@@ -90,10 +90,10 @@ class Patch:
             raise ValueError(f"rounding {rounding!r} is one of {moving.ROUNDING}; eps {eps} > 0")
         if model.training:
             raise ValueError("in training mode dropout drowns the probes; call model.eval() first")
-        self.model, self.eps, self.sweep = model, eps, zo.Sweep(compiled)
+        self.model, self.eps, self.sweep = model, eps, sweep.Sweep(compiled)
         self.stochastic = rounding == "stochastic"
         if index is not None:
-            found = moving.few(model, index)
+            found = moving.choose_few(model, index)
         else:
             found = moving.choose(model, rule, vectors, select)
         self.weights = list(found.values())  # what modules own
@@ -134,7 +134,7 @@ class Patch:
             if linear and both:
                 with self._perturbed(owned, signs) as weights:
                     return self._linear(module, weights, *args, **kwargs)
-            calls = self._halves((args, kwargs)) if both else [(args, kwargs)]
+            calls = self._split((args, kwargs)) if both else [(args, kwargs)]
             if rows_only:
                 outputs = [
                     self._rows(s, owned["weight"], *a, **k)
@@ -159,7 +159,7 @@ class Patch:
             return False
         return value.shape[0] == positions or value.shape[0] == rows and value.dim() > 1
 
-    def _halves(self, arguments) -> list:
+    def _split(self, arguments) -> list:
         """The arguments of each probe: the halves of every tensor that holds the doubled batch."""
         if not any(map(self._is_doubled, tree_leaves(arguments))):
             raise LostBatch

@@ -1,7 +1,7 @@
 """The tensors that move: which they are, and what is known of each.
 
     choose      all parameters, or those that `select` and `vectors` leave, under a rule: [S], MeZO
-    few         k places of certain matrices, named by an index: [Q], the sensitive weights
+    choose_few  k places of certain matrices, named by an index: [Q], the sensitive weights
 
 Every matrix and vector has a noise stream of its own, a number. Tied parameters are one tensor.
 """
@@ -98,7 +98,7 @@ def choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
     return chosen
 
 
-def few(model, index: dict[str, Tensor]) -> dict[int, Few]:
+def choose_few(model, index: dict[str, Tensor]) -> dict[int, Few]:
     """{id(parameter or 4-bit layer): Few}; streams are numbered by name, alike in 16 and 4 bits."""
     assert len(index) <= zo.MAX_STREAMS, f"{len(index)} matrices, {zo.MAX_STREAMS} noise streams"
     found, sizes = {}, []
@@ -120,11 +120,11 @@ def few(model, index: dict[str, Tensor]) -> dict[int, Few]:
         sizes.append(size)
     parts = list(zip(range(len(found)), found.values(), sizes, strict=True))
     for device in dict.fromkeys(p.flat.device for p in found.values()):
-        _join([part for part in parts if part[1].flat.device == device])
+        _stand_together([part for part in parts if part[1].flat.device == device])
     return found
 
 
-def _join(parts: list[tuple[int, Few, int]]) -> None:
+def _stand_together(parts: list[tuple[int, Few, int]]) -> None:
     """The `whole` of these (stream, matrix, size); each keeps a part of it."""
     streams, few, sizes = zip(*parts, strict=True)
     flat, index = torch.cat([p.flat for p in few]), torch.cat([p.index for p in few])

@@ -17,11 +17,12 @@ README, RESULTS = (
 )
 IMPORTS = {  # who may know whom: downward only
     "zo": set(),
+    "sweep": {"zo"},
     "sensitivity": {"snapshot", "tasks", "zo"},
     "masks": {"loading", "scoring", "sensitivity", "tasks", "zo"},
     "quant": set(),
     "moving": {"masks", "quant", "zo"},
-    "model_patch": {"masks", "moving", "quant", "zo"},
+    "model_patch": {"masks", "moving", "quant", "sweep"},
     "tasks": set(),
     "scoring": {"tasks"},
     "loading": {"tasks"},
@@ -98,10 +99,10 @@ def test_the_modules_are_these():
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_imports_run_downward(name):
-    """zo, masks, sensitivity and tasks need torch and numpy alone; nobody imports train."""
+    """zo, sweep, masks, sensitivity and tasks need torch and numpy alone; nobody imports train."""
     ours = {n for n in imported(ast.walk(tree_of(name))) if n in IMPORTS}
     assert ours == IMPORTS[name]
-    if name in ("zo", "masks", "sensitivity", "tasks", "scoring"):
+    if name in ("zo", "sweep", "masks", "sensitivity", "tasks", "scoring"):
         outside = set(imported(tree_of(name).body)) - set(IMPORTS)
         assert outside <= {"torch", "numpy"} | set(__import__("sys").stdlib_module_names)
 

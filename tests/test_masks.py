@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import masks
 import zo
+from sweep import Sweep
 
 
 def weight(n=1000, seed=0, dtype=torch.float32):
@@ -132,7 +133,7 @@ def test_the_random_mask_is_regenerated_and_its_own():
 )
 def test_every_rule_compiles_into_the_kernel(rule):
     """The fused kernel moves exactly what the rule's mask says, for every rule."""
-    w, kernel = weight(4099), zo.Sweep(compiled=True)
+    w, kernel = weight(4099), Sweep(compiled=True)
     state, numbers = rule.prepare(w, 3), [torch.tensor(n) for n in (zo.step_seed(1, 2), 3)]
     outs = [torch.empty(4099), torch.empty(4099)]
     kernel(outs, [torch.tensor(1.0), torch.tensor(-1.0)], w, *numbers, rule.mask, state)
@@ -150,7 +151,7 @@ def test_one_compilation_serves_every_density_seed_and_run():
     for seed in range(12):
         rule, kernel, out = (
             masks.RandomMask(0.1 + 0.05 * seed, seed),
-            zo.Sweep(True),
+            Sweep(True),
             torch.empty(4099),
         )
         state = rule.prepare(w, seed)
