@@ -317,7 +317,7 @@ def parts(world: World, handle: Patch, args) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = loading.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="134m")
     parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
     parser.add_argument("--tokens", type=int, default=64, help="per row (default 64)")

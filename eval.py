@@ -288,8 +288,8 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
         given = {name: about[name] for name in names} | given  # the run's own, unless others are
     settings = Settings(**given)
     loading.check(settings)
-    tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     data = loading.load_data(settings)
+    tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     if about is not None and asked <= HERE | {"model", "batch_size", "max_length"}:
         if data.fingerprint != about["data_fingerprint"]:
             raise UserError(f"the data of {sparse} have changed: {data.source}; name others")

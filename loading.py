@@ -55,11 +55,16 @@ class Settings:
     trust_remote_code: bool = setting(False, "let a model from the hub bring its own Python code")
 
 
-def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, as all of ours are, and not the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+
+
+def make_parser(settings: type, description: str) -> Parser:
     """One flag per field of the dataclass; what the user leaves out stays out of the namespace."""
-    parser = argparse.ArgumentParser(
-        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(settings):
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.type is bool:
@@ -74,6 +79,8 @@ def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
 
 def check(settings: Settings) -> None:
     """Raise UserError for a value that cannot work, before loading; name task and data."""
+    check_folder(settings.model)
+    choose_device(settings.device, settings.device_map)
     files = settings.train_file or settings.validation_file or settings.test_file
     if is_tiny(settings.model):
         settings.model = Settings.model
@@ -136,6 +143,12 @@ C4 = "allenai/c4 en/c4-train.00000-of-01024.json.gz"  # its first 10,000 documen
 C4_COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 
 
+def check_text(path: str) -> None:
+    """UserError unless it is a file that `read_texts` can read, by its name."""
+    if Path(path).suffix not in (".txt", ".jsonl") or not Path(path).is_file():
+        raise UserError(f"--text {path}: a .txt or .jsonl file that exists")
+
+
 def read_texts(path: str | None) -> list[str]:
     """Documents of a .jsonl of {"text": …} or a .txt (blank lines divide them); None: C4's."""
     if path is None:
@@ -150,8 +163,7 @@ def read_texts(path: str | None) -> list[str]:
         except Exception as error:  # offline, not installed: each has a type of its own
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"cannot stream C4 from the hub ({why}); give --text FILE") from error
-    if Path(path).suffix not in (".txt", ".jsonl") or not Path(path).is_file():
-        raise UserError(f"--text {path}: a .txt or .jsonl file that exists")
+    check_text(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -200,13 +212,18 @@ def text_windows(tokenizer, texts: list[str], samples: int, length: int, seed: i
 # ------------------------------------------------------------------ models
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """Tokenizer and configuration of a hub name or a local folder; UserError if there is none."""
+def check_folder(name: str) -> None:
+    """UserError where a model is named by a path, and no model is there."""
     folder = Path(name := locate(name))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name} is a folder without config.json; give one in Hugging Face format")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"model folder {name} does not exist; give a folder or a hub name")
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """Tokenizer and configuration of a hub name or a local folder; UserError if there is none."""
+    check_folder(name := locate(name))
     from transformers import AutoConfig, AutoTokenizer  # five seconds, so not before bad flags fail
 
     try:
@@ -247,9 +264,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    device = choose_device(device)
-    if device_map and not torch.cuda.is_available():
-        raise UserError(f"--device-map {device_map}: this torch sees no GPU; leave it out")
+    device = choose_device(device, device_map)
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
     try:
@@ -295,8 +310,10 @@ def usable_length(max_length: int, model_config) -> int:
     return min(max_length, getattr(model_config, "max_position_embeddings", None) or max_length)
 
 
-def choose_device(device: str) -> str:
-    """A device that is there: auto is the GPU if torch sees one."""
+def choose_device(device: str, device_map: str | None = None) -> str:
+    """A device that is there: auto is the GPU if torch sees one. UserError where there is none."""
+    if device_map and not torch.cuda.is_available():
+        raise UserError(f"--device-map {device_map}: this torch sees no GPU; leave it out")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):

@@ -266,13 +266,8 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
 
     import loading
 
-    for name, least in (
-        ("samples", 1),
-        ("length", 2),
-        ("max_length", 2),
-        ("groups", 1),
-        ("seed", 0),
-    ):
+    at_least = {"samples": 1, "length": 2, "max_length": 2, "groups": 1, "seed": 0}
+    for name, least in at_least.items():
         if not least <= getattr(args, name) < zo.MAX_RUN_SEED:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least}, less than 2^24")
     task = args.task or args.train_file
@@ -281,6 +276,8 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
     folder = Path(args.out).absolute().parent
     if not os.access(folder, os.W_OK) or Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: the name of a file in a folder that can be written to")
+    if args.text:
+        loading.check_text(args.text)
     settings = loading.Settings(
         model=args.model, task=args.task, data_dir=args.data_dir, train_file=args.train_file
     )
@@ -288,7 +285,7 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
         settings.num_validation, settings.test_file = 0, args.train_file  # all of it is used
     if task:
         loading.check(settings)
-    device, trust = loading.choose_device(args.device), args.trust_remote_code
+    device, trust = loading.choose_device(args.device, args.device_map), args.trust_remote_code
     tokenizer, config = loading.load_tokenizer(args.model, trust)
     scores_on = args.scores_device and loading.choose_device(args.scores_device)
     how_many(decoder_linears(loading.skeleton(config, trust)), args.density)
@@ -311,7 +308,7 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
     dtype = args.dtype
     if dtype == "auto" and device != "cpu" and losses:
         dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
-    model = loading.load_model(args.model, dtype, device, trust)
+    model = loading.load_model(args.model, dtype, device, trust, device_map=args.device_map)
     weights = decoder_linears(model)
     if args.kind == "sensitive":
         made |= {"statistic": args.statistic, "samples": len(losses)}
@@ -331,7 +328,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line of `python masks.py`; train.py goes through it, too."""
     import loading
 
-    parser = argparse.ArgumentParser(description="Compute a mask of [Q] and write it to a file.")
+    parser = loading.Parser(description="Compute a mask of [Q] and write it to a file.")
     add = parser.add_argument
     add("--model", default=loading.Settings.model, help="hub name or local folder")
     add("--out", required=True, help="file to write, such as mask.safetensors")
@@ -350,6 +347,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--scores-device", help="where scores are kept, such as cpu; default the model's device")
     add("--dtype", choices=loading.DTYPES, default="auto", help="auto: bfloat16, on a CPU float32")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    add("--device-map", choices=("auto",), help="spread the layers over all GPUs")
     add("--trust-remote-code", action="store_true")
     return parser
 

@@ -70,22 +70,35 @@ class Few:
             self.weight.view(-1)[self.index] = self.flat.to(self.weight.dtype)
 
 
-def choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
-    """{id(parameter): Moving} of the unique parameters that move, numbered in the model's order."""
+def selected(model, vectors: str, select: str) -> list:
+    """[(stream, name, parameter)] of the unique parameters that move; ValueError where none does.
+
+    The stream is the parameter's number in the model, whichever others move.
+    """
     if vectors not in VECTORS:
         raise ValueError(f"vectors is {vectors!r}; it can be masked, free or frozen")
+    found = [
+        (stream, name, p)
+        for stream, (name, p) in enumerate(model.named_parameters())
+        if re.search(select, name) and (p.dim() > 1 or vectors != "frozen")
+    ]
+    if not found:
+        raise ValueError(f"no parameter moves: none matches {select!r} with vectors={vectors!r}")
+    return found
+
+
+def choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
+    """{id(parameter): Moving} of the parameters that move."""
     chosen, free = {}, masks.Everything()
-    for stream, (name, parameter) in enumerate(model.named_parameters()):
-        vector = parameter.dim() < 2
-        if not re.search(select, name) or (vector and vectors == "frozen"):
-            continue
+    for stream, name, parameter in selected(model, vectors, select):
         assert stream < zo.MAX_STREAMS, f"parameter {stream} exceeds {zo.MAX_STREAMS} noise streams"
         if not (parameter.is_floating_point() and parameter.is_contiguous()):
             raise ValueError(
                 f"{name} ({parameter.dtype}) cannot move: only contiguous floating-point weights "
                 "can, so a quantised checkpoint must be loaded in 16 or 32 bits"
             )
-        its, weight = (free if vector and vectors == "free" else rule), parameter.detach()
+        weight = parameter.detach()
+        its = free if weight.dim() < 2 and vectors == "free" else rule
         try:
             state = its.prepare(weight, stream)
         except ValueError as error:
@@ -93,8 +106,6 @@ def choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
         number = torch.tensor(stream, device=weight.device)
         flat = weight.view(-1)
         chosen[id(parameter)] = Moving(name, weight, flat, number, its, state, flat.numel())
-    if not chosen:
-        raise ValueError(f"no parameter moves: none matches {select!r} with vectors={vectors!r}")
     return chosen
 
 

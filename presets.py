@@ -20,6 +20,7 @@ import moving
 import quant
 import record
 import sensitivity
+import snapshot
 import zo
 from loading import Settings, setting
 from tasks import UserError
@@ -157,6 +158,10 @@ def check(config: Config, workers: int = 1) -> None:
         )
     if config.text and config.mask_from == "task":
         raise UserError(f"--text {config.text} with --mask-from task: one of the two")
+    if config.text:
+        loading.check_text(config.text)
+    if few and config.mask:
+        sensitivity.read_mask(config.mask)  # `check_chosen` asks whether it fits the model
     if config.snapshot_every < 0:
         raise UserError(f"--snapshot-every {config.snapshot_every}: at least 0, which is never")
     if config.micro_batch is not None and config.micro_batch < 1:
@@ -187,14 +192,16 @@ def run_name(config: Config) -> str:
 # ------------------------------------------------------------------ [Q]'s mask of a run
 
 
-def check_mask(config: Config, skeleton) -> None:
-    """UserError where [Q]'s mask, or one of this density, does not fit the model; nothing loads."""
+def check_chosen(config: Config, skeleton) -> None:
+    """UserError where --select leaves nothing of the model, or where [Q]'s mask, or one of this
+    density, does not fit it. `skeleton`: names and shapes are enough, so nothing is loaded."""
+    if config.method not in masks.FEW:
+        try:
+            moving.selected(skeleton, config.vectors, config.select)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return
     weights = sensitivity.decoder_linears(skeleton)
-    if config.mask is None and config.device_map:
-        raise UserError(
-            "--device-map with a mask to be made: python masks.py scores on one device (--device "
-            "cpu will do); make it first, then give --mask FILE"
-        )
     if config.method == "senszoq":
         try:
             quant.check_linears(skeleton, weights)
@@ -217,11 +224,12 @@ def make_mask(config: Config, run: Path, data) -> bool:
     if config.mask is not None:
         beside = path.with_name(path.name + ".tmp")
         shutil.copyfile(config.mask, beside)
-        record.put_in_place(beside, path)
+        snapshot.put_in_place(beside, path)
         return False
     flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
     flags += [f"--device={config.device}", f"--out={path}", f"--max-length={config.max_length}"]
     names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
+    names += ("device_map",)
     for name in names:
         if getattr(config, name) is not None:
             flags.append(f"--{name.replace('_', '-')}={getattr(config, name)}")
@@ -229,6 +237,7 @@ def make_mask(config: Config, run: Path, data) -> bool:
     of = f" on {len(data.train)} training examples of this run" * (config.mask_from == "task")
     print(f"  as python masks.py {shlex.join(flags)}{of}")
     args = masks.make_parser().parse_args(flags)
+    record.write_json(run / "config.json", record.MASK_MADE)
     try:
         sensitivity.save_mask(path, *masks.compute(args, data))
     except torch.OutOfMemoryError as error:

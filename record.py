@@ -30,6 +30,7 @@ from steplog import HEADER, METRICS, STEPS, Step, read_steps
 from tasks import UserError
 
 RESULT, MASK, SPARSE = "result.json", "mask.safetensors", "sparse.safetensors"
+MASK_MADE = {"mask": "made here"}  # config.json before the first step: {}, or this
 MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps are only more steps
     "model", "data_dir", "train_file", "validation_file", "test_file", "device", "device_map",
     "out", "steps", "save_model", "fingerprint", "text",
@@ -42,25 +43,26 @@ MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps 
 def make_run_directory(out: str | None, name: str) -> tuple[Path, int]:
     """`out`, or runs/`name` with a number, and its lock; UserError where it holds a run already.
 
-    What was killed before its first step holds nothing yet: `out` takes its directory over.
+    What was killed before its first step holds nothing yet: its directory is taken over.
     """
     number = 1
     while True:
         run = Path(out) if out is not None else Path("runs", name + f"-{number}" * (number > 1))
         try:
-            run.mkdir(parents=True, exist_ok=out is not None)
+            run.mkdir(parents=True, exist_ok=True)
             held = lock(run)
             if not _never_began(run):
                 os.close(held)
-                raise FileExistsError
+                hint = f"; --mask {run / MASK} is a mask" if (run / MASK).is_file() else ""
+                message = f"--out {run} is already there and not empty; choose another name"
+                raise UserError(message + hint)
             for left in EARLY:
                 (run / left).unlink(missing_ok=True)
             write_json(run / "config.json", {})
             return run, held
-        except FileExistsError as error:
+        except UserError:
             if out is not None:
-                message = f"--out {run} is already there and not empty; choose another name"
-                raise UserError(message) from error
+                raise
             number += 1
         except OSError as error:
             why = error.strerror or error
@@ -86,12 +88,17 @@ EARLY = [name + end for name in (STEPS, METRICS, MASK, "config.json") for end in
 def _never_began(run: Path) -> bool:
     """Is there nothing in a directory but what a run writes before its first step?
 
-    Its config.json, {}, comes first: a mask without one is somebody's own.
+    Its config.json comes first: a mask without one is somebody's own. One that was made here, and
+    not copied, may have taken hours, so it is not nothing.
     """
     names, config = {p.name for p in run.iterdir()}, run / "config.json"
     if not config.exists():
         return names <= {"config.json.tmp"}
-    return names <= set(EARLY) and config.read_bytes().strip() == b"{}"
+    try:
+        found = json.loads(config.read_bytes())
+    except ValueError:  # somebody else's
+        return False
+    return names <= set(EARLY) and (found == {} or found == MASK_MADE and MASK not in names)
 
 
 def begin(run: Path, settings: dict) -> None:
@@ -126,6 +133,8 @@ def kept(run: Path | None, mask_made: bool = False) -> Path | None:
         print(f"  the mask that was made is kept: --mask {run / MASK}")
     with contextlib.suppress(OSError):  # somebody else put something there
         run.rmdir()
+        if run.parent == Path("runs"):
+            run.parent.rmdir()  # where it was the first
     return None
 
 
@@ -154,8 +163,9 @@ def open_run(run: Path) -> tuple[dict, list[Step]]:
         settings = json.loads((run / "config.json").read_bytes())
     except ValueError as error:
         raise UserError(f"{run}/config.json is no JSON, torn or edited: {error}") from error
-    if not settings:
-        raise UserError(f"{run} stopped before its first step: delete it and start it again")
+    if settings in ({}, MASK_MADE):
+        hint = f", with --mask and a copy of {run / MASK}" * (run / MASK).is_file()
+        raise UserError(f"{run} stopped before its first step: delete it and start again{hint}")
     if not isinstance(settings, dict) or settings.get("fingerprint") != fingerprint(settings):
         raise UserError(
             f"{run}/config.json was changed after the run began: method, mask and all that decides "

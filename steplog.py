@@ -98,7 +98,8 @@ class StepLog:
         self.best, self.best_step = settings["start"]["validation_accuracy"], 0
         self.line: dict = {}  # of metrics, growing
         self.losses: list[float] = []  # of finite steps since the last line of metrics
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # alike
+        self.training_seconds = 0.0  # up to there, of every session
         self.knows_moved = False
         try:
             for name in (STEPS, METRICS) if run is not None else ():
@@ -232,12 +233,13 @@ class StepLog:
         return self._due(self.steps)
 
     def metrics(self, active_density: float) -> None:
-        """One line of metrics.jsonl; loss and seconds are means since the line before."""
+        """One line of metrics.jsonl; loss and seconds_per_step are means since the line before."""
         self.line |= {
             "step": self.steps,
             "loss": float(np.mean(self.losses)) if self.losses else None,
             "active_density": active_density,
             "seconds_per_step": float(np.mean(self.seconds)) if self.seconds else None,
+            "training_seconds": self.training_seconds + sum(self.seconds),
             "skipped": self.skipped,
         }
         self._append(METRICS, json.dumps(self.line))
@@ -267,9 +269,11 @@ class StepLog:
         if accuracy is not None and (self.best is None or accuracy > self.best):
             self.best, self.best_step = accuracy, self.steps
         self.knows_moved |= "moved" in self.line
+        self.training_seconds = self.line.get("training_seconds", self.training_seconds)
         self.line, self.losses, self.seconds = {}, [], []
 
     def result(self) -> dict:
-        """The step whose weights count as best, and how many steps were skipped."""
+        """The step whose weights count as best, how many steps were skipped, and what they took."""
         best_step = self.best_step if self.best is not None else self.steps
-        return {"best_step": best_step, "skipped": self.skipped}
+        found = {"best_step": best_step, "skipped": self.skipped}
+        return found | {"training_seconds": self.training_seconds}

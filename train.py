@@ -31,7 +31,7 @@ import steplog
 import tasks
 import workers
 import zo
-from presets import Config, check, check_mask, make_mask, presets, run_name
+from presets import Config, check, check_chosen, make_mask, presets, run_name
 from tasks import UserError
 
 # ------------------------------------------------------------------ training
@@ -202,12 +202,13 @@ def main(argv=None) -> None:
     try:
         group = workers.join()
         if resume is None:
-            config, tokenizer, data = prepare(given, group)
+            config = Config(**given)
+            check(config, group.size)
             if group.rank == 0:
                 run, lock = record.make_run_directory(config.out, run_name(config))
-                if config.method in masks.FEW:
-                    mask_made = make_mask(config, run, data)
+            tokenizer, data = prepare(config, given)
             if config.method in masks.FEW:
+                mask_made = group.rank == 0 and make_mask(config, run, data)
                 config.mask = record.MASK  # on all workers: the fingerprint covers it
             fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
         else:
@@ -235,22 +236,19 @@ def stop_now(number, _):
     raise KeyboardInterrupt(number)
 
 
-def prepare(given: dict, group):
-    """(config, tokenizer, data) of a new run, checked, completed and printed."""
-    config = Config(**given)
-    check(config, group.size)
-    loading.choose_device(config.device)
-    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
+def prepare(config: Config, given: dict):
+    """(tokenizer, data) of a new run, whose `config` is completed and printed."""
     data = loading.load_data(config)
+    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config)
     family = "tiny" if config.model == Config.model else model_config.model_type
     filled = presets(config, family)
     for name, (value, _) in filled.items():
         setattr(config, name, value)
-    if config.method in masks.FEW:
-        check_mask(config, loading.skeleton(model_config, config.trust_remote_code))
-        if config.mask is not None:
-            filled["density"] = config.density, "the mask's"
+    if config.method in masks.FEW or config.select:
+        check_chosen(config, loading.skeleton(model_config, config.trust_remote_code))
+    if config.method in masks.FEW and config.mask is not None:
+        filled["density"] = config.density, "the mask's"
     for name, value in asdict(config).items():
         source = filled[name][1] if name in filled else "you" if name in given else None
         if source:
@@ -258,7 +256,7 @@ def prepare(given: dict, group):
     train = f"train {len(data.train)}" + " at every step" * (len(data.train) <= config.batch_size)
     parts = f"{train}, validation {len(data.validation)}, test {len(data.test)}"
     print(f"  {'data':<14} {data.source}: {parts}")
-    return config, tokenizer, data
+    return tokenizer, data
 
 
 def reopen(run: Path, given: dict, group):
@@ -338,7 +336,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     if config.save_model:  # before the final result: only a run that has all of it has finished
         eval.save_checkpoint(handle.model, tokenizer, run / "model")
     result |= {"zero_shot": zero_shot.facts(), "last": last.facts(), "best": best.facts()}
-    result |= {"training_seconds": seconds, "seconds": time.perf_counter() - began}
+    result |= {"seconds": time.perf_counter() - began}  # of this session, with all there is
     result |= {"seed": config.seed, "data_seed": config.data_seed, "workers": group.size}
     record.draw_curve(run, f"{config.model}, {config.method}", zero_shot.value)
     record.write_json(run / record.RESULT, result | record.machine(handle.model.device))

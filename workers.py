@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from snapshot import put_in_place
 from tasks import UserError
 
 
@@ -72,7 +73,7 @@ class Group:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_name(f"{path.name}.{self.rank}")  # several on one machine
             beside.write_bytes(content)
-            beside.replace(path)
+            put_in_place(beside, path)
 
     def tell(self, value):
         """Worker 0's value, which must be JSON, on all workers."""

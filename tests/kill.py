@@ -120,7 +120,7 @@ def outcome(run: Path) -> dict:
     weights = Path(f"{run}.weights")  # of runs in a process of their own, see `install`
     return {
         "steps": (run / "steps.csv").read_bytes(),
-        "metrics": [{k: v for k, v in m.items() if k != "seconds_per_step"} for m in lines],
+        "metrics": [{k: v for k, v in m.items() if "seconds" not in k} for m in lines],
         "result": {k: result[k] for k in ("best_step", "skipped", "zero_shot", "last", "best")},
         "model": (run / "model" / "model.safetensors").read_bytes(),
         "weights": weights.read_bytes() if weights.exists() else None,

@@ -336,6 +336,16 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(what, at):
     assert kill.outcome(at / "run") == kill.outcome(at / "alone")
 
 
+def test_the_seconds_of_a_run_are_those_of_all_its_sessions(at):
+    """training_seconds of result.json is the sum over the lines of metrics, before and after."""
+    train.main([f"--resume={at}/run"])
+    lines = train.steplog.read_metrics(at / "run")
+    steps = [0] + [line["step"] for line in lines]
+    took = sum(m["seconds_per_step"] * (m["step"] - a) for m, a in zip(lines, steps, strict=False))
+    found = train.record.read_result(at / "run")["training_seconds"]
+    assert found == pytest.approx(took) and found == lines[-1]["training_seconds"] > 0
+
+
 def test_a_snapshot_is_used_and_bounds_the_replay(at, monkeypatch):
     """From step 8 on, not from the start; eval.py uses it too."""
     original, replayed = model_patch.Patch.update, []

@@ -228,7 +228,7 @@ def test_bad_flags_of_q_are_one_line(folder, mask, tmp_path, capsys, monkeypatch
         (["--rounding=nearest"], "their values are kept in fp32"),
         (["--refresh-every=5"], "only the dynamic mask of s-mezo"),
         (["--text=x.txt", "--mask-from=task"], "one of the two"),
-        (["--device-map=auto"], "make it first, then give --mask FILE"),
+        (["--device-map=auto"], "sees no GPU"),
         ([f"--mask={mask}", "--text=x.txt"], "leave out --mask-from, --text and --density"),
     ]
     for flags, message in cases:

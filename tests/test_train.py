@@ -214,6 +214,7 @@ def test_a_run_that_failed_before_its_first_step_gives_its_name_back(folder, tmp
         {"config.json": "{}"},
         {"config.json.tmp": "{"},
         {"config.json": "{}", "mask.safetensors": "…", "mask.safetensors.tmp": "…"},
+        {"config.json": json.dumps(record.MASK_MADE), "mask.safetensors.tmp": "…"},
         {"config.json": "{}", "steps.csv": "step,seed", "metrics.jsonl": ""},
     ],
     ids=",".join,
@@ -231,6 +232,19 @@ def test_what_was_killed_before_its_first_step_is_taken_over(left, folder, tmp_p
     run(folder, out)
     (out / "config.json").write_text("{}")  # a result beside it: no longer its beginning
     assert exit_code(arguments(folder, out)) == 2 and (out / "result.json").exists()
+
+
+def test_a_mask_made_for_a_run_that_was_killed_before_its_first_step_is_kept(tmp_path, capsys):
+    """It may be hours of work: no one takes its directory over, and the error says how to use it."""
+    name, run = "tiny-rte-senszoq-seed0", tmp_path / "run"
+    run.mkdir()
+    record.write_json(run / "config.json", record.MASK_MADE)
+    (run / record.MASK).write_text("…")
+    with pytest.raises(tasks.UserError, match=f"--mask {run / record.MASK} is a mask"):
+        record.make_run_directory(str(run), name)
+    assert (run / record.MASK).read_text() == "…"
+    with pytest.raises(tasks.UserError, match="stopped before its first step.* with --mask"):
+        record.open_run(run)
 
 
 def test_a_run_knows_whether_its_kernels_were_compiled(folder, tmp_path, monkeypatch, capsys):
@@ -348,8 +362,14 @@ def test_the_default_run_directory_has_a_name_of_its_own(folder, tmp_path, monke
     """Without --out runs are numbered, never overwritten."""
     monkeypatch.chdir(tmp_path)
     name = train.run_name(train.Config(model="some/llama", task="rte", seed=3))
-    names = [record.make_run_directory(None, name)[0].as_posix() for _ in range(2)]
-    assert names == ["runs/llama-rte-s-mezo-seed3", "runs/llama-rte-s-mezo-seed3-2"]
+    made = [record.make_run_directory(None, name) for _ in range(2)]
+    names = ["runs/llama-rte-s-mezo-seed3", "runs/llama-rte-s-mezo-seed3-2"]
+    assert [run.as_posix() for run, _ in made] == names
+    os.close(made[0][1])  # killed before its first step: its name is free again
+    assert record.make_run_directory(None, name)[0].as_posix() == names[0]
+    for run in names:
+        record.kept(Path(run))
+    assert not Path("runs").exists()
 
 
 BAD = {  # what the user types: what the one line must say
@@ -373,6 +393,9 @@ BAD = {  # what the user types: what the one line must say
     "--method=mezo --mask=packed": "mezo has none to choose",
     "--mask=packed --refresh-every=5": "only the dynamic mask",
     "--select=(": "no regular expression",
+    "--select=nothing": "no parameter moves: none matches 'nothing'",
+    "--method=senszoq --text=no.txt": "a .txt or .jsonl file that exists",
+    "--device-map=auto": "sees no GPU",
     "--vectors=some": "invalid choice",
     "--dtype=int8": "invalid choice",
     "--unknown-flag=1": "unrecognized arguments",
@@ -411,8 +434,8 @@ def test_bad_input_is_one_line_and_exit_code_2(typed, folder, tmp_path, capsys, 
     error = capsys.readouterr().err.strip().splitlines()
     assert BAD[typed] in error[-1], error
     assert "Traceback" not in "".join(error)
-    if not error[0].startswith("usage"):  # argparse prints its usage before its one line
-        assert len(error) == 1
+    assert len(error) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]  # nothing is left behind
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import eval
+import masks
 import record
 import scoring
+import sensitivity
 import tasks
 import train
 import workers
@@ -178,8 +180,9 @@ def one_bit(rank):
 def other_seed(rank):
     original = train.prepare
 
-    def prepare(given, group):
-        return original(given | {"seed": rank}, group)
+    def prepare(config, given):
+        config.seed = rank
+        return original(config, given)
 
     train.prepare = prepare
 
@@ -265,6 +268,11 @@ def test_a_model_under_accelerates_hooks_trains_as_any_other(folder):
     assert found[0] == found[1]
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+    losses = masks.text_losses(torch.arange(4, 16).view(2, 6))  # [Q]'s scores of such a model
+    scores = [sensitivity.fisher(model, losses) for model in models]
+    assert all(torch.equal(score, scores[1][name]) for name, score in scores[0].items())
+    assert hasattr(models[1].model.embed_tokens, "_hf_hook")
+    assert models[1].model.layers[0].forward.__wrapped__  # accelerate's again, not our checkpoint
 
 
 # ------------------------------------------------------------------ micro-batches
