@@ -234,12 +234,13 @@ class StepLog:
 
     def metrics(self, active_density: float) -> None:
         """One line of metrics.jsonl; loss and seconds_per_step are means since the line before."""
+        each = float(np.mean(self.seconds)) if self.seconds else None
         self.line |= {
             "step": self.steps,
             "loss": float(np.mean(self.losses)) if self.losses else None,
             "active_density": active_density,
-            "seconds_per_step": float(np.mean(self.seconds)) if self.seconds else None,
-            "training_seconds": self.training_seconds + sum(self.seconds),
+            "seconds_per_step": each,
+            "training_seconds": self.training_seconds + (each or 0) * len(self.losses),
             "skipped": self.skipped,
         }
         self._append(METRICS, json.dumps(self.line))

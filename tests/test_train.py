@@ -235,7 +235,7 @@ def test_what_was_killed_before_its_first_step_is_taken_over(left, folder, tmp_p
 
 
 def test_a_mask_made_for_a_run_that_was_killed_before_its_first_step_is_kept(tmp_path, capsys):
-    """It may be hours of work: no one takes its directory over, and the error says how to use it."""
+    """It may be hours of work: nobody takes its directory over, and the error says its use."""
     name, run = "tiny-rte-senszoq-seed0", tmp_path / "run"
     run.mkdir()
     record.write_json(run / "config.json", record.MASK_MADE)
