@@ -9,7 +9,7 @@ profile of Llama-3-8B on A100s). Weights are random: time and memory do not depe
     row                     one step is
     two forwards            L(θ; B) twice, no noise: the unit
     MeZO, in place          Algorithm 1 with torch.randn as MeZO runs it: draw, add; four sweeps
-    S-MeZO, in place        the same with a stored boolean mask, [S]'s vanilla implementation
+    S-MeZO, in place        the same times a boolean mask, made once and untimed: a lower bound
     mezo … sensitive        model_patch.py: mask and noise inside forward, both probes at once
     4 bits: two forwards    the unit of the next row: the model with its linears in NF4
     4 bits: senszoq         [Q]: 0.1 % moves, at random places
@@ -107,18 +107,18 @@ def in_place(masked: bool):
     return row
 
 
-def ours(rule: masks.Rule, few: bool = False):
-    """One step through model_patch.py; `few`: [Q], at 0.1 % of each block's matrices."""
+def ours(rule: masks.Rule | None = None):
+    """One step through model_patch.py; without a rule [Q]'s, at 0.1 % of each block's matrices."""
 
     @contextmanager
     def row(world: World):
-        index = None
-        if few:
-            index = {f"{path}.weight": m.index for path, m in quant.packed(world.model).items()}
-            if not index:
+        which = rule
+        if which is None:
+            which = {f"{path}.weight": m.index for path, m in quant.packed(world.model).items()}
+            if not which:
                 weights = sensitivity.decoder_linears(world.model)
-                index = {name: places(w, i) for i, (name, w) in enumerate(weights.items())}
-        handle = Patch(world.model, rule, eps=EPS, index=index, compiled=world.compiled)
+                which = {name: places(w, i) for i, (name, w) in enumerate(weights.items())}
+        handle = Patch(world.model, which, eps=EPS, compiled=world.compiled)
 
         def step(number: int) -> None:
             seed = zo.step_seed(0, number)
@@ -180,11 +180,11 @@ ROWS = {  # name: (is the model in 4 bits, the row)
     "s-mezo, constant mask": (False, ours(masks.ConstantMask(DENSITY))),
     "s-mezo, packed mask": (False, ours(masks.PackedMask(DENSITY))),
     "r-mezo": (False, ours(masks.RandomMask(DENSITY))),
-    "sensitive": (False, ours(masks.Everything(), few=True)),
+    "sensitive": (False, ours()),
     "LoRA": (False, lora),
     "Adam": (False, adam),
     "4 bits: two forwards": (True, two_forwards),
-    "4 bits: senszoq": (True, ours(masks.Everything(), few=True)),
+    "4 bits: senszoq": (True, ours()),
 }
 
 

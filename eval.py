@@ -32,13 +32,13 @@ import record
 import scoring
 import sensitivity
 import snapshot
+import sweep
 import tasks
 import workers
-import zo
 from loading import Settings
 from tasks import UserError
 
-HERE = {"dtype", "device", "device_map", "trust_remote_code"}  # not a run's to decide, but ours
+OURS = {"dtype", "device", "device_map", "trust_remote_code"}  # not a run's to decide, but ours
 
 
 class Accuracy(NamedTuple):
@@ -85,31 +85,32 @@ def accuracy(
 def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.Patch:
     """Patch a model as a run's config.json says. NaN in its weights is refused, once and here.
 
-    Compiled kernels round otherwise, so a run that began with them is not continued without. For a
-    new run settings["compiled"] becomes what is possible.
+    Compiled kernels round differently, so a run keeps the kind that it began with. For a new run
+    settings["compiled"] becomes what is possible.
     """
-    if "fingerprint" in settings and settings.get("arithmetic") != zo.ARITHMETIC:
-        raise UserError("a version of nanoZO that rounds otherwise made this run; go on with that")
+    if "fingerprint" in settings and settings.get("arithmetic") != sweep.ARITHMETIC:
+        raise UserError("this run is of a nanoZO that rounds differently: go on with that version")
     for name, weight in model.named_parameters():
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
             if not torch.stack(weight.detach().aminmax()).isfinite().all():  # NaN shows in both
                 raise UserError(f"{name} holds NaN or infinity; get a sound copy of the model")
-    rule = masks.make_rule(
-        settings["method"],
-        settings["density"],
-        kept=settings["mask"],
-        refresh_every=settings["refresh_every"],
-        seed=settings["seed"],
-    )
+    which = index
+    if which is None:
+        which = masks.make_rule(
+            settings["method"],
+            settings["density"],
+            kept=settings["mask"],
+            refresh_every=settings["refresh_every"],
+            seed=settings["seed"],
+        )
     try:
         handle = model_patch.Patch(
             model,
-            rule,
+            which,
             eps=settings["eps"],
             vectors=settings["vectors"],
             rounding=settings["rounding"],
             select=settings["select"],
-            index=index,
             compiled=settings["compiled"],
         )
     except ValueError as error:  # nothing selected
@@ -228,7 +229,7 @@ def open_sparse(path: Path, found: tuple, settings: Settings, model_config):
     if four_bits is None:
         for name in index:
             check(name, model.get_parameter(name))
-    handle = model_patch.Patch(model, masks.Everything(), index=index)
+    handle = model_patch.Patch(model, index)
     handle.load(values)
     handle.remove()
     return model
@@ -284,13 +285,13 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
         if missing := sorted(needed - about.keys()):
             raise UserError(f"{sparse} says no {missing[0]}: from another version; train again")
         other_data = asked & {"task", "data_dir", "train_file", "validation_file", "test_file"}
-        names = {"model"} if other_data else {f.name for f in fields(Settings)} - HERE
+        names = {"model"} if other_data else {f.name for f in fields(Settings)} - OURS
         given = {name: about[name] for name in names} | given  # the run's own, unless others are
     settings = Settings(**given)
     loading.check(settings)
     data = loading.load_data(settings)
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
-    if about is not None and asked <= HERE | {"model", "batch_size", "max_length"}:
+    if about is not None and asked <= OURS | {"model", "batch_size", "max_length"}:
         if data.fingerprint != about["data_fingerprint"]:
             raise UserError(f"the data of {sparse} have changed: {data.source}; name others")
     settings.max_length = loading.usable_length(settings.max_length, model_config)

@@ -295,9 +295,9 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of less than 64 MB, where it would hand them back at once.
 
     A forward frees its activations layer by layer. Getting them anew, a page fault per 4 kB, costs
-    up to a tenth of a step on a CPU, and more for the doubled batch than for two plain ones. To be
-    called when model and thresholds are there: kept, the weight-sized copies that those need left
-    10 GB of holes at 7B.
+    up to a tenth of a step on a CPU, and more for the doubled batch than for two plain ones. Call
+    it after loading and thresholds: their weight-sized temporaries, if kept, left 10 GB of holes at
+    7B.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # as in malloc.h

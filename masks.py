@@ -29,7 +29,7 @@ lines cost. A rule of your own is these few lines:
     SmallWeights       re-taken every step: S-MeZO, "dynamic mask"   h, one number per tensor
       refresh_every=k  the same, and h re-taken every k steps        h
     ConstantMask       taken once, before training: [S] §3.2         one byte per weight
-    PackedMask         the same, packed: [S] §3.3                    one bit per weight
+    PackedMask         the same, packed ([S] §3.3 packs m_t)         one bit per weight
     RandomMask         regenerated from a seed: R-MeZO               nothing
 
 [Q]'s mask is not a rule but an index, computed once and kept as a file, for any number of runs:
@@ -56,12 +56,12 @@ from sensitivity import (
     STATISTICS,
     decoder_linears,
     how_many,
-    identity,
     kth_smallest,
     largest,
     random_index,
     save_mask,
     sensitive_index,
+    signature,
     smallest,
 )
 from tasks import UserError
@@ -157,7 +157,10 @@ class ConstantMask(Rule):
 
 
 class PackedMask(ConstantMask):
-    """[S] §3.3 "1-bit quantization" of the same mask: weight j is bit j mod 8 of byte j div 8."""
+    """The constant mask at one bit per weight: weight j is bit j mod 8 of byte j div 8.
+
+    [S] §3.3's "1-bit quantization" packs each step's own m; with its forward nothing needs storing.
+    """
 
     def prepare(self, weight, stream):
         mask = super().prepare(weight, stream)
@@ -214,8 +217,8 @@ KINDS = ("sensitive", "random", "largest", "smallest")  # of [Q]'s masks, all of
 
 
 def make_rule(method: str, density: float, *, kept="dynamic", refresh_every=0, seed=0) -> Rule:
-    """The rule of a method; for s-mezo `kept` says how its mask is kept ([S] §3.2, §3.3)."""
-    if method == "mezo" or method in FEW:
+    """The rule of a method of [S]; for s-mezo `kept` says how its mask is kept (§3.2, §3.3)."""
+    if method == "mezo":
         return Everything()
     if method == "r-mezo":
         return RandomMask(density, seed)
@@ -321,7 +324,7 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
         index = {"largest": largest, "smallest": smallest}[args.kind](weights, args.density)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     made |= {"dtype": str(model.dtype).removeprefix("torch."), **versions}
-    return index, made | {"matrices": identity(weights)}
+    return index, made | {"matrices": signature(weights)}
 
 
 def make_parser() -> argparse.ArgumentParser:

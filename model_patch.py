@@ -7,33 +7,32 @@ forward of every module that owns parameters is wrapped; while a probe is open, 
 the module's noise, computes θ + ε ẑ and θ − ε ẑ in scratch memory, and runs the module's own
 forward with them.
 
-    code              paper                      code       paper
-    losses(…, seed)   l⁺ and l⁻                  rule       m = GetMask(θ, h), see masks.py
-    update(seed, a)   θ ← θ + a ẑ, a = −ηg       stream     i, the number of the tensor
+    code              paper                      code            paper
+    losses(…, seed)   l⁺ and l⁻                  _perturbed      θ ± ε m(θ) ⊙ z, in scratch
+    update(seed, a)   θ ← θ + a ẑ, a = −ηg       _linear, _run   ( … ) x + b
 
 How it works. Both probes run in one pass: the batch is stacked twice, [x; x]; a wrapper splits
 every tensor argument that holds the doubled batch, gives θ + ε ẑ the first half and θ − ε ẑ the
-second, and joins the results. One traversal, one noise draw and one weight read, where MeZO has
-two, four and six. An embedding draws the noise of the looked-up rows alone. Tied weights agree,
-because noise belongs to the parameter, not to the module that uses it.
+second, and joins the results. A step traverses the model once where MeZO does twice, draws z twice
+(probes, update) and not four times, reads θ twice and not six times. An embedding draws the noise
+of the looked-up rows alone. Tied weights agree: noise belongs to the parameter, not to the module.
 
 There is no model-specific code: wrapped is whatever owns a parameter, be it Linear, Embedding,
 norm, Conv1D or fused experts. The one condition is that a parameter is used by the forward of the
 module that owns it; one that is not (Mamba reads its convolution's weight directly) is an error
-that names it. Where a module's input has lost the batch dimension the two probes run one after the
-other.
+that names it. Where a module's input has lost the batch dimension the probes run in turn.
 
-[Q]'s layers (`index`) are the same idea with few moving places: one matrix serves both probes,
+[Q]'s layers (an index) are the same idea with few moving places: one matrix serves both probes,
 value + ε z is written into its k places for the first half of the batch and value − ε z for the
 second. In 4 bits that matrix is unpacked once per step, where two plain forwards unpack it twice;
 in 16 bits it is the weight itself, whose k places are scratch during the forward and afterwards
-rewritten from the values, which are fp32. (One product of the doubled batch and a sparse one for
-±ε z are slower, CSR, embedding_bag or index_add: by a fifth to two thirds at 2 × 1024 tokens.)
+rewritten from the values, which are fp32. (A dense product of the doubled batch plus a sparse one
+for ±ε z, by CSR, embedding_bag or index_add, is 20 to 67 % slower at 2 × 1024 tokens.)
 
 Why it matters. θ is bit-identical after any number of probes; in place, ±ε drifts per step by ten
 times a typical update in fp16, by eighty times in bf16. The mask comes from the unperturbed θ by
 construction. Memory is that of inference: weights, activations of the doubled batch, and two copies
-of the largest weight (the scratch, shared by all layers).
+of the largest module's weights (the scratch, shared by all).
 
 What it costs: two fused passes over the weights per step, one for the probes and one for the update
 (sweep.py; bench.py measures them). What differs from Algorithm 1: l⁻ is taken at θ − ε ẑ at once,
@@ -60,42 +59,43 @@ class LostBatch(Exception):
 
 
 class Patch:
-    """A model whose weights can be probed and updated under `rule`; undone by `remove`.
+    """A model whose weights can be probed and updated; undone by `remove`.
 
-    handle = Patch(model, rule)
+    handle = Patch(model, which)
     loss_plus, loss_minus = handle.losses(inputs, loss_fn, seed)
-    handle.update(seed, float(-lr * zo.projected_grad(loss_plus, loss_minus, eps)))
+    handle.update(seed, float(-lr * zo.projected_grad(loss_plus, loss_minus, handle.eps)))
 
-    eps: ε, 1e-3 in both papers. vectors: what happens to one-dimensional tensors (norms, biases),
-    of which [S] says nothing: "masked" like the rest, "free" (all of them move) or "frozen".
-    select: a regular expression on parameter names; all parameters by default, as in MeZO and [S].
-    index: [Q], {parameter name: its places that move}; nothing else does, and there is no choice by
-    rule, vectors or select. rounding: of updates to 16-bit weights, "stochastic" or "nearest".
-    compiled: fuse noise, mask and add (needs a C++ compiler, on a GPU Triton).
+    which: which weights move. A rule of masks.py ([S], MeZO), or [Q]'s index, {parameter name:
+    sorted flat positions, (k,) int}. eps: ε, 1e-3 in both papers. compiled: fuse noise, mask and
+    add (needs a C++ compiler, on a GPU Triton). With a rule only: vectors: what happens to one-
+    dimensional tensors (norms, biases), of which [S] says nothing: "masked" like the rest, "free"
+    (all of them move) or "frozen". select: a regular expression on parameter names; all parameters
+    by default, as in MeZO and [S]. rounding: of updates to 16-bit weights ([Q]'s are fp32).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        rule: masks.Rule,
+        which: masks.Rule | dict[str, Tensor],
         *,
         eps: float = 1e-3,
         vectors: str = "masked",
         select: str = "",
-        index: dict[str, Tensor] | None = None,
         rounding: str = "stochastic",
         compiled: bool = False,
     ):
         if rounding not in moving.ROUNDING or not 0 < eps < float("inf"):
-            raise ValueError(f"rounding {rounding!r} is one of {moving.ROUNDING}; eps {eps} > 0")
+            raise ValueError(
+                f"rounding {rounding!r}: {moving.ROUNDING}; eps {eps}: above 0, finite"
+            )
         if model.training:
             raise ValueError("in training mode dropout drowns the probes; call model.eval() first")
         self.model, self.eps, self.sweep = model, eps, sweep.Sweep(compiled)
         self.stochastic = rounding == "stochastic"
-        if index is not None:
-            found = moving.choose_few(model, index)
+        if isinstance(which, dict):
+            found = moving.choose_few(model, which)
         else:
-            found = moving.choose(model, rule, vectors, select)
+            found = moving.choose(model, which, vectors, select)
         self.weights = list(found.values())  # what modules own
         self.moving = list(dict.fromkeys(p.whole for p in self.weights))  # what is swept
         devices = {p.flat.device for p in self.moving}
@@ -269,8 +269,8 @@ class Patch:
         """(l⁺, l⁻) of [S] Algorithm 1 on one batch, as 0-dim tensors. θ is not written.
 
         `inputs`: the model's keyword arguments, tensors of B rows (input_ids (B, T), …) and plain
-        values; `loss_fn`: the logits of B rows to a scalar. Raises ValueError, naming it, where a
-        parameter was chosen to move and no wrapped forward used it.
+        values, input_ids among them; `loss_fn`: the logits of B rows to a scalar, better in fp32.
+        ValueError where a parameter was chosen to move and no wrapped forward used it.
         """
         if self.one_pass:
             rows, tokens = inputs["input_ids"].shape

@@ -48,9 +48,9 @@ class Moving:
 class Few:
     """[Q]: the k places `index` of one matrix move; `flat` holds their values, in fp32.
 
-    An fp16 copy would lose most updates of size 1e-6. Index and values are parts of `whole`, where
-    those of all matrices of a device stand one after the other: one matrix alone has less work
-    (45,000 values in Llama-2-7B's largest) than a kernel takes to be called, and there are 224.
+    An fp16 copy would lose most updates of size 1e-6. `index` and `flat` are slices of `whole`, the
+    concatenation over a device's matrices: alone, each (at most 45,000 values in Llama-2-7B) is
+    less work than a kernel's launch, 224 times.
 
     `weight` is the 16-bit matrix itself: at its k places it is scratch, rewritten from `flat`
     whenever it is read. In 4 bits there is no such matrix (None): the layer unpacks one.
@@ -121,8 +121,8 @@ def choose_few(model, index: dict[str, Tensor]) -> dict[int, Few]:
         else:
             key, layer = model.get_parameter(name), None
             weight, size = key.detach(), key.numel()
-            last = int(places[-1])
-            assert weight.is_contiguous() and last < size, f"{name}: place {last} of {size}"
+            if (last := int(places[-1])) >= size or not weight.is_contiguous():
+                raise ValueError(f"{name}: place {last} of {size}, or the weight is not contiguous")
             places = places.to(weight.device, torch.int64)
             values = weight.view(-1)[places].float()
         if not torch.isfinite(values).all():

@@ -28,7 +28,7 @@ from tasks import UserError
 
 @dataclass
 class Config(Settings):
-    """Every setting of a run: those of loading.py and these. None: filled in by `presets`."""
+    """Every setting of a run: those of loading.py and these. None: filled in by `fill_in`."""
 
     method: str = setting("s-mezo", "which weights move", masks.METHODS)
     density: float | None = setting(None, "share of the weights that move, in (0, 1]")
@@ -79,7 +79,7 @@ TINY = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
 }
 
 
-def presets(config: Config, family: str) -> dict[str, tuple[object, str]]:
+def fill_in(config: Config, family: str) -> dict[str, tuple[object, str]]:
     """{setting: (value, source)} for what the user did not say. `family`: tiny, llama, opt, …"""
     if config.method in masks.FEW:
         found = {"lr": FEW_RATE, "steps": (20_000, "[Q]"), "density": (0.001, "[Q]: 0.1 %")}

@@ -118,8 +118,8 @@ def reopen(run: Path, settings: dict, steps: int) -> None:
     (run / RESULT).unlink(missing_ok=True)
 
 
-def kept(run: Path | None, mask_made: bool = False) -> Path | None:
-    """A run directory that has logged a step; one without gives its name back.
+def give_up(run: Path | None, mask_made: bool = False) -> Path | None:
+    """Remove the directory of a run that logged no step; that of another is returned.
 
     `mask_made`: the mask was hours of work, perhaps. It stays, and a line says so.
     """

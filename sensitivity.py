@@ -254,7 +254,7 @@ def overlap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 # ------------------------------------------------------------------ a mask as a file
 
 
-def identity(weights: dict[str, Tensor]) -> dict:
+def signature(weights: dict[str, Tensor]) -> dict:
     """What tells one model from another: names, shapes and eight values of each matrix.
 
     Compared to within a 16-bit rounding, so a mask of the fp32 model fits the same model in bf16
@@ -269,7 +269,7 @@ def _sample(weight: Tensor) -> list[float]:
 
 
 def save_mask(path, index: dict[str, Tensor], provenance: dict) -> None:
-    """Write {name: positions} and where they come from ("matrices" is `identity`'s answer).
+    """Write {name: positions} and where they come from ("matrices" is `signature`'s answer).
 
     A file of that name is replaced by a complete one or not at all.
     """
@@ -331,10 +331,3 @@ def _another_model(path, provenance, why: str) -> UserError:
         f"{path} was made for {provenance['model']}, not for this model: {why}; give that model, "
         "or make a mask for this one with python masks.py"
     )
-
-
-def load_mask(path, model) -> tuple[dict[str, Tensor], dict]:
-    """(index, provenance) of a mask file made for this model; UserError otherwise."""
-    index, provenance = read_mask(path)
-    check_mask(path, index, provenance, decoder_linears(model))
-    return index, provenance

@@ -4,8 +4,9 @@
 
 The functions of zo.py are the kernel: `Sweep` compiles them, with a rule's mask (masks.py), to some
 1.6 ns per weight on two CPU cores, where `torch.randn` alone takes 3.6 (torch 2.13 makes two loops
-of it, with radius and angle written between them). Without a compiler the same lines run in small
-chunks, ten times slower. θ is read once for both probes and z is never stored.
+of it there, with radius and angle written between them; for a GPU one Triton kernel, without
+temporaries). Without a compiler the same lines run in small chunks, ten times slower. θ is read
+once for both probes and z is never stored.
 
     code       meaning
     words      the two random words of a draw: z comes of them, and so does the noise of rounding
@@ -21,17 +22,19 @@ import warnings
 import torch
 from torch import Tensor
 
-from zo import MAX_ELEMENTS, PAIR, draw_of, normal, normal_pair, random_words, shifted
+from zo import HALF, MAX_ELEMENTS, draw_of, normal, normal_pair, random_words, shifted
+
+ARITHMETIC = 2  # raise it when an update's bits change: a log replays only under its own number
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, high: Tensor, low: Tensor) -> Tensor:
     """fp32 `value` to a neighbour in fp16 or bf16, up or down, so that the mean is `value`.
 
     An update far below the spacing of θ's dtype is lost by rounding to nearest, every time; this
-    way it arrives on average. Random bits are added where `dtype` has none (the last 16 of fp32 for
-    bf16, 13 for fp16), and what is there then is cut off: it carries as often as it should. The
-    random bits are the low bytes of z's own two words. They are its last: of 1,000 z one differs by
-    more than 1e-5 without them, so rounding does not see z, and no second draw is needed.
+    way it arrives on average. Uniform bits are added below `dtype`'s last place (fp32's last 16 for
+    bf16, 13 for fp16), and the sum is cut there: it carries with the right probability. They are
+    the low bytes of z's own words; dropping them moves one z in 1,000 by over 1e-5, so rounding is
+    all but independent of z, without a second draw.
     """
     info = torch.finfo(dtype)
     cut = 23 + int(math.log2(info.eps))  # fp32 has 23 bits behind the point, bf16 7, fp16 10
@@ -55,17 +58,18 @@ def draw_at(index: Tensor, seed, stream) -> list:
 
 
 def draw_blocks(start: Tensor, like: Tensor, seed, stream) -> list:
-    """[(z, elements, words)] of both halves of whole blocks from element `start` on: the same as
+    """[(z, elements, words)] of both halves of whole blocks from element `start` on: the z of
     `draw_at`, each tensor (blocks, 64) like `like`.
 
-    Each draw serves both halves. The second has the words the other way round, so that not the same
-    bits round both.
+    Each draw serves both halves. The second has the words the other way round, so that other bits
+    round it (in the rest of a tensor that fills no block, e and e + 64 share theirs).
     """
-    draw = torch.arange(like.numel(), device=like.device).view(-1, PAIR) + start // 2
+    assert like.stride() == (2 * HALF, 1)  # so that a compiled kernel may move 16 bytes at a time
+    draw = torch.arange(like.numel(), device=like.device).view(-1, HALF) + (start >> 1)
     words = random_words(seed, stream, draw)
     cosine, sine = normal_pair(*words)
     element = draw + (draw >> 6 << 6)
-    return [(cosine, element, words), (sine, element + PAIR, words[::-1])]
+    return [(cosine, element, words), (sine, element + HALF, words[::-1])]
 
 
 def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, stochastic):
@@ -89,7 +93,7 @@ def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, s
 
 def halves(flat: Tensor) -> list[Tensor]:
     """Of whole blocks of 128 the first 64 and the last: two times (blocks, 64)."""
-    return [half.data for half in flat.view(-1, 2, PAIR).unbind(1)]  # `.data`: see `alone`
+    return [half.data for half in flat.view(-1, 2, HALF).unbind(1)]  # `.data`: see `alone`
 
 
 def alone(flat: Tensor) -> list[Tensor]:
@@ -104,15 +108,16 @@ class Sweep:
     so whether a run was compiled belongs to its record; how it was chunked changes nothing.
     """
 
-    # elements: eager temporaries of 8 bytes stay in L2, compiled ones of 4 in L3; on a GPU, where a
-    # launch costs more, they take a few hundred MB
-    CHUNK = {"cpu": (1 << 16, 1 << 22), "cuda": (1 << 22, 1 << 25)}  # (eager, compiled)
+    # elements: eager temporaries of 8 bytes stay in L2, compiled ones of 4 in L3; on a GPU eager
+    # ones take a few hundred MB, compiled ones nothing, and a launch costs more
+    CHUNK = {"cpu": (1 << 16, 1 << 22), "cuda": (1 << 22, 1 << 28)}  # (eager, compiled)
 
     def __init__(self, compiled: bool = False):
         self.kernel, self.worked = None, False
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # a few per rule and dtype; the default is 8
-            self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True)
+            options = {"triton.autotune_pointwise": False}  # its trials copy what is written
+            self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True, options=options)
 
     @property
     def compiled(self) -> bool:
@@ -125,24 +130,21 @@ class Sweep:
         """Flat `outs` ← θ + a·m⊙z, rounded to nearest in their dtype or stochastically. Numbers (a,
         seed, stream) are 0-dim tensors on θ's device, so that a new value never recompiles. `out`
         may be θ itself, the same object."""
-        numel, device, last = theta.numel(), theta.device, (mask, state, stochastic)
+        numel, device = theta.numel(), theta.device
         assert index is not None or numel <= MAX_ELEMENTS, f"{numel} elements exceed the counter"
-        whole = 0 if index is not None else numel // (2 * PAIR) * (2 * PAIR)
+        whole = 0 if index is not None else numel // (2 * HALF) * (2 * HALF)
         chunk = self.CHUNK["cuda" if theta.is_cuda else "cpu"][self.compiled]
-
-        def cut(parts, start, end):
-            own = parts(theta[start:end])
-            return [own if o is theta else parts(o[start:end]) for o in outs], coefficients, own
-
-        for start in range(0, whole, chunk):  # whole blocks
-            first = torch.full((), start, device=device)  # no copy from the host
-            own = cut(halves, start, min(start + chunk, whole))
-            self._run(*own, None, first, seed, stream, *last)
-        for start in range(whole, numel, chunk):  # picked elements, or what the blocks left over
-            end = min(start + chunk, numel)
-            which = torch.arange(start, end, device=device) if index is None else index[start:end]
-            its = stream[start:end].long() if stream.dim() else stream
-            self._run(*cut(alone, start, end), which, None, seed, its, *last)
+        for start in (*range(0, whole, chunk), *range(whole, numel, chunk)):
+            if start < whole:
+                cut, end, at, its = halves, min(start + chunk, whole), None, stream
+                first = torch.full((), start, device=device)  # no copy from the host
+            else:  # picked elements, or what the blocks left over
+                cut, end, first = alone, min(start + chunk, numel), None
+                at = torch.arange(start, end, device=device) if index is None else index[start:end]
+                its = stream[start:end].long() if stream.dim() else stream
+            own = cut(theta[start:end])
+            into = [own if out is theta else cut(out[start:end]) for out in outs]
+            self._run(into, coefficients, own, at, first, seed, its, mask, state, stochastic)
 
     def _run(self, *arguments) -> None:
         if self.kernel is not None:

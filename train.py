@@ -28,10 +28,11 @@ import record
 import scoring
 import snapshot
 import steplog
+import sweep
 import tasks
 import workers
 import zo
-from presets import Config, check, check_chosen, make_mask, presets, run_name
+from presets import Config, check, check_chosen, fill_in, make_mask, run_name
 from tasks import UserError
 
 # ------------------------------------------------------------------ training
@@ -216,12 +217,12 @@ def main(argv=None) -> None:
             lock = record.lock(resume) if group.rank == 0 else None
             fine_tune(config, resume, settings, tokenizer, data, group)
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
-        kept = resume or record.kept(run, mask_made)
+        kept = resume or record.give_up(run, mask_made)
         if kept and isinstance(error, OSError | SafetensorError):  # a full disk, above all
             error = UserError(f"{error}; all before it is kept: --resume {kept} goes on")
         raise SystemExit(loading.fail("train.py", error)) from None
     except KeyboardInterrupt as stop:
-        kept = resume or record.kept(run, mask_made)
+        kept = resume or record.give_up(run, mask_made)
         print("\ntrain.py: stopped" + f"; python train.py --resume {kept} goes on" * bool(kept))
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     finally:
@@ -242,7 +243,7 @@ def prepare(config: Config, given: dict):
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config)
     family = "tiny" if config.model == Config.model else model_config.model_type
-    filled = presets(config, family)
+    filled = fill_in(config, family)
     for name, (value, _) in filled.items():
         setattr(config, name, value)
     if config.method in masks.FEW or config.select:
@@ -353,7 +354,7 @@ def facts(config: Config, model, data: tasks.Data, index) -> dict:
     """What config.json holds of model and data, so that the run can be replayed from anywhere."""
     found = {
         "compiled": worth_compiling(config, model, index),
-        "arithmetic": zo.ARITHMETIC,
+        "arithmetic": sweep.ARITHMETIC,
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_fingerprint": loading.fingerprint(model),
         "data_fingerprint": data.fingerprint,

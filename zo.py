@@ -1,4 +1,4 @@
-"""Zeroth-order optimisation: noise, the two-point estimate, Algorithms 1 and 2.
+"""Zeroth-order optimisation: Algorithms 1 and 2 as printed, and the noise that they are made of.
 
 [S] is Sparse MeZO (Liu et al., 2024), [Q] is SensZOQ (Guo et al., 2024). Both do three things:
 
@@ -12,29 +12,12 @@
     a                  ±ε, −2ε or −ηg    projected_grad   proj_grad, g
     eps, lr            ε, η              seed             s, fresh for every step
 
-This module never sees a model: parameters are plain tensors and the loss is a closure, so a
-quadratic and a 7B model run the same code. `sparse_mezo_step` is Algorithm 1 as printed, in place:
-the reference that the tests compare against. Training uses the same primitive through
-model_patch.py (§3.3 of [S]).
+`sparse_mezo_step` is [S]'s step; MeZO's is the same with masks of ones, [Q]'s with masks that never
+change. No model is seen here: parameters are plain tensors and the loss is a closure, so a
+quadratic and a 7B model run the same code, in place: the reference that tests compare with.
+Training uses the same primitive, `shifted`, through model_patch.py (§3.3 of [S]).
 
-Noise is a function, not a stream. MeZO regenerates z by reseeding the global generator and visiting
-the parameters in the same order. Here z is a pure function of (seed, stream, element):
-Philox-2x32-10 (Salmon et al., SC'11), a ten-round cipher of a counter. So its random words are the
-same on every device, in any chunking and visiting order, and z is, to the last bit or two in which
-logarithms and cosines round; the rows of an embedding can be drawn alone; the global generator is
-never touched; and a log of (seed, a) pairs replays a run, to the bit on the same kind of device.
-(`torch.randn` can do none of this.)
-
-The counter is 64 bits and the key 32. They are divided so that no two draws ever share an input:
-
-    word           bits     holds
-    counter 0      16 + 16  seed's upper bits, stream: which tensor
-    counter 1      32       which draw; one serves two elements of the flattened tensor
-    key            32       seed's lower bits
-
-and a step's 48-bit seed is 24 bits of run seed and 24 bits of step (`step_seed`).
-
-What it costs: as written here, memory for all of z at once, and ten times the time of sweep.py,
+What it costs: as written here, memory for a tensor's whole z, and ten times the time of sweep.py,
 which makes fused loops of the same functions.
 """
 
@@ -42,81 +25,6 @@ import math
 
 import torch
 from torch import Tensor
-
-MULTIPLIER, WEYL, WORD = 0xD256D193, 0x9E3779B9, 0xFFFFFFFF  # Philox-2x32's constants; 32 ones
-MAX_RUN_SEED, MAX_STEP = 1 << 24, 1 << 24
-MAX_ELEMENTS, MAX_STREAMS = 1 << 32, 1 << 15  # the upper half of the streams is for masks
-ARITHMETIC = 2  # goes up when an update gets other bits: a run is continued by its own kind
-PAIR = 64  # two elements this far apart share one draw of two words
-
-
-def philox(counter0, counter1: Tensor, key):
-    """Philox-2x32-10: 64 counter bits and 32 key bits to 64 random bits, as two words.
-
-    Words are non-negative int64 below 2³². The product c·M of two of them would overflow int64,
-    which C++ leaves undefined (and gcc did break); c·(M − 2³²) + c·2³² is the same and never does.
-    """
-    for _ in range(10):
-        product = counter0 * (MULTIPLIER - (1 << 32))
-        high, low = (product >> 32) + counter0 & WORD, product & WORD
-        counter0, counter1 = high ^ key ^ counter1, low
-        key = (key + WEYL) & WORD
-    return counter0, counter1
-
-
-def random_words(seed, stream, index: Tensor):
-    """Two random 32-bit words for each number `index` (int64) of tensor `stream` under `seed`.
-
-    `seed` (48 bits) and `stream` (16 bits) are ints, or 0-dim int64 tensors inside a compiled
-    kernel. (The element is counter 1, so the first product is one number for the whole tensor; as
-    counter 0 it also made torch 2.13's compiler, seeing small indices, multiply in 32 bits.)
-    """
-    return philox(seed >> 32 << 16 | stream, index, seed & WORD)
-
-
-def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ)."""
-    radius = torch.sqrt(-2.0 * torch.log((word0.float() + 1.0) * 2.0**-32))  # log of (0, 1]
-    angle = word1.float() * (2.0 * math.pi * 2.0**-32)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
-
-
-def draw_of(index: Tensor) -> Tensor:
-    """Which draw serves an element: one serves two, e and e + 64 of each block of 128.
-
-        element   0 … 63   64 … 127   128 … 191   192 … 255   …
-        draw      0 … 63    0 … 63     64 … 127    64 … 127   …
-        is its    r cos φ   r sin φ    r cos φ     r sin φ
-
-    Two for the price of one; 64 apart, so that a kernel reads and writes both in whole lines.
-    """
-    return index >> 7 << 6 | index & 63
-
-
-def normal(index: Tensor, word0: Tensor, word1: Tensor) -> Tensor:
-    """z ~ N(0, 1), fp32, one per element of `index`: its half of the draw with these words."""
-    first, second = normal_pair(word0, word1)
-    return torch.where((index & PAIR) == 0, first, second)
-
-
-def gaussian(seed: int, stream: int, shape, *, start: int = 0, device="cpu") -> Tensor:
-    """The noise z of one tensor, fp32 of `shape`, from its element `start` on.
-
-    A row range equals the slice of the whole: gaussian(s, i, (2, c), start=3 * c) is rows 3 and 4.
-    """
-    numel = math.prod(shape)
-    assert 0 <= stream < 2 * MAX_STREAMS, f"stream {stream} does not fit 16 bits"
-    assert 0 <= seed < 1 << 48, f"seed {seed} does not fit 48 bits"
-    assert 0 <= start <= start + numel <= MAX_ELEMENTS, f"element {start + numel} exceeds 32 bits"
-    index = torch.arange(start, start + numel, device=device)
-    return normal(index, *random_words(seed, stream, draw_of(index))).view(shape)
-
-
-def step_seed(run_seed: int, step: int) -> int:
-    """The seed of one training step; one-to-one, so no two steps of any two runs share noise."""
-    assert 0 <= run_seed < MAX_RUN_SEED, f"run seed {run_seed} is not in [0, 2^24)"
-    assert 0 <= step < MAX_STEP, f"step {step} is not in [0, 2^24)"
-    return run_seed << 24 | step
 
 
 def shifted(theta: Tensor, a, mask: Tensor, z: Tensor) -> Tensor:
@@ -132,8 +40,8 @@ def shifted(theta: Tensor, a, mask: Tensor, z: Tensor) -> Tensor:
 def perturb_parameters(theta: list[Tensor], a: float, seed: int, masks: list[Tensor]) -> None:
     """[S] Algorithm 2, PerturbParameters: θ_i ← θ_i + m_i ⊙ a z_i, in place, z_i redrawn from seed.
 
-    `theta`: tensors of any shape; the position in the list is the noise stream. `masks`: boolean,
-    alike.
+    `theta`: tensors of any shape and float dtype; tensor i draws from noise stream i. `masks`:
+    booleans of the same shapes. ValueError where the lists differ in length.
     """
     for stream, (theta_i, mask_i) in enumerate(zip(theta, masks, strict=True)):
         z_i = gaussian(seed, stream, theta_i.shape, device=theta_i.device)
@@ -164,3 +72,96 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
     g = projected_grad(loss_plus, loss_minus, eps)
     perturb_parameters(theta, -lr * g, seed, masks)  # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
     return loss_plus, loss_minus, g
+
+
+# ------------------------------------------------------------------ the noise
+#
+# Noise is a function, not a stream. MeZO regenerates z by reseeding the global generator and
+# visiting the parameters in the same order. Here z is a pure function of (seed, stream, element):
+# Philox-2x32-10 (Salmon et al., SC'11), a ten-round cipher of a counter. Its random words are equal
+# on every device, in any chunking or order; z too, up to the last bit or two of log and cos. Rows
+# of an embedding can be drawn alone, the global generator is never touched, and a log of (seed, a)
+# replays a run, to the bit on the same kind of device. (`torch.randn` can do none of this.)
+#
+# The counter is 64 bits and the key 32. They are divided so that no two draws ever share an input:
+#
+#     word           bits     holds
+#     counter 0      16 + 16  seed's upper bits, stream: which tensor
+#     counter 1      32       which draw; one serves two elements of the flattened tensor
+#     key            32       seed's lower bits
+#
+# and a step's 48-bit seed is 24 bits of run seed and 24 bits of step (`step_seed`).
+
+MULTIPLIER, WEYL, WORD = 0xD256D193, 0x9E3779B9, 0xFFFFFFFF  # Philox-2x32's constants; 32 ones
+MAX_RUN_SEED, MAX_STEP = 1 << 24, 1 << 24
+MAX_ELEMENTS, MAX_STREAMS = 1 << 32, 1 << 15  # the upper half of the streams is for masks
+HALF = 64  # of a block of 128 elements: one this far from another shares its draw of two words
+
+
+def philox(counter0, counter1: Tensor, key):
+    """Philox-2x32-10: 64 counter bits and 32 key bits to 64 random bits, as two words.
+
+    Words are non-negative int64 below 2³². The product c·M of two of them would overflow int64,
+    which C++ leaves undefined (and gcc did break); c·(M − 2³²) + c·2³² is the same and never does.
+    """
+    for _ in range(10):
+        product = counter0 * (MULTIPLIER - (1 << 32))
+        high, low = (product >> 32) + counter0 & WORD, product & WORD
+        counter0, counter1 = high ^ key ^ counter1, low
+        key = (key + WEYL) & WORD
+    return counter0, counter1
+
+
+def random_words(seed, stream, index: Tensor):
+    """Two random 32-bit words for each number `index` (int64) of tensor `stream` under `seed`.
+
+    `seed` (48 bits) and `stream` (16 bits) are ints, or 0-dim int64 tensors inside a compiled
+    kernel. (The element is counter 1, so the first product is one number for the whole tensor; as
+    counter 0 it also made torch 2.13's compiler, seeing small indices, multiply in 32 bits.)
+    """
+    return philox(seed >> 32 << 16 | stream, index, seed & WORD)
+
+
+def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ)."""
+    radius = torch.sqrt(-2.0 * torch.log((word0.float() + 1.0) * 2.0**-32))  # log of (0, 1]
+    angle = word1.float() * math.radians(360 * 2.0**-32)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def draw_of(index: Tensor) -> Tensor:
+    """Which draw serves an element: one serves two, e and e + 64 of each block of 128.
+
+        element   0 … 63   64 … 127   128 … 191   192 … 255   …
+        draw      0 … 63    0 … 63     64 … 127    64 … 127   …
+        is its    r cos φ   r sin φ    r cos φ     r sin φ
+
+    Two for the price of one; 64 apart, so that a kernel reads and writes both in whole lines.
+    """
+    return index >> 7 << 6 | index & 63
+
+
+def normal(index: Tensor, word0: Tensor, word1: Tensor) -> Tensor:
+    """z ~ N(0, 1), fp32, one per element of `index`: its half of the draw with these words."""
+    first, second = normal_pair(word0, word1)
+    return torch.where((index & HALF) == 0, first, second)
+
+
+def gaussian(seed: int, stream: int, shape, *, start: int = 0, device="cpu") -> Tensor:
+    """The noise z of one tensor, fp32 of `shape`, from its element `start` on.
+
+    A row range equals the slice of the whole: gaussian(s, i, (2, c), start=3 * c) is rows 3 and 4.
+    """
+    numel = math.prod(shape)
+    assert 0 <= stream < 2 * MAX_STREAMS, f"stream {stream} does not fit 16 bits"
+    assert 0 <= seed < 1 << 48, f"seed {seed} does not fit 48 bits"
+    assert 0 <= start <= start + numel <= MAX_ELEMENTS, f"element {start + numel} exceeds 32 bits"
+    index = torch.arange(start, start + numel, device=device)
+    return normal(index, *random_words(seed, stream, draw_of(index))).view(shape)
+
+
+def step_seed(run_seed: int, step: int) -> int:
+    """The seed of one training step; one-to-one, so no two steps of any two runs share noise."""
+    assert 0 <= run_seed < MAX_RUN_SEED, f"run seed {run_seed} is not in [0, 2^24)"
+    assert 0 <= step < MAX_STEP, f"step {step} is not in [0, 2^24)"
+    return run_seed << 24 | step

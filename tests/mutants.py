@@ -100,7 +100,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "return run_seed << 24 | step", "return run_seed + step",
      "test_zo::test_step_seeds_are_one_to_one"),
     ("the same noise in every chunk", "sweep",
-     ".view(-1, PAIR) + start // 2", ".view(-1, PAIR)",
+     ".view(-1, HALF) + (start >> 1)", ".view(-1, HALF)",
      "test_sweep::test_the_eager_kernel_is_the_primitive_in_chunks"),
     ("16-bit weights updated in 16 bits", "zo",
      "wide = torch.promote_types(theta.dtype, torch.float32)", "wide = theta.dtype",

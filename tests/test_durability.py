@@ -499,11 +499,11 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(base, at, capsys, monkey
 
 
 def test_a_run_of_another_arithmetic_is_refused(at, capsys, monkeypatch):
-    """Where a version rounds updates otherwise, older logs are not continued with it."""
-    monkeypatch.setattr(train.zo, "ARITHMETIC", -1)
+    """Where a version rounds updates differently, older logs are not continued with it."""
+    monkeypatch.setattr(train.sweep, "ARITHMETIC", -1)
     before = contents(at / "run")
     for argv, main in (([f"--resume={at}/run"], train.main), (command(EVAL, at)[1], eval.main)):
-        assert "of nanoZO that rounds otherwise made this run" in error_of(main, argv, capsys)
+        assert "of a nanoZO that rounds differently" in error_of(main, argv, capsys)
     assert contents(at / "run") == before
 
 

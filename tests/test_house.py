@@ -50,9 +50,9 @@ IMPORTS = {  # who may know whom: downward only
         "scoring",
         "sensitivity",
         "snapshot",
+        "sweep",
         "tasks",
         "workers",
-        "zo",
     },
     "train": {
         "eval",
@@ -63,6 +63,7 @@ IMPORTS = {  # who may know whom: downward only
         "scoring",
         "snapshot",
         "steplog",
+        "sweep",
         "tasks",
         "workers",
         "zo",

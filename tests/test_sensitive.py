@@ -399,13 +399,19 @@ def test_overlap_of_a_known_answer_and_of_chance():
 # ------------------------------------------------------------------ files
 
 
+def load_mask(path, model):
+    index, provenance = sensitivity.read_mask(path)
+    sensitivity.check_mask(path, index, provenance, decoder_linears(model))
+    return index, provenance
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A model, a mask of it, and the file."""
     model = build("llama")
     weights = decoder_linears(model)
     index = sensitivity.random_index(weights, 0.05, 1)
-    made = {"model": "some/llama", "matrices": sensitivity.identity(weights)}
+    made = {"model": "some/llama", "matrices": sensitivity.signature(weights)}
     sensitivity.save_mask(tmp_path / "mask.safetensors", index, made)
     return model, index, tmp_path / "mask.safetensors"
 
@@ -414,7 +420,7 @@ def saved(tmp_path):
 def test_a_mask_file_comes_back_in_every_dtype(saved, dtype):
     """Indices and provenance as they were; a mask of fp32 weights fits the same in 16 bits."""
     model, index, path = saved
-    found, made = sensitivity.load_mask(path, model.to(dtype))
+    found, made = load_mask(path, model.to(dtype))
     assert equal(found, index) and made["model"] == "some/llama"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -443,7 +449,7 @@ def test_a_mask_for_another_model_is_refused_and_says_for_which(saved, other):
     else:
         model = build("opt")
     with pytest.raises(UserError, match="was made for some/llama, not for this model") as error:
-        sensitivity.load_mask(path, model)
+        load_mask(path, model)
     assert "\n" not in str(error.value)
 
 
@@ -472,7 +478,7 @@ def test_a_file_that_is_no_mask_is_refused_in_one_line(saved, damage):
     elif damage == "order":
         save_file({name: i.flip(0) for name, i in index.items()}, path, made)
     with pytest.raises(UserError, match="mask.safetensors") as error:
-        sensitivity.load_mask(path, model)
+        load_mask(path, model)
     assert "\n" not in str(error.value)
 
 
@@ -483,7 +489,7 @@ def test_an_index_beyond_its_matrix_is_refused(saved):
     index[name][-1] = 1024
     sensitivity.save_mask(path, index, sensitivity.read_mask(path)[1])
     with pytest.raises(UserError, match=f"{name} has 1024 weights, no 1024"):
-        sensitivity.load_mask(path, model)
+        load_mask(path, model)
 
 
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
@@ -588,7 +594,7 @@ def test_the_command_writes_the_mask_that_the_functions_compute(folder, tmp_path
     facts |= {"density": 0.01, "dtype": "float32", "torch": torch.__version__}
     assert made.items() >= facts.items()
     assert made["source"] == f"{folder}/text.jsonl" and made["model"] == f"{folder}/model"
-    assert equal(sensitivity.load_mask(out, model)[0], index)
+    assert equal(load_mask(out, model)[0], index)
     again, _ = command(folder, tmp_path / "b", *flags, "--groups=4", "--scores-device=cpu")
     assert equal(index, again)
     assert not equal(index, command(folder, tmp_path / "c", *flags, "--statistic=of-mean")[0])
@@ -626,7 +632,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
     flags = ["--samples=6", "--length=128", "--density=0.001"]
     masks.main([f"--model={model}", f"--text={text}", f"--out={out}", *flags])
     loaded = loading.load_model(str(model))
-    index, _ = sensitivity.load_mask(out, loaded)
+    index, _ = load_mask(out, loaded)
     tokenizer, _ = loading.load_tokenizer(str(model))
     texts = loading.read_texts(str(shared / "data/text/tinystories_sample.txt"))
     windows = loading.text_windows(tokenizer, texts, 6, 128, 0)

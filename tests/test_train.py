@@ -340,12 +340,12 @@ def exit_code(argv, main=train.main):
 
 def test_presets_are_the_papers_tables():
     """Table 8's sparsities become densities; grids, steps and ε are [S]'s; the user's word wins."""
-    found = train.presets(train.Config(task="rte"), "llama")
+    found = train.fill_in(train.Config(task="rte"), "llama")
     assert found["density"] == (0.25, "[S] Table 8: sparsity 0.75 on rte")
     assert found["steps"][0] == 20_000 and found["lr"][0] in (1e-6, 2e-6, 3e-6, 4e-6, 5e-6)
-    assert train.presets(train.Config(task="boolq"), "mistral")["density"][0] == 0.4
-    assert train.presets(train.Config(method="mezo"), "llama")["lr"][0] in (5e-7, 1e-6, 2e-6)
-    assert "lr" not in train.presets(train.Config(lr=1.0), "llama")
+    assert train.fill_in(train.Config(task="boolq"), "mistral")["density"][0] == 0.4
+    assert train.fill_in(train.Config(method="mezo"), "llama")["lr"][0] in (5e-7, 1e-6, 2e-6)
+    assert "lr" not in train.fill_in(train.Config(lr=1.0), "llama")
     assert train.Config().eps == 1e-3 and train.Config().batch_size == 16
 
 
@@ -368,7 +368,7 @@ def test_the_default_run_directory_has_a_name_of_its_own(folder, tmp_path, monke
     os.close(made[0][1])  # killed before its first step: its name is free again
     assert record.make_run_directory(None, name)[0].as_posix() == names[0]
     for run in names:
-        record.kept(Path(run))
+        record.give_up(Path(run))
     assert not Path("runs").exists()
 
 
