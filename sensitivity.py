@@ -160,13 +160,19 @@ def how_many(weights: dict[str, Tensor], density: float) -> dict[str, int]:
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:
-    """The k-th smallest of a flat tensor, 0-dim, counted from 1; on the CPU `values` is reordered.
+    """The k-th smallest of a flat tensor, 0-dim, counted from 1; `values` may be reordered.
 
-    `torch.quantile` refuses more than 2²⁴ elements; on the CPU numpy's partition takes a sixth of
-    `kthvalue`'s time. ValueError where a value is not finite.
+    `torch.quantile` refuses more than 2²⁴ elements. There are only 2¹⁵ magnitudes of 16 bits, in
+    the order of their bits, so they are counted: an eighth of the time of numpy's partition, which
+    on the CPU takes a sixth of `kthvalue`'s. UserError where a value is not finite.
     """
-    if not torch.isfinite(torch.stack(values.aminmax())).all():
+    low, high = values.aminmax()
+    if not (low.isfinite() and high.isfinite()):
         raise UserError("the weight holds NaN or infinity, so it has no threshold")
+    if values.element_size() == 2 and low >= 0:
+        bits = values.view(torch.int16).bitwise_and_(0x7FFF)  # −0 is 0
+        counts = torch.bincount(bits, minlength=1 << 15)
+        return torch.searchsorted(counts.cumsum(0), k).to(torch.int16).view(values.dtype)
     if values.is_cuda:
         return values.kthvalue(k).values
     array = values.float().numpy() if values.element_size() < 4 else values.numpy()

@@ -21,6 +21,8 @@ import tasks
 from sensitivity import decoder_linears, fisher, sensitive, sensitive_index
 from tasks import UserError
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 ROOT = Path(masks.__file__).resolve().parent
 WINDOWS = torch.randint(3, 96, (5, 8), generator=torch.Generator().manual_seed(0))
 LINEARS = {  # what the papers mask, spelled out for one block
@@ -267,6 +269,21 @@ def test_top_is_exactly_k_also_where_values_tie(values, data):
         order = sorted(range(len(values)), key=lambda i: (-values[i], i))
         assert found.tolist() == sorted(order[:k]) and found.dtype == torch.int32
         assert tensor.tolist() == values
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_kth_smallest_is_that_of_the_sorted_values(sign, dtype, device):
+    """Of magnitudes, counted where they have 16 bits, and of negative ones; zeros, ties, tiny."""
+    values = (torch.randn(1001) * 10.0 ** torch.randint(-9, 4, (1001,))).to(dtype).abs() * sign
+    values = torch.cat([values, values[:300], torch.zeros(30, dtype=dtype)]).to(device)
+    for k in (1, 2, 30, 31, 500, 1330, 1331):
+        found = sensitivity.kth_smallest(values.clone(), k)
+        assert found.dtype == dtype and found.dim() == 0 and found.device == values.device
+        assert found == values.sort().values[k - 1]
+    zeros = -torch.zeros(5, dtype=dtype, device=device)
+    assert sensitivity.kth_smallest(zeros, 3) == 0
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
