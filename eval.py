@@ -15,6 +15,7 @@ Model, data and settings must be those of the run: fingerprints tell.
 """
 
 import math
+import os
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -42,10 +43,11 @@ OURS = {"dtype", "device", "device_map", "trust_remote_code"}  # not a run's to 
 
 
 class Accuracy(NamedTuple):
-    """Share of n examples answered right."""
+    """Share of n examples answered right; of `broken` ones a score was not finite."""
 
     value: float
     n: int
+    broken: int = 0
 
     @property
     def error(self) -> float:
@@ -54,10 +56,12 @@ class Accuracy(NamedTuple):
 
     def facts(self) -> dict:
         """As it stands in result.json."""
-        return {"accuracy": self.value, "standard_error": self.error, "n": self.n}
+        found = {"accuracy": self.value, "standard_error": self.error, "n": self.n}
+        return found | {"not_finite": self.broken}
 
     def __str__(self):
-        return f"{self.value:.3f} ± {self.error:.3f} (n = {self.n})"
+        broken = f", {self.broken} of them without finite scores" if self.broken else ""
+        return f"{self.value:.3f} ± {self.error:.3f} (n = {self.n}{broken})"
 
 
 @torch.no_grad()
@@ -66,17 +70,25 @@ def accuracy(
 ) -> Accuracy:
     """Share of examples whose right option has the highest mean log-probability.
 
-    Of several workers each answers its share, and all know the result.
+    Of several workers each answers its share, and all know the result. UserError where no score
+    of any example is finite.
     """
-    right = 0
+    right = broken = 0
     mine = group.share(sorted(examples, key=lambda e: len(e.prompt)))  # little padding
     quiet = {"leave": False, "delay": 5, "disable": group.rank > 0}
     for start in tqdm(range(0, len(mine), batch_size), "evaluating", **quiet):
         part = mine[start : start + batch_size]
         batch = scoring.collate(tokenizer, part, max_length=max_length, device=model.device)
         logits = model(**batch.inputs(model), use_cache=False).logits
-        right += int(scoring.correct(logits, batch).sum())
-    return Accuracy(group.sum([right])[0] / len(examples), len(examples))
+        found, finite = scoring.correct(logits, batch)
+        right, broken = right + int(found.sum()), broken + int((~finite).sum())
+    right, broken = group.sum([right, broken])
+    if broken == len(examples):
+        raise UserError(
+            "no log-probability of any example is finite: float16 overflow (try --dtype bfloat16), "
+            "or weights broken by too high a rate"
+        )
+    return Accuracy(right / len(examples), len(examples), int(broken))
 
 
 # ------------------------------------------------------------------ runs
@@ -263,6 +275,8 @@ def main(argv=None) -> None:
             raise UserError("--run or --sparse, not both")
         if shots < 0:
             raise UserError(f"--shots {shots}: at least 0")
+        if save and os.path.exists(save) and not (os.path.isdir(save) and not os.listdir(save)):
+            raise UserError(f"--save {save} is already there and not empty; choose another name")
         if run is not None:
             print(evaluate_run(run, step, given, split, save))
         else:
@@ -302,6 +316,7 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     if not examples:
         raise UserError(f"the {split} split is empty")
+    cut = scoring.check_examples(tokenizer, examples, settings.max_length)
     if sparse is not None:
         model = open_sparse(sparse, found_sparse, settings, model_config)
     else:
@@ -318,6 +333,7 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
     if sparse is not None:
         name += f" with the values of {sparse}, step {about['step']}"
         how = f"{shots} shots" if shots else "no shots"
+    how += f", {cut} prompts cut to {settings.max_length} tokens" * bool(cut)
     return f"{name}, {how}, {data.source}: {split} accuracy {found}"
 
 

@@ -58,6 +58,11 @@ class Settings:
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line, as all of ours are, and not the whole usage."""
 
+    def __init__(self, **how):
+        super().__init__(**how)
+        with contextlib.suppress(AttributeError):  # a test's stdout is no terminal
+            sys.stdout.reconfigure(errors="replace")  # "±" in ASCII
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
 

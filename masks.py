@@ -15,14 +15,7 @@
 A rule has two methods. `prepare` looks at a weight once, before training, and returns what must be
 kept for it (a threshold, a bit per weight, nothing); `mask` answers for any of its elements, from
 the unperturbed θ and what was kept. It is traced into the fused kernel, so a rule costs what its
-lines cost. A rule of your own is these few lines:
-
-    class LargeWeights(Rule):
-        def prepare(self, weight, stream):
-            return threshold(weight, 1 - self.density)
-        @staticmethod
-        def mask(theta, index, state):
-            return theta.abs() > state
+lines cost; README.md has one of five lines.
 
     rule               the mask is                                   kept
     Everything         all ones: MeZO                                nothing
@@ -276,6 +269,8 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
     task = args.task or args.train_file
     if bool(args.text) + bool(task) + (args.kind != "sensitive") > 1:
         raise UserError("give one of --text, --task and --kind random, largest or smallest")
+    if args.data_dir and not args.task:
+        raise UserError(f"--data-dir {args.data_dir}: the folder of a task; give --task")
     folder = Path(args.out).absolute().parent
     if not os.access(folder, os.W_OK) or Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: the name of a file in a folder that can be written to")

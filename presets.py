@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -110,6 +110,25 @@ def fill_in(config: Config, family: str) -> dict[str, tuple[object, str]]:
     found["eval_every"] = max(1, steps // 10), "steps / 10"
     found["log_every"] = max(1, steps // 200), "steps / 200"
     return {name: v for name, v in found.items() if getattr(config, name) is None}
+
+
+def complete(config: Config, given: dict, model_config) -> None:
+    """All that the user did not say, filled in; each value is printed with its source.
+
+    Raises UserError where what is to move does not fit the model.
+    """
+    config.max_length = loading.usable_length(config.max_length, model_config)
+    filled = fill_in(config, "tiny" if config.model == Config.model else model_config.model_type)
+    for name, (value, _) in filled.items():
+        setattr(config, name, value)
+    if config.method in masks.FEW or config.select:
+        check_chosen(config, loading.skeleton(model_config, config.trust_remote_code))
+    if config.method in masks.FEW and config.mask is not None:
+        filled["density"] = config.density, "the mask's"
+    for name, value in asdict(config).items():
+        source = filled[name][1] if name in filled else "you" if name in given else None
+        if source:
+            print(f"  {name:<14} {value!s:<24} {source}")
 
 
 def check(config: Config, workers: int = 1) -> None:
@@ -215,17 +234,14 @@ def check_chosen(config: Config, skeleton) -> None:
         config.density = about["density"]
 
 
-def make_mask(config: Config, run: Path, data) -> bool:
-    """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would.
-
-    True where it was made.
-    """
+def make_mask(config: Config, run: Path, data) -> None:
+    """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would."""
     path = run / record.MASK
     if config.mask is not None:
         beside = path.with_name(path.name + ".tmp")
         shutil.copyfile(config.mask, beside)
         snapshot.put_in_place(beside, path)
-        return False
+        return
     flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
     flags += [f"--device={config.device}", f"--out={path}", f"--max-length={config.max_length}"]
     names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
@@ -237,7 +253,7 @@ def make_mask(config: Config, run: Path, data) -> bool:
     of = f" on {len(data.train)} training examples of this run" * (config.mask_from == "task")
     print(f"  as python masks.py {shlex.join(flags)}{of}")
     args = masks.make_parser().parse_args(flags)
-    record.write_json(run / "config.json", record.MASK_MADE)
+    record.write_json(run / "config.json", {"mask_from": config.mask_from})
     try:
         sensitivity.save_mask(path, *masks.compute(args, data))
     except torch.OutOfMemoryError as error:
@@ -250,4 +266,3 @@ def make_mask(config: Config, run: Path, data) -> bool:
         torch.cuda.empty_cache()
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)
-    return True

@@ -30,7 +30,6 @@ from steplog import HEADER, METRICS, STEPS, Step, read_steps
 from tasks import UserError
 
 RESULT, MASK, SPARSE = "result.json", "mask.safetensors", "sparse.safetensors"
-MASK_MADE = {"mask": "made here"}  # config.json before the first step: {}, or this
 MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps are only more steps
     "model", "data_dir", "train_file", "validation_file", "test_file", "device", "device_map",
     "out", "steps", "save_model", "fingerprint", "text",
@@ -45,12 +44,15 @@ def make_run_directory(out: str | None, name: str) -> tuple[Path, int]:
 
     What was killed before its first step holds nothing yet: its directory is taken over.
     """
-    number = 1
+    number = tries = 1
     while True:
         run = Path(out) if out is not None else Path("runs", name + f"-{number}" * (number > 1))
         try:
             run.mkdir(parents=True, exist_ok=True)
             held = lock(run)
+            if not os.path.samestat(os.fstat(held), run.stat()):
+                os.close(held)
+                raise FileNotFoundError(f"{run} is being removed")
             if not _never_began(run):
                 os.close(held)
                 hint = f"; --mask {run / MASK} is a mask" if (run / MASK).is_file() else ""
@@ -65,6 +67,9 @@ def make_run_directory(out: str | None, name: str) -> tuple[Path, int]:
                 raise
             number += 1
         except OSError as error:
+            tries += 1
+            if isinstance(error, FileNotFoundError | FileExistsError) and tries < 100:
+                continue  # another process removed it meanwhile
             why = error.strerror or error
             raise UserError(f"cannot write to --out {run}: {why}") from error
 
@@ -88,17 +93,22 @@ EARLY = [name + end for name in (STEPS, METRICS, MASK, "config.json") for end in
 def _never_began(run: Path) -> bool:
     """Is there nothing in a directory but what a run writes before its first step?
 
-    Its config.json comes first: a mask without one is somebody's own. One that was made here, and
-    not copied, may have taken hours, so it is not nothing.
+    Its config.json comes first: a mask without one is somebody's own.
     """
-    names, config = {p.name for p in run.iterdir()}, run / "config.json"
-    if not config.exists():
+    names, config = {p.name for p in run.iterdir()}, _config(run)
+    if config is None:
         return names <= {"config.json.tmp"}
+    return names <= set(EARLY) and set(config) <= {"mask_from"} and not (config and MASK in names)
+
+
+def _config(run: Path) -> dict | None:
+    """config.json; before the first step {}, or {"mask_from": …} where a mask is made here, which
+    may take hours, so that it is not nothing. None where there is none."""
     try:
-        found = json.loads(config.read_bytes())
-    except ValueError:  # somebody else's
-        return False
-    return names <= set(EARLY) and (found == {} or found == MASK_MADE and MASK not in names)
+        found = json.loads((run / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def begin(run: Path, settings: dict) -> None:
@@ -118,14 +128,15 @@ def reopen(run: Path, settings: dict, steps: int) -> None:
     (run / RESULT).unlink(missing_ok=True)
 
 
-def give_up(run: Path | None, mask_made: bool = False) -> Path | None:
+def give_up(run: Path | None) -> Path | None:
     """Remove the directory of a run that logged no step; that of another is returned.
 
-    `mask_made`: the mask was hours of work, perhaps. It stays, and a line says so.
+    A mask that was made for it stays, and a line says so.
     """
     log = run and run / STEPS
     if run is None or (log.exists() and log.stat().st_size > len(HEADER) + 1):
         return run
+    mask_made = (run / MASK).exists() and (_config(run) or {}).get("mask_from")
     for name in EARLY:
         if name != MASK or not mask_made:
             (run / name).unlink(missing_ok=True)
@@ -163,7 +174,7 @@ def open_run(run: Path) -> tuple[dict, list[Step]]:
         settings = json.loads((run / "config.json").read_bytes())
     except ValueError as error:
         raise UserError(f"{run}/config.json is no JSON, torn or edited: {error}") from error
-    if settings in ({}, MASK_MADE):
+    if isinstance(settings, dict) and set(settings) <= {"mask_from"}:
         hint = f", with --mask and a copy of {run / MASK}" * (run / MASK).is_file()
         raise UserError(f"{run} stopped before its first step: delete it and start again{hint}")
     if not isinstance(settings, dict) or settings.get("fingerprint") != fingerprint(settings):

@@ -166,6 +166,22 @@ def lm_loss(logits: Tensor, batch: Batch) -> Tensor:
     return -torch.where(right, _log_probs(logits, batch), 0.0).sum() / right.sum()
 
 
-def correct(logits: Tensor, batch: Batch) -> Tensor:
-    """[B] bool: is the most likely option the right one? The mean is the accuracy."""
-    return option_scores(logits, batch).argmax(1) == batch.labels
+def correct(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Two of [B] bool: is the most likely option the right one; and is every score a finite number?
+
+    Where not, the answer is not right: `argmax` takes the first NaN, often the commonest label.
+    """
+    scores = option_scores(logits, batch)
+    finite = (scores.isfinite() | ~batch.valid).all(1)
+    return (scores.argmax(1) == batch.labels) & finite, finite
+
+
+def check_examples(tokenizer, examples: list[Example], max_length: int) -> int:
+    """How many prompts lose their beginning. UserError as in `encode`, before hours of training."""
+    cut = 0
+    for example in examples:
+        whole = encode(tokenizer, example, 1 << 30)
+        if any(length >= max_length for _, length in whole):
+            encode(tokenizer, example, max_length)  # raises
+        cut += any(len(ids) > max_length for ids, _ in whole)
+    return cut

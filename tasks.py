@@ -190,7 +190,7 @@ def load_examples(
         files = [Path(f) for f in (train_file, validation_file or test_file, test_file)]
         what = 'a line {"prompt", "options", "label"}'
         train, pool, test = (_from_file(f, _own_example, what) for f in files)
-        classification = len({e.options for e in train + pool + test}) == 1
+        classification = len({frozenset(e.options) for e in train + pool + test}) == 1
         pool = pool if validation_file else None
         default = 500 if pool else min(500, len(train) // 3)
         source = ", ".join(dict.fromkeys(map(str, files)))
@@ -225,7 +225,8 @@ def _own_example(row: dict) -> list[Example]:
     prompt, options, label = row["prompt"], row["options"], row["label"]
     if not _is_text(prompt):
         raise ValueError(f"prompt {prompt!r} must be text, not empty")
-    if not isinstance(options, list) or len(set(filter(_is_text, options))) < max(2, len(options)):
+    texts = {o.rstrip() for o in options if _is_text(o)} if isinstance(options, list) else ()
+    if len(texts) < 2 or len(texts) < len(options):
         raise ValueError(f"options {options!r} must be a list of 2 or more different texts")
     if type(label) is not int or not 0 <= label < len(options):  # a bool is an int, but no label
         raise ValueError(f"label {label!r} must be an integer from 0 to {len(options) - 1}")

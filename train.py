@@ -32,7 +32,7 @@ import sweep
 import tasks
 import workers
 import zo
-from presets import Config, check, check_chosen, fill_in, make_mask, run_name
+from presets import Config, check, complete, make_mask, run_name
 from tasks import UserError
 
 # ------------------------------------------------------------------ training
@@ -198,18 +198,20 @@ def main(argv=None) -> None:
     parser = loading.make_parser(Config, __doc__.split("\n\n")[0])
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run that stopped")
     given = vars(parser.parse_args(argv))
-    resume, run, lock, mask_made = given.pop("resume", None), None, None, False
-    before = signal.signal(signal.SIGTERM, stop_now)  # as Ctrl-C; inside the loop see `Stop`
+    resume, run, lock, before = given.pop("resume", None), None, None, signal.SIG_DFL
     try:
         group = workers.join()
+        before = signal.signal(signal.SIGTERM, stop_now)  # as Ctrl-C; inside the loop see `Stop`
         if resume is None:
             config = Config(**given)
             check(config, group.size)
             if group.rank == 0:
                 run, lock = record.make_run_directory(config.out, run_name(config))
             tokenizer, data = prepare(config, given)
+            group.check_same(int(data.fingerprint, 16), "data")
             if config.method in masks.FEW:
-                mask_made = group.rank == 0 and make_mask(config, run, data)
+                if group.rank == 0:
+                    make_mask(config, run, data)
                 config.mask = record.MASK  # on all workers: the fingerprint covers it
             fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
         else:
@@ -217,12 +219,12 @@ def main(argv=None) -> None:
             lock = record.lock(resume) if group.rank == 0 else None
             fine_tune(config, resume, settings, tokenizer, data, group)
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
-        kept = resume or record.give_up(run, mask_made)
+        kept = resume or record.give_up(run)
         if kept and isinstance(error, OSError | SafetensorError):  # a full disk, above all
             error = UserError(f"{error}; all before it is kept: --resume {kept} goes on")
         raise SystemExit(loading.fail("train.py", error)) from None
     except KeyboardInterrupt as stop:
-        kept = resume or record.give_up(run, mask_made)
+        kept = resume or record.give_up(run)
         print("\ntrain.py: stopped" + f"; python train.py --resume {kept} goes on" * bool(kept))
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     finally:
@@ -241,22 +243,15 @@ def prepare(config: Config, given: dict):
     """(tokenizer, data) of a new run, whose `config` is completed and printed."""
     data = loading.load_data(config)
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
-    config.max_length = loading.usable_length(config.max_length, model_config)
-    family = "tiny" if config.model == Config.model else model_config.model_type
-    filled = fill_in(config, family)
-    for name, (value, _) in filled.items():
-        setattr(config, name, value)
-    if config.method in masks.FEW or config.select:
-        check_chosen(config, loading.skeleton(model_config, config.trust_remote_code))
-    if config.method in masks.FEW and config.mask is not None:
-        filled["density"] = config.density, "the mask's"
-    for name, value in asdict(config).items():
-        source = filled[name][1] if name in filled else "you" if name in given else None
-        if source:
-            print(f"  {name:<14} {value!s:<24} {source}")
+    complete(config, given, model_config)
     train = f"train {len(data.train)}" + " at every step" * (len(data.train) <= config.batch_size)
     parts = f"{train}, validation {len(data.validation)}, test {len(data.test)}"
     print(f"  {'data':<14} {data.source}: {parts}")
+    loss = "over the options' scores" if data.classification else "of the right option's tokens"
+    print(f"  {'loss':<14} cross-entropy {loss}")
+    examples = data.train + data.validation + data.test
+    if cut := scoring.check_examples(tokenizer, examples, config.max_length):
+        print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
     return tokenizer, data
 
 
@@ -346,6 +341,8 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
         print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
     if result["best_step"] == 0 and (index is not None or config.save_model):
         print("no step was better on validation than the start, so the ORIGINAL weights are saved")
+    if log.skipped:
+        print(f"{log.skipped} of {config.steps} steps were skipped: a loss was not finite")
     took = f"{config.steps - before} steps and their validation took {seconds:.0f} s"
     print(f"{run}/ holds the run; {took}")
 

@@ -89,10 +89,7 @@ class Group:
         try:
             collective(*arguments)
         except RuntimeError as error:  # the connection of a process that is gone
-            raise UserError(
-                f"worker {self.rank} lost another worker; --resume continues the run, with any "
-                f"number of workers ({str(error).splitlines()[0][:80]})"
-            ) from error
+            raise ConnectionError(f"worker {self.rank} lost another worker") from error
 
 
 ALONE = Group()
@@ -102,9 +99,10 @@ def join() -> Group:
     """The group that torchrun started, or this process alone. Only worker 0 prints."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
-        # a worker that dies is noticed at once; the time is that of making [Q]'s mask
+        minutes, hours = timedelta(minutes=10), timedelta(hours=3)  # to meet; to make [Q]'s mask
         try:
-            dist.init_process_group("gloo", timeout=timedelta(hours=3))
+            store, *_ = next(dist.rendezvous("env://", timeout=minutes))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=hours)
         except (ValueError, RuntimeError) as error:
             why = str(error).strip().splitlines()[0][:80]
             raise UserError(f"cannot meet the other workers, use torchrun ({why})") from error

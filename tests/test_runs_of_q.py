@@ -65,7 +65,7 @@ def answers(model, tokenizer, folder):
     batch = scoring.collate(tokenizer, data.test)
     with torch.no_grad():
         logits = model(**batch.inputs(model), use_cache=False).logits
-    return scoring.correct(logits, batch)
+    return scoring.correct(logits, batch)[0]
 
 
 # ------------------------------------------------------------------ round trips

@@ -673,6 +673,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
         (["--text={folder}/text.jsonl", "--groups=0"], "--groups 0: at least 1"),
         (["--text={folder}/text.jsonl", "--task=rte"], "give one of --text, --task"),
         (["--text={folder}/text.jsonl", "--kind=random"], "give one of --text, --task"),
+        (["--kind=random", "--data-dir=/none"], "the folder of a task; give --task"),
         (["--text={folder}/text.jsonl", "--device=tpu"], "--device tpu"),
         (["--text={folder}/text.jsonl", "--scores-device=tpu"], "--device tpu"),
         (["--task=ret"], "did you mean rte?"),

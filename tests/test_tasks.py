@@ -685,12 +685,33 @@ def test_losses_are_mezos(llama, examples):
     right = [mezo_log_probs(llama, TOKENIZER, e, e.options[e.label]) for e in examples]
     assert abs(scoring.lm_loss(logits, batch) + torch.cat(right).mean()) < 1e-5
     best = [int(s.argmax()) == e.label for s, e in zip(scores, examples, strict=True)]
-    assert scoring.correct(logits, batch).tolist() == best
+    assert scoring.correct(logits, batch)[0].tolist() == best
     only = collate(TOKENIZER, examples, score="right")
     assert abs(scoring.lm_loss(run(llama, only), only) + torch.cat(right).mean()) < 1e-5
     assert len(only.input_ids) == len(examples) and only.valid.sum() == len(examples)
     with pytest.raises(UserError, match="all options"):
         scoring.classification_loss(run(llama, only), only)
+
+
+def test_a_score_that_is_not_finite_is_no_right_answer():
+    """argmax of NaN is the first option, which would make the share of label 0 the accuracy."""
+    examples = [*YES_NO[:2], Example("it", (" was", " ran", " red"), 0)]
+    batch = collate(TOKENIZER, examples)
+    logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
+    assert scoring.correct(logits, batch)[1].all()  # an option that two examples lack is no NaN
+    logits[batch.row[batch.slot // batch.num_options == 1]] = torch.nan
+    right, finite = scoring.correct(logits, batch)
+    assert finite.tolist() == [True, False, True] and not right[1]
+
+
+def test_examples_are_checked_before_training():
+    """Prompts that lose their beginning are counted, an option without room is an error."""
+    short, long = Example("a b", (" red", " blue"), 0), Example("a b c a b c", (" red", " blue"), 0)
+    length = max(len(ids) for ids, _ in scoring.encode(TOKENIZER, short))
+    assert scoring.check_examples(TOKENIZER, [short, long, long], length) == 2
+    assert scoring.check_examples(TOKENIZER, [short, long], 100) == 0
+    with pytest.raises(UserError, match="it needs 1, and 1 before it"):
+        scoring.check_examples(TOKENIZER, [short, Example("a", (" b", " a b c a b c"), 0)], length)
 
 
 def test_the_score_is_a_mean_not_a_sum():
@@ -700,7 +721,7 @@ def test_the_score_is_a_mean_not_a_sum():
     logits[batch.row, batch.position, batch.token] = torch.tensor([3.0] * 4 + [2.0])
     log_probs = scoring._log_probs(logits, batch)
     assert log_probs[:4].sum() < log_probs[4]  # the sum prefers the short one
-    assert scoring.correct(logits, batch).all()
+    assert scoring.correct(logits, batch)[0].all()
     torch.testing.assert_close(scoring.option_scores(logits, batch)[0, 0], log_probs[0])
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM
 import eval
 import loading
 import model_patch
+import presets
 import record
+import scoring
 import tasks
 import train
 import zo
@@ -214,7 +217,7 @@ def test_a_run_that_failed_before_its_first_step_gives_its_name_back(folder, tmp
         {"config.json": "{}"},
         {"config.json.tmp": "{"},
         {"config.json": "{}", "mask.safetensors": "…", "mask.safetensors.tmp": "…"},
-        {"config.json": json.dumps(record.MASK_MADE), "mask.safetensors.tmp": "…"},
+        {"config.json": json.dumps({"mask_from": "text"}), "mask.safetensors.tmp": "…"},
         {"config.json": "{}", "steps.csv": "step,seed", "metrics.jsonl": ""},
     ],
     ids=",".join,
@@ -238,13 +241,87 @@ def test_a_mask_made_for_a_run_that_was_killed_before_its_first_step_is_kept(tmp
     """It may be hours of work: nobody takes its directory over, and the error says its use."""
     name, run = "tiny-rte-senszoq-seed0", tmp_path / "run"
     run.mkdir()
-    record.write_json(run / "config.json", record.MASK_MADE)
+    record.write_json(run / "config.json", {"mask_from": "text"})
     (run / record.MASK).write_text("…")
     with pytest.raises(tasks.UserError, match=f"--mask {run / record.MASK} is a mask"):
         record.make_run_directory(str(run), name)
     assert (run / record.MASK).read_text() == "…"
     with pytest.raises(tasks.UserError, match="stopped before its first step.* with --mask"):
         record.open_run(run)
+
+
+def test_a_directory_that_goes_away_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """Another process gives its name back between two of our calls: nobody owns half of it."""
+    original, out = record.lock, tmp_path / "run"
+
+    def slow(run):
+        held = original(run)
+        if not calls:
+            run.rmdir()  # ours is the lock of a directory that is gone
+            run.mkdir()
+        calls.append(held)
+        return held
+
+    calls = []
+    monkeypatch.setattr(record, "lock", slow)
+    run, held = record.make_run_directory(str(out), "name")
+    assert len(calls) == 2 and os.path.samestat(os.fstat(held), run.stat())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_mask_is_kept_from_the_moment_that_it_is_whole(number, folder, tmp_path, monkeypatch):
+    """A signal right after it was written: hours of work may be in it."""
+    flags = [f"--model={folder}/model", f"--train-file={folder}/train.jsonl", "--mask-from=task"]
+    flags += [f"--test-file={folder}/test.jsonl", "--method=sensitive", "--density=0.01"]
+    monkeypatch.setattr(presets.gc, "collect", lambda: os.kill(os.getpid(), number))
+    out = tmp_path / "run"
+    assert exit_code([*flags, f"--out={out}", "--steps=3"]) == 128 + number
+    assert [p.name for p in out.iterdir()] == [record.MASK]
+
+
+def test_scores_that_are_not_finite_are_no_accuracy(folder, tmp_path, capsys, monkeypatch):
+    """Where none is finite a run does not begin; where some are not they are wrong, and counted."""
+    original = scoring.option_scores
+
+    def broken(logits, batch):
+        scores = original(logits, batch)
+        scores[:which] = torch.nan
+        return scores
+
+    monkeypatch.setattr(scoring, "option_scores", broken)
+    which = None
+    assert exit_code(arguments(folder, tmp_path / "run")) == 2
+    assert "no log-probability of any example is finite" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    which = 1  # of every batch
+    files = [f"--{n}-file={folder}/{n}.jsonl" for n in ("train", "test")]
+    eval.main([f"--model={folder}/model", *files, "--batch-size=10"])
+    assert "(n = 40, 4 of them without finite scores)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["file", "base model", "folder"])
+def test_a_checkpoint_is_never_written_over_something(what, folder, tmp_path, capsys):
+    """--save into the base model would lose its weights, and every run on them."""
+    run(folder, tmp_path / "run")
+    save = {"file": tmp_path / "a", "base model": folder / "model", "folder": tmp_path}[what]
+    (tmp_path / "a").write_text("mine")
+    before = sorted(p.name for p in (folder / "model").iterdir())
+    assert exit_code([f"--run={tmp_path / 'run'}", "--step=last", f"--save={save}"], eval.main) == 2
+    assert "already there and not empty" in capsys.readouterr().err
+    assert (tmp_path / "a").read_text() == "mine"
+    assert sorted(p.name for p in (folder / "model").iterdir()) == before
+
+
+def test_an_option_without_room_is_said_before_the_run_begins(folder, tmp_path, capsys):
+    """Not at step 500, when its batch comes and --resume would fail there again."""
+    text = (folder / "train.jsonl").read_text()
+    late = {"prompt": "a", "options": [" red", " blue" * 40], "label": 0}
+    (tmp_path / "late.jsonl").write_text(text + json.dumps(late) + "\n")
+    argv = [f"--model={folder}/model", f"--train-file={tmp_path}/late.jsonl", "--lr=1e-3"]
+    argv += [f"--test-file={folder}/test.jsonl", f"--out={tmp_path}/run", "--max-length=32"]
+    assert exit_code([*argv, "--steps=1"]) == 2
+    assert "tokens; it needs 1, and 1 before it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_knows_whether_its_kernels_were_compiled(folder, tmp_path, monkeypatch, capsys):
@@ -340,12 +417,12 @@ def exit_code(argv, main=train.main):
 
 def test_presets_are_the_papers_tables():
     """Table 8's sparsities become densities; grids, steps and ε are [S]'s; the user's word wins."""
-    found = train.fill_in(train.Config(task="rte"), "llama")
+    found = presets.fill_in(train.Config(task="rte"), "llama")
     assert found["density"] == (0.25, "[S] Table 8: sparsity 0.75 on rte")
     assert found["steps"][0] == 20_000 and found["lr"][0] in (1e-6, 2e-6, 3e-6, 4e-6, 5e-6)
-    assert train.fill_in(train.Config(task="boolq"), "mistral")["density"][0] == 0.4
-    assert train.fill_in(train.Config(method="mezo"), "llama")["lr"][0] in (5e-7, 1e-6, 2e-6)
-    assert "lr" not in train.fill_in(train.Config(lr=1.0), "llama")
+    assert presets.fill_in(train.Config(task="boolq"), "mistral")["density"][0] == 0.4
+    assert presets.fill_in(train.Config(method="mezo"), "llama")["lr"][0] in (5e-7, 1e-6, 2e-6)
+    assert "lr" not in presets.fill_in(train.Config(lr=1.0), "llama")
     assert train.Config().eps == 1e-3 and train.Config().batch_size == 16
 
 

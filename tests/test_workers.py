@@ -155,7 +155,7 @@ def test_a_worker_that_dies_ends_the_run_and_others_can_resume_it(folder, tmp_pa
     run = tmp_path / "run"
     codes, errors = together(2, command(folder, run), tmp_path, die_at_step_10)
     assert codes == [2, 9]
-    assert "lost another worker; --resume continues" in errors[0]
+    assert "lost another worker" in errors[0] and f"--resume {run} goes on" in errors[0]
     first = (run / "steps.csv").read_bytes()
     assert len(record.open_run(run)[1]) == 10
     codes, errors = together(3, [f"--resume={run}"], tmp_path)
@@ -197,6 +197,50 @@ def test_workers_that_differ_are_stopped(spoil, message, folder, tmp_path):
     codes, errors = together(2, command(folder, tmp_path / "run"), tmp_path, spoil)
     assert codes == [2, 2] and all(message in text for text in errors)
     assert "Traceback" not in "".join(errors)
+
+
+def other_data(rank):
+    original = train.loading.load_data
+
+    def load_data(config):
+        config.data_seed = rank
+        return original(config)
+
+    train.loading.load_data = load_data
+    train.make_mask = None  # hours of work: not before the workers agree
+
+
+def missing_data(rank):
+    if rank == 1:
+        train.loading.load_data = refuse
+
+
+def refuse(config):
+    raise tasks.UserError("no file")
+
+
+@pytest.mark.parametrize("spoil, message", [(other_data, "other data"), (missing_data, "no file")])
+def test_workers_agree_on_the_data_before_a_mask_is_made(spoil, message, folder, tmp_path):
+    """Each has its own copy of it; one that fails ends the others, and no directory is left."""
+    more = ["--method=sensitive", "--density=0.01", "--mask-from=task", "--refresh-every=0"]
+    codes, errors = together(2, command(folder, tmp_path / "run", *more), tmp_path, spoil)
+    assert codes == [2, 2] and message in "".join(errors)
+    assert "Traceback" not in "".join(errors) and not (tmp_path / "run").exists()
+
+
+def test_a_worker_that_waits_for_others_can_be_stopped(folder, tmp_path):
+    """SIGTERM before the workers have met ends it; so it does not take a kill -9."""
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677"}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *command(folder, tmp_path / "run")],
+        cwd=ROOT, env=os.environ | alone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", 29677)):  # it listens: it waits
+            assert process.poll() is None
+            time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == -15 and not (tmp_path / "run").exists()
 
 
 def signalled(rank):
