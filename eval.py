@@ -111,7 +111,7 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
         which = masks.make_rule(
             settings["method"],
             settings["density"],
-            kept=settings["mask"],
+            kind=settings["mask_kind"],
             refresh_every=settings["refresh_every"],
             seed=settings["seed"],
         )

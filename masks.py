@@ -205,19 +205,19 @@ def active_count(rule: Rule, flat: Tensor, state: Tensor) -> int:
 
 METHODS = ("s-mezo", "mezo", "r-mezo", "sensitive", "senszoq")
 FEW = ("sensitive", "senszoq")  # [Q]: an index says which weights move, dense in 16 or 4 bits
-KEPT = ("dynamic", "constant", "packed")
+S_KINDS = ("dynamic", "constant", "packed")  # of s-mezo's mask, [S] §3.2; packed: at one bit
 KINDS = ("sensitive", "random", "largest", "smallest")  # of [Q]'s masks, all of one size
 
 
-def make_rule(method: str, density: float, *, kept="dynamic", refresh_every=0, seed=0) -> Rule:
-    """The rule of a method of [S]; for s-mezo `kept` says how its mask is kept (§3.2, §3.3)."""
+def make_rule(method: str, density: float, *, kind="dynamic", refresh_every=0, seed=0) -> Rule:
+    """The rule of a method of [S]; `kind` is s-mezo's, one of S_KINDS."""
     if method == "mezo":
         return Everything()
     if method == "r-mezo":
         return RandomMask(density, seed)
-    if kept == "dynamic":
+    if kind == "dynamic":
         return SmallWeights(density, refresh_every)
-    return {"constant": ConstantMask, "packed": PackedMask}[kept](density)
+    return {"constant": ConstantMask, "packed": PackedMask}[kind](density)
 
 
 # ------------------------------------------------------------------ making [Q]'s mask

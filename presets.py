@@ -36,9 +36,10 @@ class Config(Settings):
     eps: float = setting(1e-3, "perturbation scale ε")
     steps: int | None = setting(None, "training steps")
     seed: int = setting(0, "of noise, random mask and batch order")
-    mask: str | None = setting(
-        None, "s-mezo: dynamic, constant or packed; sensitive, senszoq: a file of masks.py"
+    mask_kind: str | None = setting(
+        None, "of s-mezo: re-taken every step, or constant", masks.S_KINDS
     )
+    mask: str | None = setting(None, "sensitive, senszoq: a file of masks.py")
     mask_from: str | None = setting(
         None, "sensitive, senszoq, without a file: make it from here", ("text", "task")
     )
@@ -97,7 +98,7 @@ def fill_in(config: Config, family: str) -> dict[str, tuple[object, str]]:
             source = f"[S] Table 8: sparsity {sparsity} on {config.task}"
             found["density"] = round(1 - sparsity, 2), source
         if config.method == "s-mezo":
-            found["mask"] = "dynamic", "[S] §3.2: re-taken every step"
+            found["mask_kind"] = "dynamic", "[S] §3.2: re-taken every step"
     if family == "tiny":
         rates = TINY[config.method]
         found["lr"] = min(rates.values()), "lowest of the tiny model's rates; tune it"
@@ -146,20 +147,20 @@ def check(config: Config, workers: int = 1) -> None:
     if config.method == "mezo" and config.density not in (None, 1):
         raise UserError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
     few = config.method in masks.FEW
-    if config.method == "s-mezo" and config.mask not in (None, *masks.KEPT):
-        raise UserError(f"--mask {config.mask}: for s-mezo one of {', '.join(masks.KEPT)}")
-    if config.mask is not None and config.method in ("mezo", "r-mezo"):
-        raise UserError(f"--mask {config.mask}: {config.method} has none to choose")
-    if config.refresh_every and (config.method != "s-mezo" or config.mask not in (None, "dynamic")):
+    if config.mask_kind and config.method != "s-mezo":
+        raise UserError(f"--mask-kind {config.mask_kind} is for s-mezo, not for {config.method}")
+    dynamic = config.method == "s-mezo" and config.mask_kind in (None, "dynamic")
+    if config.refresh_every and not dynamic:
         raise UserError(
-            f"--refresh-every {config.refresh_every} with {config.method}, mask {config.mask}: "
+            f"--refresh-every {config.refresh_every} with {config.method}, {config.mask_kind}: "
             "only the dynamic mask of s-mezo has a threshold to take again"
         )
     if config.refresh_every < 0:
         raise UserError(f"--refresh-every {config.refresh_every}: at least 0, which is never")
-    if not few and (config.mask_from or config.text):
+    if not few and (config.mask or config.mask_from or config.text):
         raise UserError(
-            f"--mask-from and --text are for {' and '.join(masks.FEW)}, not for {config.method}"
+            f"--mask, --mask-from and --text are for {' and '.join(masks.FEW)}, not for "
+            f"{config.method}"
         )
     if config.method != "senszoq" and not config.double_quant:
         raise UserError(f"--no-double-quant is for senszoq, not for {config.method}")
@@ -168,8 +169,6 @@ def check(config: Config, workers: int = 1) -> None:
             f"--vectors, --select and --rounding are not for {config.method}: a mask says which "
             "weights move, and their values are kept in fp32"
         )
-    if few and config.mask in masks.KEPT:
-        raise UserError(f"--mask {config.mask} is for s-mezo; {config.method} needs a file")
     if few and config.mask and (config.mask_from or config.density or config.text):
         raise UserError(
             f"--mask {config.mask} brings its own source and density; leave out --mask-from, "

@@ -151,7 +151,7 @@ BAD = {  # what happened: (how, the command, what the one line says)
     "stopped before step 1": (write("config.json", b"{}"), RESUME, "before its first step"),
     "config.json a list": (write("config.json", b"[1]"), RESUME, CHANGED),
     "another method": (setting(method="mezo"), RESUME, CHANGED),
-    "another mask": (setting(mask="packed"), RESUME, CHANGED),
+    "another mask": (setting(mask_kind="packed"), RESUME, CHANGED),
     "another density": (setting(density=0.5), RESUME, CHANGED),
     "another learning rate": (setting(lr=0.5), RESUME, CHANGED),
     "another seed": (setting(seed=1), RESUME, CHANGED),
@@ -160,7 +160,7 @@ BAD = {  # what happened: (how, the command, what the one line says)
     "a setting removed": (setting(eps=None), RESUME, CHANGED),
     "the model's fingerprint removed": (setting(model_fingerprint=None), RESUME, CHANGED),
     "validation at the start edited": (start_edited, RESUME, CHANGED),
-    "another mask, evaluated": (setting(mask="packed"), EVAL, CHANGED),
+    "another mask, evaluated": (setting(mask_kind="packed"), EVAL, CHANGED),
     "steps that are no number": (setting(steps="x"), RESUME, "steps is 'x', not a number"),
     "config.json torn, evaluated": (write("config.json", b"{"), EVAL, "torn or edited"),
     # ------------------------------------------------ steps.csv

@@ -178,14 +178,14 @@ def test_active_count_counts_over_chunks():
 
 def test_methods_by_name():
     """Each method of the command line is the rule that the paper describes."""
-    kinds = {
+    rules = {
         ("mezo", "dynamic"): masks.Everything,
         ("s-mezo", "dynamic"): masks.SmallWeights,
         ("s-mezo", "constant"): masks.ConstantMask,
         ("s-mezo", "packed"): masks.PackedMask,
         ("r-mezo", "dynamic"): masks.RandomMask,
     }
-    for (method, kept), kind in kinds.items():
-        assert type(masks.make_rule(method, 0.5, kept=kept)) is kind
+    for (method, kind), rule in rules.items():
+        assert type(masks.make_rule(method, 0.5, kind=kind)) is rule
     assert masks.make_rule("s-mezo", 0.5, refresh_every=7).refresh_every == 7
     assert masks.make_rule("r-mezo", 0.5, seed=9).seed == 9

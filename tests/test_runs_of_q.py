@@ -245,7 +245,7 @@ def test_bad_flags_of_q_are_one_line(folder, mask, tmp_path, capsys, monkeypatch
     line = refused(
         arguments(folder, tmp_path / "run", "s-mezo", f"--mask={mask}"), train.main, capsys
     )
-    assert "for s-mezo one of dynamic, constant, packed" in line
+    assert "for sensitive and senszoq, not for s-mezo" in line
 
 
 def test_text_that_is_too_short_gives_the_name_back(folder, tmp_path, capsys):

@@ -51,7 +51,7 @@ def weights_of(run_directory, step):
     "flags",
     [
         ["--method=s-mezo"],
-        ["--method=s-mezo", "--mask=packed", "--vectors=free"],
+        ["--method=s-mezo", "--mask-kind=packed", "--vectors=free"],
         ["--method=s-mezo", "--refresh-every=3", "--vectors=frozen"],
         ["--method=mezo"],
         ["--method=r-mezo", "--density=0.5", "--select=proj"],
@@ -467,8 +467,10 @@ BAD = {  # what the user types: what the one line must say
     "--num-train=0": "at least 1",
     "--num-validation=-3": "at least 0",
     "--method=mezo --density=0.3": "mezo moves all",
-    "--method=mezo --mask=packed": "mezo has none to choose",
-    "--mask=packed --refresh-every=5": "only the dynamic mask",
+    "--method=mezo --mask-kind=packed": "is for s-mezo, not for mezo",
+    "--method=s-mezo --mask=packed": "are for sensitive and senszoq, not for s-mezo",
+    "--mask-kind=file": "invalid choice",
+    "--mask-kind=packed --refresh-every=5": "only the dynamic mask",
     "--select=(": "no regular expression",
     "--select=nothing": "no parameter moves: none matches 'nothing'",
     "--method=senszoq --text=no.txt": "a .txt or .jsonl file that exists",
@@ -581,7 +583,7 @@ def test_bad_flags_fail_before_transformers_is_imported(tmp_path):
         ("tinystories656k", "copa", ["--method=mezo"]),
         ("stories260K", "wic", ["--method=r-mezo"]),
         ("stories260K", "multirc", ["--method=s-mezo", "--max-length=512"]),
-        ("tinystories656k", "sst2", ["--method=s-mezo", "--mask=packed"]),
+        ("tinystories656k", "sst2", ["--method=s-mezo", "--mask-kind=packed"]),
     ],
 )
 def test_real_models_on_real_tasks(shared, tmp_path, model, task, flags):

@@ -303,7 +303,7 @@ def test_a_model_under_accelerates_hooks_trains_as_any_other(folder):
     found = []
     for model in models:
         handle = eval.make_patch(
-            model, vars(train.Config(density=0.5, mask="dynamic")) | {"compiled": False}
+            model, vars(train.Config(density=0.5, mask_kind="dynamic")) | {"compiled": False}
         )
         ids = torch.arange(4, 16).view(3, 4)
         found.append(handle.losses({"input_ids": ids}, lambda x: x[:, -1].float().std(), 3))
