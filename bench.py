@@ -288,6 +288,10 @@ def parts(world: World, handle: Patch, args) -> dict:
     }
     seed, layers = zo.step_seed(1, 1), quant.packed(world.model).values()
 
+    def unpack():
+        for layer in layers:
+            layer.dense()
+
     def perturb():
         with handle._open(seed):
             for p in handle.weights:
@@ -299,7 +303,7 @@ def parts(world: World, handle: Patch, args) -> dict:
     measured = {
         "two forwards": world.two_forwards,
         "one forward of the doubled batch": lambda: world.model(**twice, use_cache=False),
-        "unpacking every matrix once": lambda: [layer.dense() for layer in layers],
+        "unpacking every matrix once": unpack,
         what: perturb,
         "update": lambda: handle.update(seed, 1e-9),
     }

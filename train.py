@@ -198,7 +198,7 @@ def main(argv=None) -> None:
     parser = loading.make_parser(Config, __doc__.split("\n\n")[0])
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with a run that stopped")
     given = vars(parser.parse_args(argv))
-    resume, run, lock, before = given.pop("resume", None), None, None, signal.SIG_DFL
+    resume, run, lock, before = given.pop("resume", None), None, None, None
     try:
         group = workers.join()
         before = signal.signal(signal.SIGTERM, stop_now)  # as Ctrl-C; inside the loop see `Stop`
@@ -228,7 +228,7 @@ def main(argv=None) -> None:
         print("\ntrain.py: stopped" + f"; python train.py --resume {kept} goes on" * bool(kept))
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         if lock is not None:
             os.close(lock)
         workers.leave()
