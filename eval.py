@@ -270,7 +270,7 @@ def main(argv=None) -> None:
         if run is None and (step or (save and sparse is None)):
             raise UserError("--step needs --run, and --save needs --run or --sparse")
         if run is not None and shots:
-            raise UserError("--shots: a run was trained without; leave it out, or use --sparse")
+            raise UserError("--shots: a run has none; leave it out, or --save it and use --model")
         if run is not None and sparse is not None:
             raise UserError("--run or --sparse, not both")
         if shots < 0:

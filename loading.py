@@ -37,12 +37,14 @@ class Settings:
 
     model: str = setting("tiny/model", "hub name or local folder")
     task: str | None = setting(None, f"one of {', '.join(tasks.TASKS)}")
-    data_dir: str | None = setting(None, "folder with the official files, such as RTE/train.jsonl")
+    data_dir: str | None = setting(
+        None, "folder with RTE/train.jsonl, …; default the hub, of tiny/model tiny/data"
+    )
     train_file: str | None = setting(
         None, 'a task of your own: JSONL of {"prompt", "options", "label"}'
     )
     validation_file: str | None = setting(None, "the same; without it split off the training file")
-    test_file: str | None = setting(None, "the same")
+    test_file: str | None = setting(None, "the same; needed beside --train-file")
     num_train: int = setting(1000, "training examples")
     num_validation: int | None = setting(None, "validation examples; 500, for CB and COPA 100")
     num_test: int = setting(1000, "test examples")

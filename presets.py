@@ -37,13 +37,15 @@ class Config(Settings):
     steps: int | None = setting(None, "training steps")
     seed: int = setting(0, "of noise, random mask and batch order")
     mask_kind: str | None = setting(
-        None, "of s-mezo: re-taken every step, or constant", masks.S_KINDS
+        None, "of s-mezo: re-taken every step; constant; constant, a bit each", masks.S_KINDS
     )
     mask: str | None = setting(None, "sensitive, senszoq: a file of masks.py")
     mask_from: str | None = setting(
         None, "sensitive, senszoq, without a file: make it from here", ("text", "task")
     )
-    text: str | None = setting(None, "for --mask-from text: .txt or .jsonl; default C4, streamed")
+    text: str | None = setting(
+        None, "for --mask-from text: .txt or .jsonl; default C4; tiny/model has its own"
+    )
     double_quant: bool = setting(True, "senszoq: 8-bit scales, 4.13 bits per weight and not 4.5")
     refresh_every: int = setting(0, "s-mezo: steps between new thresholds; 0 is never")
     vectors: str = setting(
@@ -250,7 +252,7 @@ def make_mask(config: Config, run: Path, data) -> None:
             flags.append(f"--{name.replace('_', '-')}={getattr(config, name)}")
     flags += ["--trust-remote-code"] * config.trust_remote_code
     of = f" on {len(data.train)} training examples of this run" * (config.mask_from == "task")
-    print(f"  as python masks.py {shlex.join(flags)}{of}")
+    print(f"  making the mask as by: python masks.py {shlex.join(flags)}{of}")
     args = masks.make_parser().parse_args(flags)
     record.write_json(run / "config.json", {"mask_from": config.mask_from})
     try:

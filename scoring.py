@@ -177,10 +177,13 @@ def correct(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def check_examples(tokenizer, examples: list[Example], max_length: int) -> int:
-    """How many prompts lose their beginning. UserError as in `encode`, before hours of training."""
+    """How many prompts lose their beginning. UserError as in `encode`, before hours of training,
+    and where two options are the same tokens: then no step would ever see a slope."""
     cut = 0
     for example in examples:
         whole = encode(tokenizer, example, 1 << 30)
+        if len({tuple(ids) for ids, _ in whole}) < len(whole):
+            raise UserError(f"two of the options {example.options} are the same to this tokenizer")
         if any(length >= max_length for _, length in whole):
             encode(tokenizer, example, max_length)  # raises
         cut += any(len(ids) > max_length for ids, _ in whole)

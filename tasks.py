@@ -195,7 +195,9 @@ def load_examples(
         default = 500 if pool else min(500, len(train) // 3)
         source = ", ".join(dict.fromkeys(map(str, files)))
     else:
-        raise UserError("give a task (--task, --data-dir), or files (--train-file and --test-file)")
+        raise UserError(
+            "give a task (--task, --data-dir), or both files (--train-file and --test-file)"
+        )
 
     num_validation = default if num_validation is None else num_validation
     if pool is None:

@@ -300,7 +300,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
         settings["start"] = {"zero_shot": zero_shot, "validation_accuracy": first}
         settings["fingerprint"] = record.fingerprint(settings)
     zero_shot = eval.Accuracy(*settings["start"]["zero_shot"])
-    print(f"zero-shot test accuracy {zero_shot}")
+    print(f"zero-shot test accuracy {zero_shot}" + ", when the run began" * resumed)
     group.check_same(int(settings["fingerprint"], 16), "settings, model or data")
     if group.rank == 0 and not resumed:
         record.begin(run, settings)
@@ -309,7 +309,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     with steplog.StepLog(config, writes, settings, group.tell) as log:
         before = log.steps
         if before:
-            print(f"  going on after step {before} of {config.steps}")
+            print(f"  {config.method}, going on after step {before} of {config.steps}")
         if writes and resumed:
             record.reopen(run, settings, before)
         trained = time.perf_counter()

@@ -712,6 +712,8 @@ def test_examples_are_checked_before_training():
     assert scoring.check_examples(TOKENIZER, [short, long], 100) == 0
     with pytest.raises(UserError, match="it needs 1, and 1 before it"):
         scoring.check_examples(TOKENIZER, [short, Example("a", (" b", " a b c a b c"), 0)], length)
+    with pytest.raises(UserError, match="the same to this tokenizer"):
+        scoring.check_examples(TOKENIZER, [Example("a", (" quokka", " wombat"), 0)], length)
 
 
 def test_the_score_is_a_mean_not_a_sum():

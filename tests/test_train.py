@@ -479,7 +479,7 @@ BAD = {  # what the user types: what the one line must say
     "--dtype=int8": "invalid choice",
     "--unknown-flag=1": "unrecognized arguments",
     "--model={folder}/model": "give --task",
-    "--task=rte --train-file={folder}/train.jsonl": "or files (--train-file",
+    "--task=rte --train-file={folder}/train.jsonl": "or both files (--train-file",
     "--data-dir=/nowhere": "no file",
     "--model=/no/such/folder --task=rte --data-dir={data}": "does not exist",
     "--model={data} --task=rte --data-dir={data}": "without config.json",
