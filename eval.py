@@ -101,7 +101,7 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
     settings["compiled"] becomes what is possible.
     """
     if "fingerprint" in settings and settings.get("arithmetic") != sweep.ARITHMETIC:
-        raise UserError("this run is of a nanoZO that rounds differently: go on with that version")
+        raise UserError("this run is of a nanoZO that reads runs differently: use that version")
     for name, weight in model.named_parameters():
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
             if not torch.stack(weight.detach().aminmax()).isfinite().all():  # NaN shows in both

@@ -503,7 +503,7 @@ def test_a_run_of_another_arithmetic_is_refused(at, capsys, monkeypatch):
     monkeypatch.setattr(train.sweep, "ARITHMETIC", -1)
     before = contents(at / "run")
     for argv, main in (([f"--resume={at}/run"], train.main), (command(EVAL, at)[1], eval.main)):
-        assert "of a nanoZO that rounds differently" in error_of(main, argv, capsys)
+        assert "of a nanoZO that reads runs differently" in error_of(main, argv, capsys)
     assert contents(at / "run") == before
 
 
