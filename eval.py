@@ -275,7 +275,7 @@ def main(argv=None) -> None:
             raise UserError("--run or --sparse, not both")
         if shots < 0:
             raise UserError(f"--shots {shots}: at least 0")
-        if save and os.path.exists(save) and not (os.path.isdir(save) and not os.listdir(save)):
+        if save and os.path.exists(save) and (not os.path.isdir(save) or os.listdir(save)):
             raise UserError(f"--save {save} is already there and not empty; choose another name")
         if run is not None:
             print(evaluate_run(run, step, given, split, save))

@@ -178,8 +178,6 @@ def check(config: Config, workers: int = 1) -> None:
         )
     if config.text and config.mask_from == "task":
         raise UserError(f"--text {config.text} with --mask-from task: one of the two")
-    if config.text:
-        loading.check_text(config.text)
     if few and config.mask:
         sensitivity.read_mask(config.mask)  # `check_chosen` asks whether it fits the model
     if config.snapshot_every < 0:

@@ -248,6 +248,17 @@ def test_bad_flags_of_q_are_one_line(folder, mask, tmp_path, capsys, monkeypatch
     assert "for sensitive and senszoq, not for s-mezo" in line
 
 
+def test_a_run_goes_on_without_the_text_that_its_mask_was_made_from(folder, tmp_path):
+    """The mask lies in the run's directory, so --resume reads no text, which may be gone."""
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("red blue a b c " * 200)
+    flags = [f"--text={text}", "--density=0.01", "--steps=2"]
+    train.main(arguments(folder, out, "sensitive", *flags))
+    text.unlink()
+    train.main([f"--resume={out}", "--steps=3"])
+    assert len(train.record.open_run(out)[1]) == 3
+
+
 def test_text_that_is_too_short_gives_the_name_back(folder, tmp_path, capsys):
     """A text shorter than one sample is one line, and the run directory is not left behind."""
     (tmp_path / "text.txt").write_text("red blue")

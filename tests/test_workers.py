@@ -39,11 +39,15 @@ def life(rank, size, port, argv, errors, spoil):
     os._exit(0)
 
 
-def together(size, argv, tmp_path, spoil=None):
-    """(exit codes, what was said to stderr) of `size` workers on this machine."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def together(size, argv, tmp_path, spoil=None):
+    """(exit codes, what was said to stderr) of `size` workers on this machine."""
+    port = free_port()
     context = get_context("fork")
     errors = [tmp_path / f"stderr-{time.monotonic_ns()}-{rank}" for rank in range(size)]
     processes = [
@@ -230,13 +234,14 @@ def test_workers_agree_on_the_data_before_a_mask_is_made(spoil, message, folder,
 
 def test_a_worker_that_waits_for_others_can_be_stopped(folder, tmp_path):
     """SIGTERM before the workers have met ends it; so it does not take a kill -9."""
-    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677"}
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(port := free_port())
     process = subprocess.Popen(
         [sys.executable, "train.py", *command(folder, tmp_path / "run")],
         cwd=ROOT, env=os.environ | alone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     with socket.socket() as probe:
-        while probe.connect_ex(("127.0.0.1", 29677)):  # it listens: it waits
+        while probe.connect_ex(("127.0.0.1", port)):  # it listens: it waits
             assert process.poll() is None
             time.sleep(0.1)
     process.terminate()
