@@ -116,7 +116,11 @@ class Sweep:
         self.kernel, self.worked = None, False
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # a few per rule and dtype; the default is 8
-            options = {"triton.autotune_pointwise": False}  # its trials copy what is written
+            options = {
+                "triton.autotune_pointwise": False,  # its trials copy what is written
+                # whatever the first tensor's size: the disk cache serves larger ones from it, too
+                "cpp.dynamic_threads": True,
+            }
             self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True, options=options)
 
     @property

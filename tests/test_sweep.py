@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import masks
 import zo
@@ -54,6 +55,16 @@ def test_the_compiled_kernel_is_the_eager_one():
         kernel(some, coefficients[:1], **arguments, index=rows)
         torch.testing.assert_close(some[0], outs[0][rows], rtol=1e-6, atol=2e-6)
     assert kernel.compiled
+
+
+def test_a_kernel_compiled_for_few_weights_runs_on_all_threads():
+    """A tiny model's kernel is parallel too: from the compiler's cache a large model gets it."""
+    kernel, theta = Sweep(compiled=True), torch.randn(128)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(
+            kernel, [theta.clone()], [torch.tensor(1.0)], **sweep_arguments(theta)
+        )
+    assert code and all("#pragma omp parallel" in source for source in code)
 
 
 def test_without_a_compiler_one_warning_then_eager(monkeypatch):
