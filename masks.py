@@ -7,10 +7,11 @@
     rule        one answer to "which weights move", the only thing that tells the methods apart
     index       [Q]'s m: per matrix, the places of the weights that move (sensitivity.py)
 
-[S]'s appendix C.2 puts "sparsity 80 %" at the 80th percentile, and one of the authors' replies
-0.75 at the 75th, of |θ|: the smallest 75 % would move. Their RTE scores say otherwise: sparsity
-0.75 has 80.7 ± 1.6 (three seeds), the smallest quarter alone 82.7, the smallest three quarters
-72.3, all weights 71.7. So **sparsity 0.75 means that the smallest 25 % move.**
+[S]'s appendix C.2 puts "sparsity 80 %" at the 80th percentile "of the weight values", one of the
+authors' replies 0.75 at the 75th, of |θ|: the smallest 75 % would move. Their RTE scores say
+otherwise: sparsity 0.75 has 80.7 ± 1.6 (three seeds, in a reply), the smallest quarter alone 82.7,
+the smallest three quarters 72.3, all weights 71.7. So **sparsity 0.75 means that the smallest 25 %
+move.**
 
 A rule has two methods. `prepare` looks at a weight once, before training, and returns what must be
 kept for it (a threshold, a bit per weight, nothing); `mask` answers for any of its elements, from
@@ -64,8 +65,9 @@ def threshold(weight: Tensor, density: float) -> Tensor:
     """h: the k-th smallest |w|, k = round(density · numel), at least 1; 0-dim, the weight's dtype.
 
     [S] §3.2 and appendix C.2, at percentile 1 − sparsity (see above). |w| ≤ h holds for exactly k
-    elements, more only where values tie with h. Needs one copy of the weight.
+    elements, more only where values tie with h: for all of a norm's untrained ones. Needs one copy.
     """
+    assert 0 < density <= 1, f"density {density} is outside (0, 1]"
     magnitude = weight.detach().abs().flatten()
     return kth_smallest(magnitude, max(1, round(density * magnitude.numel())))
 
@@ -100,8 +102,9 @@ class Rule:
     def mask(theta: Tensor, index: Tensor, state: Tensor) -> Tensor:
         """m for the elements `index` of the flattened weight, whose values are `theta`; boolean.
 
-        Static: all it knows of its weight is what `prepare` returned, so one compiled kernel serves
-        every tensor and every run.
+        Called with parts of the weight, of any shape, so each element must be answered by itself.
+        Static: all it knows of its weight is what `prepare` returned (its flattened mask, its
+        number of columns, …), so one compiled kernel serves every tensor and every run.
         """
         raise NotImplementedError
 
@@ -120,8 +123,9 @@ class SmallWeights(Rule):
     """S-MeZO, [S] §3.2 "dynamic mask": |θ_t| ≤ h, re-taken every step, h fixed before training.
 
     `refresh_every=k` re-takes h every k steps as well: the authors' ablation (one seed of RTE: 83.0
-    with h fixed, 82.0 with k = 100, 80.2 with k = 5). With h fixed, a weight that walks out of
-    [−h, h] freezes there: watch the active density in the metrics.
+    with h fixed, 82.0 with k = 100, 80.2 with k = 5); in a loop of your own call `Patch.refresh(t)`
+    before step t. With h fixed, a weight that walks out of [−h, h] freezes there: watch the active
+    density in the metrics.
     """
 
     def __init__(self, density: float, refresh_every: int = 0):

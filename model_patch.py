@@ -26,21 +26,18 @@ that names it. Where a module's input has lost the batch dimension the probes ru
 value + ε z is written into its k places for the first half of the batch and value − ε z for the
 second. In 4 bits that matrix is unpacked once per step, where two plain forwards unpack it twice;
 in 16 bits it is the weight itself, whose k places are scratch during the forward and afterwards
-rewritten from the values, which are fp32. (A dense product of the doubled batch plus a sparse one
-for ±ε z, by CSR, embedding_bag or index_add, is 20 to 67 % slower at 2 × 1024 tokens.)
+rewritten from the values, which are fp32. (One dense product and a sparse one is slower.)
 
-Why it matters. θ is bit-identical after any number of probes; in place, ±ε drifts per step by ten
-times a typical update in fp16, by eighty times in bf16. The mask comes from the unperturbed θ by
-construction. Memory is that of inference: weights, activations of the doubled batch, and two copies
-of the largest module's weights (the scratch, shared by all).
-
-What it costs: two fused passes over the weights per step, one for the probes and one for the update
-(sweep.py; bench.py measures them). What differs from Algorithm 1: l⁻ is taken at θ − ε ẑ at once,
-where the printed order rounds twice on its way there through θ + ε ẑ.
+Why it matters. θ keeps its bits through any number of probes; in place it drifts per step by ten
+times a typical update in fp16. The mask comes from the unperturbed θ by construction. It costs two
+fused sweeps over the weights per step (sweep.py), and memory for the doubled batch and two copies
+of the largest module's weights (the scratch). What differs from Algorithm 1: l⁻ is taken at θ − ε ẑ
+at once, where the printed order rounds twice on its way there.
 """
 
 import contextlib
 import functools
+import types
 import warnings
 
 import torch
@@ -67,10 +64,10 @@ class Patch:
 
     which: which weights move. A rule of masks.py ([S], MeZO), or [Q]'s index, {parameter name:
     sorted flat positions, (k,) int}. eps: ε, 1e-3 in both papers. compiled: fuse noise, mask and
-    add (needs a C++ compiler, on a GPU Triton). With a rule only: vectors: what happens to one-
-    dimensional tensors (norms, biases), of which [S] says nothing: "masked" like the rest, "free"
-    (all of them move) or "frozen". select: a regular expression on parameter names; all parameters
-    by default, as in MeZO and [S]. rounding: of updates to 16-bit weights ([Q]'s are fp32).
+    add (needs a C++ compiler, on a GPU Triton). With a rule only: vectors: norms and biases, of
+    which [S] says nothing, are "masked" like the rest, "free" (all move) or "frozen". select: a
+    regular expression, such as "self_attn": only parameters whose name has it move. rounding: of
+    updates to 16-bit weights ([Q]'s are fp32).
     """
 
     def __init__(
@@ -84,23 +81,18 @@ class Patch:
         rounding: str = "stochastic",
         compiled: bool = False,
     ):
-        if rounding not in moving.ROUNDING or not 0 < eps < float("inf"):
-            raise ValueError(
-                f"rounding {rounding!r}: {moving.ROUNDING}; eps {eps}: above 0, finite"
-            )
-        if model.training:
-            raise ValueError("in training mode dropout drowns the probes; call model.eval() first")
+        if rounding not in moving.ROUNDING:
+            raise ValueError(f"rounding {rounding!r}: one of {moving.ROUNDING}")
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"eps {eps}: above 0 and finite")
         self.model, self.eps, self.sweep = model, eps, sweep.Sweep(compiled)
         self.stochastic = rounding == "stochastic"
-        if isinstance(which, dict):
-            found = moving.choose_few(model, which)
-        else:
-            found = moving.choose(model, which, vectors, select)
+        found = moving.choose(model, which, vectors, select)
         self.weights = list(found.values())  # what modules own
         self.moving = list(dict.fromkeys(p.whole for p in self.weights))  # what is swept
-        devices = {p.flat.device for p in self.moving}
-        self._eps = {d: [torch.tensor(s * eps, device=d) for s in (+1, -1)] for d in devices}
+        self._devices = {p.flat.device for p in self.moving}
         self._seed: dict | None = None  # per device; a probe is open while it is set
+        self._eps: dict = {}  # per device: (+ε, −ε)
         self._sign: int | None = None  # None: both probes at once; +1 or −1: that one alone
         self._doubled: tuple[int, int] = (0, 0)  # rows and rows · tokens of the doubled batch
         self._scratch: dict[tuple, list[Tensor]] = {}
@@ -114,7 +106,7 @@ class Patch:
             if id(module) in found:  # a 4-bit layer
                 owned["weight"] = found[id(module)]
             if owned:
-                self.wrapped.append((module, module.__dict__.get("forward")))
+                self.wrapped.append((module, vars(module).get("forward")))
                 module.forward = self._wrap(module, owned)
 
     def _wrap(self, module, owned):
@@ -124,10 +116,13 @@ class Patch:
         linear = ordinary and type(module) in (nn.Linear, quant.DenseSparseLinear)
 
         @functools.wraps(forward)
-        def probed(*args, **kwargs):
+        def probed(me, *args, **kwargs):
+            if me is not module:  # a deepcopy of the model is a model of its own
+                return type(me).forward(me, *args, **kwargs)
             if self._seed is None:
                 return forward(*args, **kwargs)
-            for p in owned.values():
+            for name, p in owned.items():
+                p.check(module._parameters.get(name))
                 p.used = True
             both = self._sign is None
             signs = (+1, -1) if both else (self._sign,)
@@ -148,7 +143,8 @@ class Patch:
                     ]
             return _join(*outputs) if both else outputs[0]
 
-        return probed
+        probed.patched = module
+        return types.MethodType(probed, module)
 
     # ------------------------------------------------------------------ inside a probe
 
@@ -250,12 +246,20 @@ class Patch:
         seed, state = self._seed[p.flat.device], p.state
         self.sweep(outs, coefficients, theta, seed, p.stream, p.rule.mask, state, index, stochastic)
 
+    def _on_devices(self, number, dtype=torch.float32) -> dict:
+        """{device: 0-dim tensor}; filled there, as a copy from the host would wait for the GPU."""
+        return {d: torch.full((), number, dtype=dtype, device=d) for d in self._devices}
+
     @contextlib.contextmanager
     def _open(self, seed: int, *, sign: int | None = None, doubled=(0, 0)):
         """While open, wrapped modules compute at θ ± ε ẑ; closed again whatever happens inside."""
         assert self._seed is None, "a probe is already open"
+        assert self.wrapped, "this handle was removed; patch the model again"
         assert not self.model.training, "the model was put into training mode after patching"
-        self._seed = {device: torch.tensor(seed, device=device) for device in self._eps}
+        assert 0 <= seed < 1 << 48, f"seed {seed} does not fit 48 bits; zo.step_seed makes them"
+        plus, minus = self._on_devices(self.eps), self._on_devices(-self.eps)
+        self._eps = {device: (plus[device], minus[device]) for device in self._devices}
+        self._seed = self._on_devices(seed, torch.int64)
         self._sign, self._doubled, self._taken, self._drawn = sign, doubled, {}, {}
         try:
             yield
@@ -268,9 +272,9 @@ class Patch:
     def losses(self, inputs: dict, loss_fn, seed: int) -> tuple[Tensor, Tensor]:
         """(l⁺, l⁻) of [S] Algorithm 1 on one batch, as 0-dim tensors. θ is not written.
 
-        `inputs`: the model's keyword arguments, tensors of B rows (input_ids (B, T), …) and plain
-        values, input_ids among them; `loss_fn`: the logits of B rows to a scalar, better in fp32.
-        ValueError where a parameter was chosen to move and no wrapped forward used it.
+        `inputs`: the model's keyword arguments, a dict of tensors of B rows, input_ids (B, T) among
+        them, and plain values. `loss_fn`: the logits of B rows to a scalar, in fp32; called twice.
+        ValueError where a weight that moves was not used by forward, or was replaced.
         """
         if self.one_pass:
             rows, tokens = inputs["input_ids"].shape
@@ -281,11 +285,8 @@ class Patch:
                 losses = [loss_fn(half) for half in logits.tensor_split(2)]
             except LostBatch:
                 self.one_pass = False
-                warnings.warn(
-                    "a module of this model does not keep the rows of a batch apart: "
-                    "the two probes run one after the other",
-                    stacklevel=2,
-                )
+                why = "a module mixes the rows of a batch, so the probes run one after the other"
+                warnings.warn(why, stacklevel=2)
         if not self.one_pass:
             losses = []
             for sign in (+1, -1):
@@ -300,13 +301,12 @@ class Patch:
 
     @torch.no_grad()
     def update(self, seed: int, a: float) -> None:
-        """The last loop of [S] Algorithm 1, θ ← θ + a m⊙z in place, with a = −η · proj_grad.
+        """[S] Algorithm 1's last loop, θ ← θ + a m⊙z in place, with a = −η · proj_grad.
 
-        `seed` is the probes' own. Computed in fp32 and rounded to θ's dtype.
-        """
+        `seed` is the probes' own."""
         assert abs(a) < float("inf"), f"an update of {a} leaves no weight finite; skip the step"
         with self._open(seed):
-            number = {d: torch.tensor(a, dtype=torch.float32, device=d) for d in self._eps}
+            number = self._on_devices(a)
             for p in self.moving:
                 self._shift(p, [p.flat], [number[p.flat.device]], stochastic=self.stochastic)
         for p in self.weights:
@@ -327,7 +327,7 @@ class Patch:
                 p.state = p.rule.prepare(p.weight, int(p.stream))
 
     def tensors(self) -> dict[str, Tensor]:
-        """{name: flat tensor} of all that training changes: what a snapshot holds."""
+        """{name: flat tensor} of all that training changes: what a snapshot holds. Not copies."""
         return {p.name: p.flat for p in self.weights}
 
     @torch.no_grad()
@@ -356,7 +356,7 @@ class Patch:
         return f"{patched}; {move:,} of {total:,} weights move ({move / total:.2%}){four}"
 
     def remove(self) -> None:
-        """An ordinary Hugging Face model again, with the weights as they are now."""
+        """An ordinary model again, with the weights as they are now (4 bits: see quant.unpack)."""
         for module, before in self.wrapped:
             del module.forward
             if before is not None:  # somebody else's wrapper, such as accelerate's

@@ -1,7 +1,7 @@
 """The tensors that move: which they are, and what is known of each.
 
-    choose      all parameters, or those that `select` and `vectors` leave, under a rule: [S], MeZO
-    choose_few  k places of certain matrices, named by an index: [Q], the sensitive weights
+    choose_by_rule  all parameters, or those that `select` and `vectors` leave: [S], MeZO
+    choose_few      k places of certain matrices, named by an index: [Q], the sensitive weights
 
 Every matrix and vector has a noise stream of its own, a number. Tied parameters are one tensor.
 """
@@ -40,6 +40,14 @@ class Moving:
         """What is swept for it."""
         return self
 
+    def check(self, parameter) -> None:
+        """ValueError unless it is still the module's tensor that `flat` is a view of."""
+        if parameter is None or parameter.data_ptr() != self.weight.data_ptr():
+            raise ValueError(
+                f"{self.name} is another tensor than when it was patched (by .to, .half, "
+                "load_state_dict(assign=True)?), so updates would not reach it; patch it again"
+            )
+
     def settle(self) -> None:
         """Called when `flat` has changed, and after a probe."""
 
@@ -65,6 +73,11 @@ class Few:
     span: slice | None = None  # which part of it
     used: bool = False
 
+    def check(self, parameter) -> None:
+        """As `Moving.check`; a 4-bit layer has no such tensor."""
+        if self.weight is not None:
+            Moving.check(self, parameter)
+
     def settle(self):
         if self.weight is not None:
             self.weight.view(-1)[self.index] = self.flat.to(self.weight.dtype)
@@ -87,8 +100,27 @@ def selected(model, vectors: str, select: str) -> list:
     return found
 
 
-def choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
+def choose(model, which, vectors: str, select: str) -> dict[int, Moving] | dict[int, Few]:
+    """By a rule or an index; ValueError where the model cannot be patched or nothing would move."""
+    for module in model.modules():
+        if module.training:
+            raise ValueError("in training mode dropout drowns the probes; call model.eval() first")
+        patched = getattr(vars(module).get("forward"), "patched", None)  # set by model_patch.py
+        if patched is module:
+            raise ValueError("this model is patched already; call remove() on that handle first")
+        if patched is not None:
+            del module.forward  # what a deepcopy brought along
+    if isinstance(which, dict):
+        return choose_few(model, which)
+    if isinstance(which, masks.Rule):
+        return choose_by_rule(model, which, vectors, select)
+    raise ValueError(f"{type(which).__name__}: give a rule, SmallWeights(0.25), or an index")
+
+
+def choose_by_rule(model, rule, vectors: str, select: str) -> dict[int, Moving]:
     """{id(parameter): Moving} of the parameters that move."""
+    if quant.packed(model):
+        raise ValueError("in 4 bits only the places of an index move; a rule needs 16 or 32 bits")
     chosen, free = {}, masks.Everything()
     for stream, name, parameter in selected(model, vectors, select):
         assert stream < zo.MAX_STREAMS, f"parameter {stream} exceeds {zo.MAX_STREAMS} noise streams"
@@ -111,18 +143,21 @@ def choose(model, rule, vectors: str, select: str) -> dict[int, Moving]:
 
 def choose_few(model, index: dict[str, Tensor]) -> dict[int, Few]:
     """{id(parameter or 4-bit layer): Few}; streams are numbered by name, alike in 16 and 4 bits."""
-    assert len(index) <= zo.MAX_STREAMS, f"{len(index)} matrices, {zo.MAX_STREAMS} noise streams"
+    assert 0 < len(index) <= zo.MAX_STREAMS, f"{len(index)} matrices; 1 to {zo.MAX_STREAMS}"
     found, sizes = {}, []
     for name, places in sorted(index.items()):
         layer = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, quant.DenseSparseLinear):
+            if not torch.equal(layer.index, places.to(layer.index)):
+                raise ValueError(f"{name} was quantised with another index than this one")
             key, weight, places, values = layer, None, layer.index, layer.values
             size = layer.size
         else:
             key, layer = model.get_parameter(name), None
             weight, size = key.detach(), key.numel()
-            if (last := int(places[-1])) >= size or not weight.is_contiguous():
-                raise ValueError(f"{name}: place {last} of {size}, or the weight is not contiguous")
+            if not weight.is_contiguous():
+                raise ValueError(f"{name} is not contiguous")
+            quant.check_places(places, size)
             places = places.to(weight.device, torch.int64)
             values = weight.view(-1)[places].float()
         if not torch.isfinite(values).all():

@@ -57,17 +57,27 @@ def nf4_decode(codes: Tensor, scales: Tensor) -> Tensor:
     return (levels[codes.long()].view(-1, BLOCK) * scales[:, None]).flatten()
 
 
+def check_places(index: Tensor, numel: int) -> None:
+    """ValueError unless `index` can say which of `numel` weights move: (k,) ints, ascending."""
+    if index.dtype.is_floating_point or index.dtype == torch.bool or index.dim() != 1:
+        kind = f"{index.dtype} {tuple(index.shape)}"
+        raise ValueError(f"an index is flat positions, (k,) of int, not {kind}; see mask.nonzero()")
+    if not len(index) or index[0] < 0 or index[-1] >= numel or (index.diff() <= 0).any():
+        raise ValueError(f"an index is k > 0 places in ascending order, from 0 to {numel - 1}")
+
+
 class DenseSparseLinear(nn.Module):
     """y = (dense + sparse) x + b, dense in 4 bits: stands where an nn.Linear stood.
 
     `dense` unpacks the whole matrix, with zeros where the sparse values belong; `weight` puts them
     there. Both are made for one forward and dropped: in memory stay codes, scales, index, values.
+    No `state_dict` has them, nor does `.to` move them: `Patch.tensors`, and `unpack` before saving.
     """
 
     def __init__(self, weight: Tensor, index: Tensor, bias=None, double_quant: bool = False):
         """`weight` (out, in) in the compute dtype is read, not kept; `index`: (k,) places, sorted.
 
-        ValueError where a place is not in it, or a weight is not finite.
+        ValueError where the places cannot be such, or a weight is not finite.
         """
         from bitsandbytes.functional import quantize_4bit  # two seconds, and only [Q] needs it
 
@@ -77,8 +87,7 @@ class DenseSparseLinear(nn.Module):
         self.bias = bias
         if not torch.isfinite(torch.stack(weight.aminmax())).all():
             raise ValueError("a weight to be quantised holds NaN or infinity")
-        if (last := int(index[-1])) >= weight.numel():
-            raise ValueError(f"place {last} of {weight.numel()} weights")
+        check_places(index, weight.numel())
         index = index.to(weight.device, torch.int64)
         dense = weight.detach().reshape(-1).clone()
         # Plain attributes: buffers would be empty ones when transformers is done loading.
@@ -147,7 +156,8 @@ def quantise(model: nn.Module, name: str, weight: Tensor, index: Tensor, double_
     path = name.removesuffix(".weight")
     parent, _, child = path.rpartition(".")
     check_linears(model, [name])
-    layer = DenseSparseLinear(weight, index, model.get_submodule(path).bias, double_quant)
+    linear = model.get_submodule(path)
+    layer = DenseSparseLinear(weight, index, linear.bias, double_quant).train(linear.training)
     setattr(model.get_submodule(parent), child, layer)
 
 
@@ -171,7 +181,7 @@ def unpack(model: nn.Module) -> None:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(layer.weight.cpu()), layer.bias
         parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+        setattr(model.get_submodule(parent), child, linear.train(layer.training))
 
 
 def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda name, weight: None):

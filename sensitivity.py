@@ -9,7 +9,11 @@
     random_index, largest, smallest                       masks of the same size to compare with
 
 A mask here is an index: {name of a matrix: sorted flat int32 positions}. The same k per matrix for
-every kind, so that kinds differ only in which weights they take.
+every kind, so that kinds differ only in which weights they take. In a program of your own:
+
+    windows = loading.text_windows(tokenizer, texts, samples=100, length=512, seed=0)
+    index = sensitive(fisher(model, masks.text_losses(windows)), 0.001)
+    handle = model_patch.Patch(model, index)  # 16 bits; for 4, first quant.quantise each matrix
 
 Deviations, and what is open: we had [Q]'s summary and reviews, not its full text or code; a public
 code base is close to it. [Q] defines the score as a mean of squares; that code squares the mean
@@ -231,9 +235,15 @@ def random_index(weights: dict[str, Tensor], density: float, seed: int = 0) -> d
 # ------------------------------------------------------------------ what [Q] measures of masks
 
 
+def _inside(scores: dict[str, Tensor], index: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Per matrix, the sum of the scores in the mask."""
+    assert all(i.dtype in (torch.int32, torch.int64) for i in index.values()), "positions, not bits"
+    return {name: scores[name].flatten()[i.long()].double().sum() for name, i in index.items()}
+
+
 def shares(scores: dict[str, Tensor], index: dict[str, Tensor]) -> dict[str, float]:
     """Per matrix, the share of the squared gradient that lies inside the mask."""
-    inside = {name: scores[name].flatten()[i.long()].double().sum() for name, i in index.items()}
+    inside = _inside(scores, index)
     return {name: float(inside[name] / scores[name].double().sum()) for name in index}
 
 
@@ -247,12 +257,13 @@ def coverage(scores: dict[str, Tensor], index: dict[str, Tensor]) -> float:
 
     A random mask has c = k/d, the density, on average.
     """
-    inside = sum(scores[name].flatten()[i.long()].double().sum() for name, i in index.items())
+    inside = sum(_inside(scores, index).values())
     return float(inside / sum(score.double().sum() for score in scores.values()))
 
 
 def overlap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """|A ∩ B| / k over all matrices, for masks of one size. By chance: k/d, the density."""
+    assert {n: len(i) for n, i in a.items()} == {n: len(i) for n, i in b.items()}, "other sizes"
     both = sum(int(torch.isin(a[name], b[name]).sum()) for name in a)
     return both / sum(len(i) for i in a.values())
 

@@ -84,6 +84,7 @@ def _sweep(outs, coefficients, theta, index, start, seed, stream, mask, state, s
         drawn = draw_at(index, seed, stream)
     for half, (z, element, words) in enumerate(drawn):
         m = mask(theta[half], element, state)
+        assert m.dtype == torch.bool, f"a rule's mask is boolean, not {m.dtype}"
         for out, a in zip(outs, coefficients, strict=True):
             value, dtype = shifted(theta[half], a, m, z), out[half].dtype
             if stochastic and dtype.itemsize < 4:  # 32-bit weights hear every update

@@ -10,7 +10,8 @@
     theta              θ                 loss_plus        l⁺ = L(θ + ε ẑ)
     z, mask            z, m              loss_minus       l⁻ = L(θ − ε ẑ)
     a                  ±ε, −2ε or −ηg    projected_grad   proj_grad, g
-    eps, lr            ε, η              seed             s, fresh for every step
+    eps, lr            ε, η              seed             s, fresh for every step (not Alg. 1's
+                                                          other s, the sparsification interval)
 
 `sparse_mezo_step` is [S]'s step; MeZO's is the same with masks of ones, [Q]'s with masks that never
 change. No model is seen here: parameters are plain tensors and the loss is a closure, so a
@@ -61,7 +62,7 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
     booleans. The masks are taken once, from the unperturbed θ, and held for the step: a mask taken
     again from θ + ε ẑ would differ, and the restore would miss. Adding and subtracting ε ẑ rounds,
     so θ does not come back to the bit; in 16 bits that drift is larger than an update. §3.3 has
-    none of it.
+    none of it. (Nor does θ come back where `loss` raises.)
     """
     masks = get_masks(theta)  # m ← GetMask(θ_t, h): Algorithm 3, masks.get_mask for each tensor
     perturb_parameters(theta, eps, seed, masks)
@@ -164,4 +165,4 @@ def step_seed(run_seed: int, step: int) -> int:
     """The seed of one training step; one-to-one, so no two steps of any two runs share noise."""
     assert 0 <= run_seed < MAX_RUN_SEED, f"run seed {run_seed} is not in [0, 2^24)"
     assert 0 <= step < MAX_STEP, f"step {step} is not in [0, 2^24)"
-    return run_seed << 24 | step
+    return int(run_seed) << 24 | int(step)  # of numpy's 32 bits some would fall off

@@ -233,7 +233,7 @@ def test_modules_inside_modules_that_own_parameters():
 def test_a_parameter_that_forward_never_used_is_named():
     """Pure noise would move it, so it is an error with its name."""
     model = Odd(nn.Linear(8, 8)).eval()
-    model.spare = nn.Linear(3, 3)
+    model.spare = nn.Linear(3, 3).eval()
     handle = Patch(model, masks.Everything())
     with pytest.raises(ValueError, match=r"never used spare\.weight, spare\.bias"):
         handle.losses(batch(), loss_fn, SEED)
@@ -302,13 +302,88 @@ def test_what_cannot_be_meant_is_refused():
     """Another rounding than the two, an ε that is no distance, an update that is NaN."""
     model = build("llama")
     for more in ({"rounding": "neerest"}, {"eps": 0.0}, {"eps": float("nan")}):
-        with pytest.raises(ValueError, match="rounding"):
+        with pytest.raises(ValueError, match=next(iter(more))):
             Patch(model, masks.Everything(), **more)
+    for which in (masks.SmallWeights, "mask.safetensors"):
+        with pytest.raises(ValueError, match="give a rule, SmallWeights.* or an index"):
+            Patch(model, which)
     handle = Patch(model, masks.Everything())
     before = {name: flat.clone() for name, flat in handle.tensors().items()}
     with pytest.raises(AssertionError, match="skip the step"):
         handle.update(SEED, float("nan"))
     assert all(torch.equal(flat, before[name]) for name, flat in handle.tensors().items())
+
+
+def test_eps_can_be_changed_between_steps():
+    """handle.eps is the ε of the probes and of the slope: as a handle made with it."""
+    model, inputs = build("llama"), batch()
+    handle = Patch(model, RULES["s-mezo"], eps=EPS)
+    handle.eps = 30 * EPS
+    found = handle.losses(inputs, loss_fn, SEED)
+    handle.remove()
+    assert found == Patch(model, RULES["s-mezo"], eps=30 * EPS).losses(inputs, loss_fn, SEED)
+
+
+def cast(model):
+    model.to(torch.bfloat16)
+
+
+def assign(model):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def replace(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+@pytest.mark.parametrize("swap", [cast, assign, replace])
+def test_weights_that_are_replaced_after_patching_are_noticed(swap):
+    """Updates would go to memory that the model does not have any more."""
+    model, inputs = build("llama"), batch()
+    handle = Patch(model, masks.Everything())
+    handle.losses(inputs, loss_fn, SEED)
+    swap(model)
+    with pytest.raises(ValueError, match="another tensor than when it was patched"):
+        handle.losses(inputs, loss_fn, SEED)
+
+
+def test_a_copy_of_a_patched_model_is_a_model_of_its_own():
+    """deepcopy keeps the best weights; it neither follows the original nor its probes."""
+    model, inputs = build("llama"), batch()
+    handle = Patch(model, masks.Everything(), eps=EPS)
+    plain = model(**inputs, use_cache=False).logits
+    copied = copy.deepcopy(model)
+    handle.update(SEED, 0.1)
+    assert torch.equal(copied(**inputs, use_cache=False).logits, plain)
+    assert not torch.equal(model(**inputs, use_cache=False).logits, plain)
+    again = Patch(copied, masks.Everything(), eps=EPS)
+    handle.remove()
+    plus, minus = again.losses(inputs, loss_fn, SEED)
+    assert plus != minus
+    again.remove()
+    assert torch.equal(copied(**inputs, use_cache=False).logits, plain)
+
+
+def test_one_handle_per_model_and_none_after_remove():
+    """A second handle, or a removed one, would probe nothing; a model can be patched again."""
+    model, inputs = build("llama"), batch()
+    handle = Patch(model, masks.Everything())
+    with pytest.raises(ValueError, match="patched already"):
+        Patch(model, masks.Everything())
+    handle.remove()
+    for use in (lambda: handle.losses(inputs, loss_fn, SEED), lambda: handle.update(SEED, 0.1)):
+        with pytest.raises(AssertionError, match="removed"):
+            use()
+    Patch(model, masks.Everything()).losses(inputs, loss_fn, SEED)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 48])
+def test_a_seed_beyond_48_bits_is_refused(seed):
+    """Its noise could not be drawn again from the log."""
+    handle = Patch(build("llama"), masks.Everything())
+    with pytest.raises(AssertionError, match="48 bits"):
+        handle.losses(batch(), loss_fn, seed)
 
 
 def test_training_mode_is_refused():

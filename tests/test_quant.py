@@ -10,6 +10,7 @@ from models import batch, build, literal_step, loss_fn
 from torch import nn
 
 import loading
+import masks
 import model_patch
 import quant
 import zo
@@ -336,8 +337,40 @@ def test_an_index_of_another_model_is_refused():
     with pytest.raises(AttributeError):
         model_patch.Patch(model, {"model.layers.9.mlp.up_proj.weight": torch.arange(3)})
     name = "model.layers.0.mlp.up_proj.weight"
-    with pytest.raises(ValueError, match="place 1536 of 1536"):
+    with pytest.raises(ValueError, match="from 0 to 1535"):
         model_patch.Patch(model, {name: torch.tensor([1, 1536])})
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        torch.ones(1536, dtype=torch.bool),  # a mask as [S] has it
+        torch.ones(48, 32, dtype=torch.bool),
+        torch.rand(1536),  # scores
+        torch.tensor([3, 2]),
+        torch.tensor([2, 2]),
+        torch.tensor([-1, 2]),
+        torch.tensor([], dtype=torch.int32),
+    ],
+)
+def test_what_is_no_index_is_refused(places):
+    """A boolean mask taken for positions would move places 0 and 1, and nothing would say so."""
+    model, name = build("llama"), "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match="an index is"):
+        model_patch.Patch(model, {name: places})
+    with pytest.raises(ValueError, match="an index is"):
+        quant.DenseSparseLinear(model.get_parameter(name), places)
+
+
+def test_four_bits_keep_to_the_index_that_they_were_made_with():
+    """Another index, or a rule, would be ignored by 4-bit layers: refused."""
+    model, name = build("llama"), "model.layers.0.mlp.up_proj.weight"
+    quant.quantise(model, name, model.get_parameter(name), torch.arange(9), False)
+    with pytest.raises(ValueError, match="quantised with another index"):
+        model_patch.Patch(model, {name: torch.arange(1, 10)})
+    with pytest.raises(ValueError, match="only the places of an index move"):
+        model_patch.Patch(model, masks.SmallWeights(0.25))
+    model_patch.Patch(model, {name: torch.arange(9)}).remove()
 
 
 def test_the_literal_step_helper_is_algorithm_1_too():
