@@ -155,7 +155,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      UPDATE, UPDATE.replace("seed", "seed + 1"),
      "test_model_patch::test_probe_and_update_use_the_same_noise_and_mask"),
     ("η g rounded to 16 bits", "model_patch",
-     "torch.tensor(a, dtype=torch.float32,", "torch.tensor(a, dtype=p.weight.dtype,",
+     "number = self._on_devices(a)", "number = self._on_devices(a, self.moving[0].flat.dtype)",
      "test_model_patch::test_half_precision_is_computed_in_fp32_and_rounded_once"),
     ("an embedding's noise by token, not by element", "model_patch",
      "input[..., None] * columns + torch.arange", "input[..., None] + torch.arange",

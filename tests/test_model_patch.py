@@ -318,10 +318,13 @@ def test_eps_can_be_changed_between_steps():
     """handle.eps is the ε of the probes and of the slope: as a handle made with it."""
     model, inputs = build("llama"), batch()
     handle = Patch(model, RULES["s-mezo"], eps=EPS)
+    before = handle.losses(inputs, loss_fn, SEED)
     handle.eps = 30 * EPS
     found = handle.losses(inputs, loss_fn, SEED)
     handle.remove()
-    assert found == Patch(model, RULES["s-mezo"], eps=30 * EPS).losses(inputs, loss_fn, SEED)
+    assert (
+        before != found == Patch(model, RULES["s-mezo"], eps=30 * EPS).losses(inputs, loss_fn, SEED)
+    )
 
 
 def cast(model):
