@@ -38,7 +38,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 TASK_SEED, SPLITS = 2024, {"train": 1500, "val": 1000}  # of train, 500 become validation
-TASK_SEED, SPLITS = 2024, {"train": 1500, "val": 1000}  # of train, 500 become validation
 SEED = 1  # of the weights and of the pre-training text
 LR, WARMUP, INIT = 2e-3, 200, 0.08  # LR is constant in the lessons, then falls linearly to 2 %
 LESSON_STEPS, TOWN_STEPS = 3000, 4500  # the first is a limit: a lesson takes some 500 steps
