@@ -39,7 +39,7 @@ import workers
 from loading import Settings
 from tasks import UserError
 
-OURS = {"dtype", "device", "device_map", "trust_remote_code"}  # not a run's to decide, but ours
+OURS = {"device", "device_map", "trust_remote_code"}  # not a run's to decide, but ours
 
 
 class Accuracy(NamedTuple):
@@ -165,15 +165,24 @@ def open_model(settings: dict, run: Path | None = None):
 
     index: [Q]'s mask, from the run's directory; None for the other methods.
     """
-    index = provenance = four_bits = None
+    index = path = about = None
     if settings["method"] in masks.FEW:
         path = run / record.MASK
-        index, provenance = sensitivity.read_mask(path)
+        index, about = sensitivity.read_mask(path)
         if settings.get("mask_fingerprint") not in (None, mask_fingerprint(index)):
             raise UserError(f"{path} is not the mask that the run began with; put it back")
-        check = partial(sensitivity.check_values, path, provenance)
-        if settings["method"] == "senszoq":
-            four_bits = quant.loading_config(index, settings["double_quant"], check)
+    model = load_original(settings, path, index, about)
+    if settings.get("model_fingerprint") not in (None, loading.fingerprint(model)):
+        raise UserError(f"{settings['model']} is not the model, or not in the dtype, of that run")
+    return model, index
+
+
+def load_original(settings: dict, path=None, index: dict | None = None, about: dict | None = None):
+    """The model before training. For [Q] with the `index` of the file `path`: its matrices must
+    hold the values that its provenance `about` remembers; for senszoq they are read into 4 bits."""
+    four_bits, check = None, partial(sensitivity.check_values, path, about)
+    if index is not None and settings["method"] == "senszoq":
+        four_bits = quant.loading_config(index, settings["double_quant"], check)
     model = loading.load_model(
         settings["model"],
         settings["dtype"],
@@ -185,9 +194,7 @@ def open_model(settings: dict, run: Path | None = None):
     if index is not None and four_bits is None:
         for name in index:
             check(name, model.get_parameter(name))
-    if settings.get("model_fingerprint") not in (None, loading.fingerprint(model)):
-        raise UserError(f"{settings['model']} is not the model, or not in the dtype, of that run")
-    return model, index
+    return model
 
 
 def mask_fingerprint(index: dict | None) -> str | None:
@@ -218,6 +225,18 @@ def save_sparse(run: Path, settings: dict, index: dict, values: dict, step: int)
     snapshot.write_sparse(run / record.SPARSE, index, values, about)
 
 
+def settings_of_sparse(path: Path, about: dict, given: dict) -> dict:
+    """Those of the run that wrote the file, and `given` over them; other data without its own."""
+    if "dtype" in given:
+        raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
+    needed = {f.name for f in fields(Settings)} | {"data_fingerprint", "step"}
+    if missing := sorted(needed - about.keys()):
+        raise UserError(f"{path} says no {missing[0]}: from another version; train again")
+    other_data = given.keys() & {"task", "data_dir", "train_file", "validation_file", "test_file"}
+    names = {"model", "dtype"} if other_data else {f.name for f in fields(Settings)} - OURS
+    return {name: about[name] for name in names} | given
+
+
 def open_sparse(path: Path, found: tuple, settings: Settings, model_config):
     """The model that [Q]'s result was trained on, with the trained values in their places.
 
@@ -227,20 +246,7 @@ def open_sparse(path: Path, found: tuple, settings: Settings, model_config):
     skeleton = loading.skeleton(model_config, settings.trust_remote_code)
     weights = sensitivity.decoder_linears(skeleton)
     sensitivity.check_mask(path, index, about, weights)  # names and shapes, before anything loads
-    check, four_bits = partial(sensitivity.check_values, path, about), None
-    if about["method"] == "senszoq":
-        four_bits = quant.loading_config(index, about["double_quant"], check)
-    model = loading.load_model(
-        settings.model,
-        about["dtype"],
-        settings.device,
-        settings.trust_remote_code,
-        four_bits=four_bits,
-        device_map=settings.device_map,
-    )
-    if four_bits is None:
-        for name in index:
-            check(name, model.get_parameter(name))
+    model = load_original(about | vars(settings), path, index, about)
     handle = model_patch.Patch(model, index)
     handle.load(values)
     handle.remove()
@@ -289,24 +295,15 @@ def main(argv=None) -> None:
 
 def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str | None) -> str:
     """Zero-shot or in-context accuracy of a model, perhaps with [Q]'s trained values, as a line."""
-    asked, about = set(given), None  # about: of the run that wrote --sparse
-    if sparse is not None:
-        if "dtype" in asked:
-            raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
-        found_sparse = snapshot.read_sparse(sparse)
-        about = found_sparse[2]
-        needed = {f.name for f in fields(Settings)} | {"data_fingerprint", "step"}
-        if missing := sorted(needed - about.keys()):
-            raise UserError(f"{sparse} says no {missing[0]}: from another version; train again")
-        other_data = asked & {"task", "data_dir", "train_file", "validation_file", "test_file"}
-        names = {"model"} if other_data else {f.name for f in fields(Settings)} - OURS
-        given = {name: about[name] for name in names} | given  # the run's own, unless others are
+    asked, found = given, snapshot.read_sparse(sparse) if sparse else None
+    if found:
+        given = settings_of_sparse(sparse, found[2], asked)
     settings = Settings(**given)
     loading.check(settings)
     data = loading.load_data(settings)
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
-    if about is not None and asked <= OURS | {"model", "batch_size", "max_length"}:
-        if data.fingerprint != about["data_fingerprint"]:
+    if found and asked.keys() <= OURS | {"model", "batch_size", "max_length"}:
+        if data.fingerprint != found[2]["data_fingerprint"]:
             raise UserError(f"the data of {sparse} have changed: {data.source}; name others")
     settings.max_length = loading.usable_length(settings.max_length, model_config)
     if shots > len(data.train):
@@ -317,24 +314,19 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
     if not examples:
         raise UserError(f"the {split} split is empty")
     cut = scoring.check_examples(tokenizer, examples, settings.max_length)
-    if sparse is not None:
-        model = open_sparse(sparse, found_sparse, settings, model_config)
+    name, how = settings.model, f"{shots} shots" if shots else "zero-shot"
+    if found:
+        model = open_sparse(sparse, found, settings, model_config)
+        how = how if shots else "no shots"
+        name += f" with the values of {sparse}, step {found[2]['step']}"
     else:
-        where = settings.device, settings.trust_remote_code
-        model = loading.load_model(
-            settings.model, settings.dtype, *where, device_map=settings.device_map
-        )
+        model = load_original(vars(settings))
+    how += f", {cut} prompts cut to {settings.max_length} tokens" * bool(cut)
     sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length}
-    found = accuracy(model, tokenizer, examples, **sizes)
+    score = accuracy(model, tokenizer, examples, **sizes)
     if save is not None:
         save_checkpoint(model, tokenizer, save)
-    how = f"{shots} shots" if shots else "zero-shot"
-    name = settings.model
-    if sparse is not None:
-        name += f" with the values of {sparse}, step {about['step']}"
-        how = f"{shots} shots" if shots else "no shots"
-    how += f", {cut} prompts cut to {settings.max_length} tokens" * bool(cut)
-    return f"{name}, {how}, {data.source}: {split} accuracy {found}"
+    return f"{name}, {how}, {data.source}: {split} accuracy {score}"
 
 
 def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str | None) -> str:
