@@ -16,6 +16,7 @@ Model, data and settings must be those of the run: fingerprints tell.
 
 import math
 import os
+import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,12 @@ class Accuracy(NamedTuple):
         return f"{self.value:.3f} ± {self.error:.3f} (n = {self.n}{broken})"
 
 
+def sizes(settings: dict) -> dict:
+    """Of `accuracy`'s batches: no more rows than a probe of the run has in memory, two of each."""
+    rows = min(settings["batch_size"], 2 * (settings.get("micro_batch") or settings["batch_size"]))
+    return {"batch_size": rows, "max_length": settings["max_length"]}
+
+
 @torch.no_grad()
 def accuracy(
     model, tokenizer, examples, *, batch_size=16, max_length=2048, group=workers.ALONE
@@ -74,7 +81,8 @@ def accuracy(
     of any example is finite.
     """
     right = broken = 0
-    mine = group.share(sorted(examples, key=lambda e: len(e.prompt)))  # little padding
+    by_length = sorted(examples, key=lambda e: len(e.prompt), reverse=True)  # little padding
+    mine = group.share(by_length)  # the longest first: where memory ends, it ends at once
     quiet = {"leave": False, "delay": 5, "disable": group.rank > 0}
     for start in tqdm(range(0, len(mine), batch_size), "evaluating", **quiet):
         part = mine[start : start + batch_size]
@@ -145,7 +153,8 @@ def replay(handle: model_patch.Patch, steps, start: tuple[int, dict] = (0, {})) 
     if tensors:
         handle.load(tensors)
         del start, tensors  # as large as what moves
-    for step, seed, a, *_ in steps[done:]:
+    quiet = {"leave": False, "delay": 5, "file": sys.stdout}  # a worker's stdout is nowhere
+    for step, seed, a, *_ in tqdm(steps[done:], "replaying", **quiet):
         handle.refresh(step)
         if math.isfinite(a):  # else it was skipped
             handle.update(seed, a)
@@ -322,8 +331,7 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
     else:
         model = load_original(vars(settings))
     how += f", {cut} prompts cut to {settings.max_length} tokens" * bool(cut)
-    sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length}
-    score = accuracy(model, tokenizer, examples, **sizes)
+    score = accuracy(model, tokenizer, examples, **sizes(vars(settings)))
     if save is not None:
         save_checkpoint(model, tokenizer, save)
     return f"{name}, {how}, {data.source}: {split} accuracy {score}"
@@ -355,8 +363,7 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str
     if not examples:
         raise UserError(f"the {split} split is empty")
     handle, tokenizer = rebuild(config, steps[:stop], run)
-    sizes = {name: config[name] for name in ("batch_size", "max_length")}
-    found = accuracy(handle.model, tokenizer, examples, **sizes)
+    found = accuracy(handle.model, tokenizer, examples, **sizes(config))
     if save is not None:
         save_checkpoint(handle.model, tokenizer, save)
     return f"{run} after {stop} steps, {data.source}: {split} accuracy {found}"

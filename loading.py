@@ -135,7 +135,8 @@ def is_tiny(model: str) -> bool:
 
 def fail(program: str, error: Exception) -> int:
     """Print one line; the exit code of bad input."""
-    hint = "; try a smaller --batch-size or --max-length"
+    first = "--micro-batch, " * (program == "train.py")
+    hint = f"; try a smaller {first}--batch-size or --max-length"
     hint = hint if isinstance(error, torch.OutOfMemoryError) else ""
     print(
         f"{program}: error: {(str(error) or type(error).__name__).splitlines()[0]}{hint}",
@@ -272,6 +273,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     device = choose_device(device, device_map)
+    if ":" in device:
+        torch.cuda.set_device(device)  # nothing of ours on another worker's GPU
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
     try:

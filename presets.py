@@ -257,8 +257,8 @@ def make_mask(config: Config, run: Path, data) -> None:
         sensitivity.save_mask(path, *masks.compute(args, data))
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "no memory to score the weights; make the mask with python masks.py --groups 8 "
-            "--scores-device cpu, then give --mask FILE"
+            "no memory to score the weights; make the mask with python masks.py --groups 8 (where "
+            "that is not enough, --scores-device cpu), then give --mask FILE"
         ) from error
     gc.collect()  # the scored model, held in cycles
     if torch.cuda.is_available():  # the peak that a run reports is its own

@@ -205,6 +205,11 @@ class StepLog:
         self.began = now
         self.bar.update()
 
+    def begin(self) -> None:
+        """The first step of this session begins: what was replayed before is no step's time."""
+        self.began = time.perf_counter()
+        self.bar.unpause()
+
     def _evaluated(self, step: int) -> bool:
         return step % self.config.eval_every == 0 or step == self.config.steps
 
@@ -261,7 +266,7 @@ class StepLog:
         """The weights as they are now; the logs are synced first, so that it is never ahead."""
         if self.run is not None:
             self.sync()
-            snapshot.write(self.run, self.steps, tensors, self.settings)
+            snapshot.write(self.run, self.steps, tensors, self.settings, self.best_step)
         self.began = time.perf_counter()  # nor is writing one
 
     def _close_line(self) -> None:

@@ -5,8 +5,8 @@ number, one update. The loop in `train` is in the order of the printed algorithm
 
 What a run writes is in record.py. A run that was stopped, by Ctrl-C, a kill or a power failure,
 goes on to the same bits with `python train.py --resume DIR`: its settings are in DIR, and only
---device and more --steps can be given. `torchrun --nproc_per_node N train.py …` shares the batch
-among N workers (workers.py). Settings and where their values come from are in presets.py.
+--device, --micro-batch and more --steps can be given. `torchrun --nproc_per_node N train.py …`
+shares the batch among N workers (workers.py). Settings and their sources are in presets.py.
 """
 
 import gc
@@ -44,7 +44,7 @@ def train(config: Config, log, run: Path, model, tokenizer, data: tasks.Data, ha
     score = "all" if data.classification else "right"
     first = FirstSteps(handle)
     catch_up(log, handle, run, first)
-    log.began = time.perf_counter()  # replaying is not part of a step's time
+    log.begin()
     with Stop(group) as stop:
         for t in range(log.steps, config.steps):  # for t ← 1 to T do
             # Sample minibatch B from X and random seed s
@@ -116,7 +116,7 @@ def validate(config: Config, model, tokenizer, data: tasks.Data, handle, group) 
 
 def sizes(config: Config, group) -> dict:
     """How eval.accuracy is to go about it."""
-    return {"batch_size": config.batch_size, "max_length": config.max_length, "group": group}
+    return eval.sizes(vars(config)) | {"group": group}
 
 
 class FirstSteps:
@@ -222,8 +222,10 @@ def main(argv=None) -> None:
             fine_tune(config, resume, settings, tokenizer, data, group)
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
         kept = resume or record.give_up(run)
-        if kept and isinstance(error, OSError | SafetensorError):  # a full disk, above all
-            error = UserError(f"{error}; all before it is kept: --resume {kept} goes on")
+        if kept and not isinstance(error, UserError):  # a full disk, above all, or a full GPU
+            less = " --micro-batch N" * isinstance(error, torch.OutOfMemoryError)
+            why = str(error).partition("\n")[0]
+            error = UserError(f"{why}; all before it is kept: --resume {kept}{less} goes on")
         raise SystemExit(loading.fail("train.py", error)) from None
     except KeyboardInterrupt as stop:
         kept = resume or record.give_up(run)
@@ -259,7 +261,7 @@ def prepare(config: Config, given: dict):
 
 def reopen(run: Path, given: dict, group):
     """(config, settings, tokenizer, data) of a run that stopped, from its config.json."""
-    steps, device = given.pop("steps", None), given.pop("device", None)
+    steps, device, rows = (given.pop(name, None) for name in ("steps", "device", "micro_batch"))
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UserError(f"--resume brings its own settings; leave out {names}")
@@ -273,6 +275,7 @@ def reopen(run: Path, given: dict, group):
         config.steps = steps
     if device is not None:
         config.device, config.device_map = device, None
+    config.micro_batch = config.micro_batch if rows is None else rows  # another order of sums
     check(config, group.size)
     if group.tell(group.rank == 0 and record.finished(run, config.steps)):
         raise UserError(f"{run} has finished its {config.steps} steps; --steps N adds to them")
@@ -285,6 +288,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     stopped, from the end of its log."""
     began, resumed = time.perf_counter(), settings is not None
     settings = (settings or asdict(config)) | {"steps": config.steps}
+    settings |= {"micro_batch": config.micro_batch}
     here = {"device": group.device(config.device), "device_map": config.device_map}
     if config.method in masks.FEW:
         group.hand_out(run / record.MASK)

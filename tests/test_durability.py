@@ -357,6 +357,41 @@ def test_a_snapshot_is_used_and_bounds_the_replay(at, monkeypatch):
     assert replayed == list(range(8, STOPPED))
 
 
+def test_the_newest_snapshot_up_to_the_best_step_stays(tmp_path):
+    """So the best weights at the end are not replayed from the start; a third one never stands."""
+    settings, stands = {"fingerprint": "f"}, []
+    for step, best in ((4, 0), (8, 6), (12, 12), (16, 12), (20, 12), (24, 24), (28, 24)):
+        snapshot.write(tmp_path, step, {"w": torch.ones(3)}, settings, best)
+        names = [int(p.stem.removeprefix("snapshot-")) for p in tmp_path.iterdir()]
+        stands.append(sorted(names))
+    assert stands == [[4], [4, 8], [12], [12, 16], [12, 20], [24], [24, 28]]
+    assert snapshot.newest(tmp_path, 26, settings)[0] == 24
+
+
+def test_a_run_goes_on_in_smaller_parts(at):
+    """--resume with --micro-batch, after a GPU was full: the same steps to rounding."""
+    train.main([f"--resume={at}/run", "--micro-batch=1"])
+    assert train.record.open_run(at / "run")[0]["micro_batch"] == 1
+    mine, alone = (train.record.open_run(at / name)[1] for name in ("run", "alone"))
+    assert mine[:STOPPED] == alone[:STOPPED] and len(mine) == len(alone)
+    first = [step.loss_plus for step in (mine[STOPPED], alone[STOPPED])]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    with pytest.raises(SystemExit):
+        train.main([f"--resume={at}/alone", "--steps=30", "--micro-batch=0"])
+
+
+def test_out_of_memory_in_the_loop_says_how_to_go_on(at, monkeypatch, capsys):
+    """The rows in memory at once can be fewer from here on, without changing the experiment."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model_patch.Patch, "losses", full)
+    with pytest.raises(SystemExit, match="2"):
+        train.main([f"--resume={at}/run"])
+    assert f"--resume {at}/run --micro-batch N goes on" in capsys.readouterr().err
+
+
 def test_more_steps_are_what_a_longer_run_would_have_done(at, tmp_path):
     """--steps adds to a finished run: equal to one that was asked for them at once."""
     flags = ["--steps=30", "--log-every=4", "--eval-every=6"]
