@@ -169,7 +169,7 @@ def open_data(settings: dict) -> tasks.Data:
     return data
 
 
-def open_model(settings: dict, run: Path | None = None):
+def open_model(settings: dict, run: Path):
     """(model, index) that a run begins with; UserError where one that began had others.
 
     index: [Q]'s mask, from the run's directory; None for the other methods.
@@ -211,7 +211,7 @@ def mask_fingerprint(index: dict | None) -> str | None:
     return None if index is None else f"{snapshot.digest(index):016x}"
 
 
-def rebuild(settings: dict, steps, run: Path | None = None):
+def rebuild(settings: dict, steps, run: Path):
     """(patch, tokenizer) with the weights after `steps`, from a run's config.json and its log.
 
     `run`: its directory, where a snapshot may lie and [Q]'s mask does. The patch is removed: its
@@ -220,7 +220,7 @@ def rebuild(settings: dict, steps, run: Path | None = None):
     tokenizer, _ = loading.load_tokenizer(settings["model"], settings["trust_remote_code"])
     model, index = open_model(settings, run)
     handle = make_patch(model, settings, index)
-    replay(handle, steps, snapshot.newest(run, len(steps), settings) if run else (0, {}))
+    replay(handle, steps, snapshot.newest(run, len(steps), settings))
     handle.remove()
     return handle, tokenizer
 
