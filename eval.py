@@ -110,6 +110,8 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
     """
     if "fingerprint" in settings and settings.get("arithmetic") != sweep.ARITHMETIC:
         raise UserError("this run is of a nanoZO that reads runs differently: use that version")
+    if (began := settings.get("torch", torch.__version__)) != torch.__version__:
+        print(f"  the run began with torch {began}; with {torch.__version__} last bits may differ")
     for name, weight in model.named_parameters():
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
             if not torch.stack(weight.detach().aminmax()).isfinite().all():  # NaN shows in both

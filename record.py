@@ -32,7 +32,7 @@ from tasks import UserError
 RESULT, MASK, SPARSE = "result.json", "mask.safetensors", "sparse.safetensors"
 MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps are only more steps
     "model", "data_dir", "train_file", "validation_file", "test_file", "device", "device_map",
-    "out", "steps", "micro_batch", "save_model", "fingerprint", "text",
+    "out", "steps", "micro_batch", "save_model", "fingerprint", "text", "torch",
 )  # fmt: skip
 
 

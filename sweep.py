@@ -116,7 +116,7 @@ class Sweep:
     def __init__(self, compiled: bool = False):
         self.kernel, self.worked = None, False
         if compiled:
-            torch._dynamo.config.recompile_limit = 64  # a few per rule and dtype; the default is 8
+            torch._dynamo.config.recompile_limit = 256  # a few per rule, dtype and GPU; was 8
             options = {
                 "triton.autotune_pointwise": False,  # its trials copy what is written
                 # whatever the first tensor's size: the disk cache serves larger ones from it, too

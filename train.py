@@ -111,12 +111,8 @@ def validate(config: Config, model, tokenizer, data: tasks.Data, handle, group) 
     if group.size > 1:
         group.check_same(snapshot.digest(handle.tensors()), "weights")
     if data.validation:
-        return eval.accuracy(model, tokenizer, data.validation, **sizes(config, group)).value
-
-
-def sizes(config: Config, group) -> dict:
-    """How eval.accuracy is to go about it."""
-    return eval.sizes(vars(config)) | {"group": group}
+        how = eval.sizes(vars(config)) | {"group": group}
+        return eval.accuracy(model, tokenizer, data.validation, **how).value
 
 
 class FirstSteps:
@@ -299,7 +295,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     print(f"  {handle.report()}")
     slow = "; compiling the kernels takes the first seconds" * settings["compiled"]
     print(f"  {run}/{slow}")
-    how = sizes(config, group)
+    how = eval.sizes(vars(config)) | {"group": group}
     if not resumed:
         zero_shot = eval.accuracy(model, tokenizer, data.test, **how)
         first = validate(config, model, tokenizer, data, handle, group)
@@ -358,6 +354,7 @@ def facts(config: Config, model, data: tasks.Data, index) -> dict:
     found = {
         "compiled": worth_compiling(config, model, index),
         "arithmetic": sweep.ARITHMETIC,
+        "torch": str(torch.__version__),
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_fingerprint": loading.fingerprint(model),
         "data_fingerprint": data.fingerprint,

@@ -380,6 +380,14 @@ def test_a_run_goes_on_in_smaller_parts(at):
         train.main([f"--resume={at}/alone", "--steps=30", "--micro-batch=0"])
 
 
+def test_another_torch_is_named_and_no_obstacle(at, capsys):
+    """Its compiler may round differently: who resumes under it is told, once, and goes on."""
+    edit(at / "run" / "config.json", f'"torch": "{torch.__version__}"', '"torch": "1.0"')
+    train.main([f"--resume={at}/run"])
+    assert "the run began with torch 1.0; with" in capsys.readouterr().out
+    assert kill.outcome(at / "run") == kill.outcome(at / "alone")
+
+
 def test_out_of_memory_in_the_loop_says_how_to_go_on(at, monkeypatch, capsys):
     """The rows in memory at once can be fewer from here on, without changing the experiment."""
 
