@@ -276,8 +276,8 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
     if args.data_dir and not args.task:
         raise UserError(f"--data-dir {args.data_dir}: the folder of a task; give --task")
     folder = Path(args.out).absolute().parent
-    if not os.access(folder, os.W_OK) or Path(args.out).is_dir():
-        raise UserError(f"--out {args.out}: the name of a file in a folder that can be written to")
+    if not os.access(folder, os.W_OK) or Path(args.out).exists():
+        raise UserError(f"--out {args.out}: a new file in a folder that can be written to")
     if args.text:
         loading.check_text(args.text)
     settings = loading.Settings(
@@ -333,7 +333,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = loading.Parser(description="Compute a mask of [Q] and write it to a file.")
     add = parser.add_argument
     add("--model", default=loading.Settings.model, help="hub name or local folder")
-    add("--out", required=True, help="file to write, such as mask.safetensors")
+    add("--out", required=True, help="new file, such as mask.safetensors")
     add("--text", help='.txt or .jsonl of {"text": …}; default C4; tiny/model has its own')
     add("--task", help="instead of text: the training loss of this task")
     add("--data-dir", help="folder with the task's official files")

@@ -308,6 +308,7 @@ def test_a_mask_for_another_model_is_refused(method, folder, mask, tmp_path, cap
 def test_a_mask_that_changed_is_refused(folder, mask, tmp_path, capsys):
     """A run's mask.safetensors replaced by another: neither resumed nor evaluated."""
     run(folder, tmp_path / "run", "senszoq", f"--mask={mask}")
+    (tmp_path / "run" / "mask.safetensors").unlink()
     masks.main(
         [f"--model={folder}/model", "--kind=random", "--density=0.02"]
         + [f"--out={tmp_path}/run/mask.safetensors"]

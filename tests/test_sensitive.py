@@ -634,7 +634,7 @@ def test_the_offline_default_makes_masks_of_text_and_of_a_task(tmp_path):
         ["--task=copa"],
         ["--text", str(ROOT / "tiny/data/other.jsonl")],
     ):
-        out = tmp_path / "mask.safetensors"
+        out = tmp_path / f"mask{len(found)}.safetensors"
         masks.main([f"--out={out}", "--density=0.01", "--samples=8", *flags])
         index, made = sensitivity.read_mask(out)
         found.append(index)
@@ -680,6 +680,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
         (["--task=rte", "--data-dir=nowhere"], "nowhere"),
         (["--text={folder}/text.jsonl", "--out={folder}/no/where"], "a folder that can be written"),
         (["--text={folder}/text.jsonl", "--out={folder}"], "a folder that can be written"),
+        (["--text={folder}/text.jsonl", "--out={folder}/text.jsonl"], "text.jsonl: a new file"),
         (["--text={folder}/text.jsonl", "--model={folder}"], "without config.json"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -687,16 +688,15 @@ def test_real_weights_and_real_text(shared, tmp_path):
 def test_bad_input_is_one_line_before_a_model_is_loaded(
     folder, tmp_path, monkeypatch, capsys, flags, message
 ):
-    """Exit code 2, one line that says what to do, no model loaded, nothing written over."""
+    """Exit code 2, one line that says what to do, no model loaded, nothing written."""
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     out = tmp_path / "mask.safetensors"
-    out.write_text("an older file")
     with pytest.raises(SystemExit) as stopped:
         command(folder, out, *[flag.format(folder=folder) for flag in flags])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
     assert error.startswith("masks.py: error: ") and message in error
-    assert out.read_text() == "an older file" and len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_network_c4_is_an_error_that_says_so(folder, tmp_path, monkeypatch, capsys):
