@@ -122,7 +122,7 @@ class Patch:
             if self._seed is None:
                 return forward(*args, **kwargs)
             for name, p in owned.items():
-                p.check(module._parameters.get(name))
+                moving.check_still(p, module._parameters.get(name))
                 p.used = True
             both = self._sign is None
             signs = (+1, -1) if both else (self._sign,)
@@ -303,7 +303,7 @@ class Patch:
     def update(self, seed: int, a: float) -> None:
         """[S] Algorithm 1's last loop, θ ← θ + a m⊙z in place, with a = −η · proj_grad.
 
-        `seed` is the probes' own."""
+        `seed` is the probes' own. Computed in fp32 and rounded once, to θ's dtype."""
         assert abs(a) < float("inf"), f"an update of {a} leaves no weight finite; skip the step"
         with self._open(seed):
             number = self._on_devices(a)

@@ -40,14 +40,6 @@ class Moving:
         """What is swept for it."""
         return self
 
-    def check(self, parameter) -> None:
-        """ValueError unless it is still the module's tensor that `flat` is a view of."""
-        if parameter is None or parameter.data_ptr() != self.weight.data_ptr():
-            raise ValueError(
-                f"{self.name} is another tensor than when it was patched (by .to, .half, "
-                "load_state_dict(assign=True)?), so updates would not reach it; patch it again"
-            )
-
     def settle(self) -> None:
         """Called when `flat` has changed, and after a probe."""
 
@@ -73,14 +65,21 @@ class Few:
     span: slice | None = None  # which part of it
     used: bool = False
 
-    def check(self, parameter) -> None:
-        """As `Moving.check`; a 4-bit layer has no such tensor."""
-        if self.weight is not None:
-            Moving.check(self, parameter)
-
     def settle(self):
         if self.weight is not None:
             self.weight.view(-1)[self.index] = self.flat.to(self.weight.dtype)
+
+
+def check_still(p: Moving | Few, parameter: Tensor | None) -> None:
+    """ValueError unless a module's `parameter` is the memory that updates write to; 4-bit layers,
+    which have none, pass."""
+    if p.weight is None:
+        return
+    if parameter is None or parameter.data_ptr() != p.weight.data_ptr():
+        raise ValueError(
+            f"{p.name} is another tensor than when it was patched (by .to, .half, "
+            "load_state_dict(assign=True)?), so updates would not reach it; patch it again"
+        )
 
 
 def selected(model, vectors: str, select: str) -> list:

@@ -61,7 +61,8 @@ def check_places(index: Tensor, numel: int) -> None:
     """ValueError unless `index` can say which of `numel` weights move: (k,) ints, ascending."""
     if index.dtype.is_floating_point or index.dtype == torch.bool or index.dim() != 1:
         kind = f"{index.dtype} {tuple(index.shape)}"
-        raise ValueError(f"an index is flat positions, (k,) of int, not {kind}; see mask.nonzero()")
+        hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
+        raise ValueError(f"an index is flat positions, (k,) of int, not {kind}; {hint}")
     if not len(index) or index[0] < 0 or index[-1] >= numel or (index.diff() <= 0).any():
         raise ValueError(f"an index is k > 0 places in ascending order, from 0 to {numel - 1}")
 

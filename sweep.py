@@ -116,10 +116,10 @@ class Sweep:
     def __init__(self, compiled: bool = False):
         self.kernel, self.worked = None, False
         if compiled:
-            torch._dynamo.config.recompile_limit = 256  # a few per rule, dtype and GPU; was 8
+            torch._dynamo.config.recompile_limit = 256  # a few per rule, dtype, GPU; default 8
             options = {
                 "triton.autotune_pointwise": False,  # its trials copy what is written
-                # whatever the first tensor's size: the disk cache serves larger ones from it, too
+                # parallel, however small the first tensor is: the disk cache does not ask its size
                 "cpp.dynamic_threads": True,
             }
             self.kernel = torch.compile(_sweep, dynamic=True, fullgraph=True, options=options)

@@ -306,7 +306,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      'return names <= {"config.json.tmp"}', "return names <= set(EARLY)",
      "test_runs_of_q::test_a_mask_that_was_made_survives_a_start_that_fails"),
     ("any snapshot believed", "snapshot",
-     "if about != _about(step, tensors, settings):", "if False:",
+     "if about != _about(step, tensors, settings, device):", "if False:",
      RESUMED + "[a snapshot of another step]"),
     ("micro-batches of any size counted alike", "train",
      'count = part.num_examples if part.score == "all" else len(part.token)', "count = 1",

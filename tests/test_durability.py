@@ -381,7 +381,7 @@ def test_a_run_goes_on_in_smaller_parts(at):
 
 
 def test_another_torch_is_named_and_no_obstacle(at, capsys):
-    """Its compiler may round differently: who resumes under it is told, once, and goes on."""
+    """Its compiler may round differently: who resumes under it is told, and goes on."""
     edit(at / "run" / "config.json", f'"torch": "{torch.__version__}"', '"torch": "1.0"')
     train.main([f"--resume={at}/run"])
     assert "the run began with torch 1.0; with" in capsys.readouterr().out
