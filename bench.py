@@ -37,6 +37,7 @@ import masks
 import quant
 import sensitivity
 import zo
+from errors import UserError, fail
 from model_patch import Patch
 from record import machine
 from shapes import SENSITIVE, SHAPES, build, places
@@ -334,10 +335,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if min(args.rounds, args.batch, args.tokens) < 1:
-            raise loading.UserError("--rounds, --batch and --tokens: at least 1")
+            raise UserError("--rounds, --batch and --tokens: at least 1")
         args.device = loading.choose_device(args.device)
-    except loading.UserError as error:
-        raise SystemExit(loading.fail("bench.py", error)) from None
+    except UserError as error:
+        raise SystemExit(fail("bench.py", error)) from None
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     torch.manual_seed(0)

@@ -37,8 +37,8 @@ import snapshot
 import sweep
 import tasks
 import workers
+from errors import UserError, fail
 from loading import Settings
-from tasks import UserError
 
 OURS = {"device", "device_map", "trust_remote_code"}  # not a run's to decide, but ours
 
@@ -125,18 +125,15 @@ def make_patch(model, settings: dict, index: dict | None = None) -> model_patch.
             refresh_every=settings["refresh_every"],
             seed=settings["seed"],
         )
-    try:
-        handle = model_patch.Patch(
-            model,
-            which,
-            eps=settings["eps"],
-            vectors=settings["vectors"],
-            rounding=settings["rounding"],
-            select=settings["select"],
-            compiled=settings["compiled"],
-        )
-    except ValueError as error:  # nothing selected
-        raise UserError(str(error)) from error
+    handle = model_patch.Patch(
+        model,
+        which,
+        eps=settings["eps"],
+        vectors=settings["vectors"],
+        rounding=settings["rounding"],
+        select=settings["select"],
+        compiled=settings["compiled"],
+    )
     if settings["compiled"] and not handle.warm_up():
         if "fingerprint" in settings:
             raise UserError("this run's kernels were compiled, and here that fails (see above)")
@@ -299,7 +296,7 @@ def main(argv=None) -> None:
         else:
             print(evaluate(given, split, shots, sparse, save))
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
-        raise SystemExit(loading.fail("eval.py", error)) from None
+        raise SystemExit(fail("eval.py", error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

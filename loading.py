@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 import tasks
-from tasks import UserError
+from errors import UserError
 
 HERE = Path(__file__).resolve().parent
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -131,18 +131,6 @@ def locate(name: str) -> str:
 def is_tiny(model: str) -> bool:
     """Is it the offline default, by whatever path? It brings data and a text of its own."""
     return Path(locate(model)).resolve() == HERE / Settings.model
-
-
-def fail(program: str, error: Exception) -> int:
-    """Print one line; the exit code of bad input."""
-    first = "--micro-batch, " * (program == "train.py")
-    hint = f"; try a smaller {first}--batch-size or --max-length"
-    hint = hint if isinstance(error, torch.OutOfMemoryError) else ""
-    print(
-        f"{program}: error: {(str(error) or type(error).__name__).splitlines()[0]}{hint}",
-        file=sys.stderr,
-    )
-    return 2
 
 
 # ------------------------------------------------------------------ pre-training text

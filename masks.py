@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zo
+from errors import UserError, fail
 from sensitivity import (
     STATISTICS,
     decoder_linears,
@@ -58,7 +59,6 @@ from sensitivity import (
     signature,
     smallest,
 )
-from tasks import UserError
 
 
 def threshold(weight: Tensor, density: float) -> Tensor:
@@ -91,7 +91,7 @@ class Rule:
 
     def __init__(self, density: float = 1.0):
         if not 0 < density <= 1:
-            raise ValueError(f"density {density} is outside (0, 1]: the share of weights that move")
+            raise UserError(f"density {density} is outside (0, 1]: the share of weights that move")
         self.density = density
 
     def prepare(self, weight: Tensor, stream: int) -> Tensor:
@@ -355,14 +355,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> None:
-    import loading
 
     args = make_parser().parse_args(argv)
     try:
         index, provenance = compute(args)
         save_mask(args.out, index, provenance)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        raise SystemExit(loading.fail("masks.py", error)) from None
+        memory = "--groups 8, or --scores-device cpu where that is not enough"
+        raise SystemExit(fail("masks.py", error, memory)) from None
     except KeyboardInterrupt:
         print("\nmasks.py: stopped; nothing was written")
         raise SystemExit(130) from None

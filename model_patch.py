@@ -30,9 +30,8 @@ rewritten from the values, which are fp32. (One dense product and a sparse one i
 
 Why it matters. θ keeps its bits through any number of probes; in place it drifts per step by ten
 times a typical update in fp16. The mask comes from the unperturbed θ by construction. It costs two
-fused sweeps over the weights per step (sweep.py), and memory for the doubled batch and two copies
-of the largest module's weights (the scratch). What differs from Algorithm 1: l⁻ is taken at θ − ε ẑ
-at once, where the printed order rounds twice on its way there.
+fused sweeps per step (sweep.py), and memory for the doubled batch and two copies of the largest
+module's weights. What differs from Algorithm 1: l⁻ is taken at θ − ε ẑ, not on the way back.
 """
 
 import contextlib
@@ -48,6 +47,7 @@ import masks
 import moving
 import quant
 import sweep
+from errors import UserError
 from moving import Few, Moving
 
 
@@ -82,9 +82,9 @@ class Patch:
         compiled: bool = False,
     ):
         if rounding not in moving.ROUNDING:
-            raise ValueError(f"rounding {rounding!r}: one of {moving.ROUNDING}")
+            raise UserError(f"rounding {rounding!r}: one of {moving.ROUNDING}")
         if not 0 < eps < float("inf"):
-            raise ValueError(f"eps {eps}: above 0 and finite")
+            raise UserError(f"eps {eps}: above 0 and finite")
         self.model, self.eps, self.sweep = model, eps, sweep.Sweep(compiled)
         self.stochastic = rounding == "stochastic"
         found = moving.choose(model, which, vectors, select)
@@ -274,7 +274,7 @@ class Patch:
 
         `inputs`: the model's keyword arguments, a dict of tensors of B rows, input_ids (B, T) among
         them, and plain values. `loss_fn`: the logits of B rows to a scalar, in fp32; called twice.
-        ValueError where a weight that moves was not used by forward, or was replaced.
+        UserError where a weight that moves was not used by forward, or was replaced.
         """
         if self.one_pass:
             rows, tokens = inputs["input_ids"].shape
@@ -293,7 +293,7 @@ class Patch:
                 with self._open(seed, sign=sign):
                     losses.append(loss_fn(self.model(**inputs, use_cache=False).logits))
         if unused := [p.name for p in self.weights if not p.used]:
-            raise ValueError(
+            raise UserError(
                 f"forward never used {', '.join(unused[:3])} ({len(unused)} in all), so "
                 "pure noise would move it; exclude it by `select`"
             )

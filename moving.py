@@ -15,6 +15,7 @@ from torch import Tensor
 import masks
 import quant
 import zo
+from errors import UserError
 
 VECTORS = ("masked", "free", "frozen")
 ROUNDING = ("stochastic", "nearest")
@@ -71,60 +72,60 @@ class Few:
 
 
 def check_still(p: Moving | Few, parameter: Tensor | None) -> None:
-    """ValueError unless a module's `parameter` is the memory that updates write to; 4-bit layers,
+    """UserError unless a module's `parameter` is the memory that updates write to; 4-bit layers,
     which have none, pass."""
     if p.weight is None:
         return
     if parameter is None or parameter.data_ptr() != p.weight.data_ptr():
-        raise ValueError(
+        raise UserError(
             f"{p.name} is another tensor than when it was patched (by .to, .half, "
             "load_state_dict(assign=True)?), so updates would not reach it; patch it again"
         )
 
 
 def selected(model, vectors: str, select: str) -> list:
-    """[(stream, name, parameter)] of the unique parameters that move; ValueError where none does.
+    """[(stream, name, parameter)] of the unique parameters that move; UserError where none does.
 
     The stream is the parameter's number in the model, whichever others move.
     """
     if vectors not in VECTORS:
-        raise ValueError(f"vectors is {vectors!r}; it can be masked, free or frozen")
+        raise UserError(f"vectors is {vectors!r}; it can be masked, free or frozen")
     found = [
         (stream, name, p)
         for stream, (name, p) in enumerate(model.named_parameters())
         if re.search(select, name) and (p.dim() > 1 or vectors != "frozen")
     ]
     if not found:
-        raise ValueError(f"no parameter moves: none matches {select!r} with vectors={vectors!r}")
+        raise UserError(f"no parameter moves: none matches {select!r} with vectors={vectors!r}")
     return found
 
 
 def choose(model, which, vectors: str, select: str) -> dict[int, Moving] | dict[int, Few]:
-    """By a rule or an index; ValueError where the model cannot be patched or nothing would move."""
+    """By a rule or an index; UserError where the model cannot be patched or nothing would move."""
     for module in model.modules():
         if module.training:
-            raise ValueError("in training mode dropout drowns the probes; call model.eval() first")
+            raise UserError("in training mode dropout drowns the probes; call model.eval() first")
         patched = getattr(vars(module).get("forward"), "patched", None)  # set by model_patch.py
         if patched is module:
-            raise ValueError("this model is patched already; call remove() on that handle first")
+            raise UserError("this model is patched already; call remove() on that handle first")
         if patched is not None:
             del module.forward  # what a deepcopy brought along
     if isinstance(which, dict):
         return choose_few(model, which)
     if isinstance(which, masks.Rule):
         return choose_by_rule(model, which, vectors, select)
-    raise ValueError(f"{type(which).__name__}: give a rule, SmallWeights(0.25), or an index")
+    raise UserError(f"{type(which).__name__}: give a rule, SmallWeights(0.25), or an index")
 
 
 def choose_by_rule(model, rule, vectors: str, select: str) -> dict[int, Moving]:
     """{id(parameter): Moving} of the parameters that move."""
     if quant.packed(model):
-        raise ValueError("in 4 bits only the places of an index move; a rule needs 16 or 32 bits")
+        raise UserError("in 4 bits only the places of an index move; a rule needs 16 or 32 bits")
     chosen, free = {}, masks.Everything()
     for stream, name, parameter in selected(model, vectors, select):
         assert stream < zo.MAX_STREAMS, f"parameter {stream} exceeds {zo.MAX_STREAMS} noise streams"
         if not (parameter.is_floating_point() and parameter.is_contiguous()):
-            raise ValueError(
+            raise UserError(
                 f"{name} ({parameter.dtype}) cannot move: only contiguous floating-point weights "
                 "can, so a quantised checkpoint must be loaded in 16 or 32 bits"
             )
@@ -132,8 +133,8 @@ def choose_by_rule(model, rule, vectors: str, select: str) -> dict[int, Moving]:
         its = free if weight.dim() < 2 and vectors == "free" else rule
         try:
             state = its.prepare(weight, stream)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
         number = torch.tensor(stream, device=weight.device)
         flat = weight.view(-1)
         chosen[id(parameter)] = Moving(name, weight, flat, number, its, state, flat.numel())
@@ -148,19 +149,19 @@ def choose_few(model, index: dict[str, Tensor]) -> dict[int, Few]:
         layer = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, quant.DenseSparseLinear):
             if not torch.equal(layer.index, places.to(layer.index)):
-                raise ValueError(f"{name} was quantised with another index than this one")
+                raise UserError(f"{name} was quantised with another index than this one")
             key, weight, places, values = layer, None, layer.index, layer.values
             size = layer.size
         else:
             key, layer = model.get_parameter(name), None
             weight, size = key.detach(), key.numel()
             if not weight.is_contiguous():
-                raise ValueError(f"{name} is not contiguous")
+                raise UserError(f"{name} is not contiguous")
             quant.check_places(places, size)
             places = places.to(weight.device, torch.int64)
             values = weight.view(-1)[places].float()
         if not torch.isfinite(values).all():
-            raise ValueError(f"{name}: the weight holds NaN or infinity")
+            raise UserError(f"{name}: the weight holds NaN or infinity")
         found[id(key)] = Few(name, weight, layer, places, values)
         sizes.append(size)
     parts = list(zip(range(len(found)), found.values(), sizes, strict=True))

@@ -22,8 +22,8 @@ import record
 import sensitivity
 import snapshot
 import zo
+from errors import UserError
 from loading import Settings, setting
-from tasks import UserError
 
 
 @dataclass
@@ -124,9 +124,14 @@ def complete(config: Config, given: dict, model_config) -> None:
     filled = fill_in(config, "tiny" if config.model == Config.model else model_config.model_type)
     for name, (value, _) in filled.items():
         setattr(config, name, value)
-    if config.method in masks.FEW or config.select:
-        check_chosen(config, loading.skeleton(model_config, config.trust_remote_code))
-    if config.method in masks.FEW and config.mask is not None:
+    few = config.method in masks.FEW
+    if few or config.select:
+        skeleton = loading.skeleton(model_config, config.trust_remote_code)
+        if few:
+            check_mask(config, skeleton)
+        else:
+            moving.selected(skeleton, config.vectors, config.select)
+    if few and config.mask is not None:
         filled["density"] = config.density, "the mask's"
     for name, value in asdict(config).items():
         source = filled[name][1] if name in filled else "you" if name in given else None
@@ -179,7 +184,7 @@ def check(config: Config, workers: int = 1) -> None:
     if config.text and config.mask_from == "task":
         raise UserError(f"--text {config.text} with --mask-from task: one of the two")
     if few and config.mask:
-        sensitivity.read_mask(config.mask)  # `check_chosen` asks whether it fits the model
+        sensitivity.read_mask(config.mask)  # `check_mask` asks whether it fits the model
     if config.snapshot_every < 0:
         raise UserError(f"--snapshot-every {config.snapshot_every}: at least 0, which is never")
     if config.micro_batch is not None and config.micro_batch < 1:
@@ -210,21 +215,12 @@ def run_name(config: Config) -> str:
 # ------------------------------------------------------------------ [Q]'s mask of a run
 
 
-def check_chosen(config: Config, skeleton) -> None:
-    """UserError where --select leaves nothing of the model, or where [Q]'s mask, or one of this
-    density, does not fit it. `skeleton`: names and shapes are enough, so nothing is loaded."""
-    if config.method not in masks.FEW:
-        try:
-            moving.selected(skeleton, config.vectors, config.select)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return
+def check_mask(config: Config, skeleton) -> None:
+    """UserError where [Q]'s mask, or one of this density, does not fit the model. `skeleton`: names
+    and shapes are enough, so nothing is loaded."""
     weights = sensitivity.decoder_linears(skeleton)
     if config.method == "senszoq":
-        try:
-            quant.check_linears(skeleton, weights)
-        except ValueError as error:
-            raise UserError(f"{error}; --method sensitive keeps 16 bits") from error
+        quant.check_linears(skeleton, weights)
     if config.mask is None:
         sensitivity.how_many(weights, config.density)
     else:

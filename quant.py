@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
+
 NF4 = (  # bitsandbytes' table; the middle of the two halves is an exact 0
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -58,13 +60,13 @@ def nf4_decode(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def check_places(index: Tensor, numel: int) -> None:
-    """ValueError unless `index` can say which of `numel` weights move: (k,) ints, ascending."""
+    """UserError unless `index` can say which of `numel` weights move: (k,) ints, ascending."""
     if index.dtype.is_floating_point or index.dtype == torch.bool or index.dim() != 1:
         kind = f"{index.dtype} {tuple(index.shape)}"
         hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
-        raise ValueError(f"an index is flat positions, (k,) of int, not {kind}; {hint}")
+        raise UserError(f"an index is flat positions, (k,) of int, not {kind}; {hint}")
     if not len(index) or index[0] < 0 or index[-1] >= numel or (index.diff() <= 0).any():
-        raise ValueError(f"an index is k > 0 places in ascending order, from 0 to {numel - 1}")
+        raise UserError(f"an index is k > 0 places in ascending order, from 0 to {numel - 1}")
 
 
 class DenseSparseLinear(nn.Module):
@@ -78,7 +80,7 @@ class DenseSparseLinear(nn.Module):
     def __init__(self, weight: Tensor, index: Tensor, bias=None, double_quant: bool = False):
         """`weight` (out, in) in the compute dtype is read, not kept; `index`: (k,) places, sorted.
 
-        ValueError where the places cannot be such, or a weight is not finite.
+        UserError where the places cannot be such, or a weight is not finite.
         """
         from bitsandbytes.functional import quantize_4bit  # two seconds, and only [Q] needs it
 
@@ -87,7 +89,7 @@ class DenseSparseLinear(nn.Module):
         assert weight.numel() % BLOCK == 0, f"{tuple(weight.shape)} does not fill blocks of {BLOCK}"
         self.bias = bias
         if not torch.isfinite(torch.stack(weight.aminmax())).all():
-            raise ValueError("a weight to be quantised holds NaN or infinity")
+            raise UserError("a weight to be quantised holds NaN or infinity")
         check_places(index, weight.numel())
         index = index.to(weight.device, torch.int64)
         dense = weight.detach().reshape(-1).clone()
@@ -138,18 +140,19 @@ class DenseSparseLinear(nn.Module):
 
 
 def check_linears(model: nn.Module, names) -> None:
-    """ValueError unless each weight of `names` belongs to an nn.Linear: only those go into 4 bits.
+    """UserError unless each weight of `names` belongs to an nn.Linear: only those go into 4 bits.
 
     On torch's meta device, too, so that it can be said before anything is loaded.
     """
+    hint = "; --method sensitive keeps 16 bits"
     for name in names:
         module = model.get_submodule(name.removesuffix(".weight"))
         if type(module) is not nn.Linear:
-            raise ValueError(
-                f"{name} is of a {type(module).__name__}; only nn.Linear goes into 4 bits"
-            )
+            kind = type(module).__name__
+            raise UserError(f"{name} is of a {kind}; only nn.Linear goes into 4 bits{hint}")
         if module.weight.numel() % BLOCK:
-            raise ValueError(f"{name} {tuple(module.weight.shape)} does not fill blocks of {BLOCK}")
+            shape = tuple(module.weight.shape)
+            raise UserError(f"{name} {shape} does not fill blocks of {BLOCK}{hint}")
 
 
 def quantise(model: nn.Module, name: str, weight: Tensor, index: Tensor, double_quant: bool):
@@ -188,7 +191,7 @@ def unpack(model: nn.Module) -> None:
 def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda name, weight: None):
     """For from_pretrained(quantization_config=…): quantise each matrix of `index` as it is read.
 
-    `check(name, weight)` may raise ValueError; what was raised is kept in the answer's `error`.
+    `check(name, weight)` may raise UserError; what was raised is kept in the answer's `error`.
     One 16-bit matrix is in memory at a time, so a 7B model loads in 4 GB. This is transformers' own
     way in for quantisers (`register_quantizer`): sharded files, renamed keys and ties stay its job.
     """
@@ -215,7 +218,7 @@ def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda na
                 try:
                     config.check(name, weight)
                     quantise(model, name, weight, config.index[name], config.double_quant)
-                except ValueError as error:
+                except UserError as error:
                     config.error = error  # transformers would say it in many lines, much later
                     raise
                 missing_keys.discard(name)

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
+from errors import UserError
 from snapshot import put_in_place
 from steplog import HEADER, METRICS, STEPS, Step, read_steps
-from tasks import UserError
 
 RESULT, MASK, SPARSE = "result.json", "mask.safetensors", "sparse.safetensors"
 MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps are only more steps

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks import Example, UserError
+from errors import UserError
+from tasks import Example
 
 
 def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[list[int], int]]:

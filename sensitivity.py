@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import zo
+from errors import UserError
 from snapshot import load_tensors, save_tensors
-from tasks import UserError
 
 
 def decoder_blocks(model) -> list[nn.Module]:
@@ -46,7 +46,7 @@ def decoder_linears(model) -> dict[str, nn.Parameter]:
     """The weights that [Q] masks and quantises: the linear layers' in the decoder blocks, in order.
 
     By type (nn.Linear, GPT-2's Conv1D) and place, not by name. Embeddings, head, norms and biases
-    stay out, and so do experts and routers that are no nn.Linear. ValueError if none is left.
+    stay out, and so do experts and routers that are no nn.Linear. UserError if none is left.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -151,7 +151,7 @@ def fisher(model, losses, *, statistic="per-sample", weights=None, device=None, 
 
 
 def how_many(weights: dict[str, Tensor], density: float) -> dict[str, int]:
-    """k = round(density · numel) per matrix; ValueError where that leaves no weight to move."""
+    """k = round(density · numel) per matrix; UserError where that leaves no weight to move."""
     if not 0 < density <= 1:
         raise UserError(f"density {density} is outside (0, 1]: the share of weights that move")
     name, least = min(((n, w.numel()) for n, w in weights.items()), key=lambda pair: pair[1])

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tasks import UserError
+from errors import UserError
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import snapshot
 import zo
-from tasks import UserError
+from errors import UserError
 
 STEPS, METRICS = "steps.csv", "metrics.jsonl"
 HEADER = "step,seed,a,loss_plus,loss_minus"

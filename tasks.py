@@ -21,9 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-
-class UserError(ValueError):
-    """Bad input: one line that names the value, what is allowed and the fix."""
+from errors import UserError
 
 
 @dataclass(frozen=True)

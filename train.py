@@ -32,8 +32,8 @@ import sweep
 import tasks
 import workers
 import zo
+from errors import UserError, fail
 from presets import Config, check, complete, make_mask, run_name
-from tasks import UserError
 
 # ------------------------------------------------------------------ training
 
@@ -95,10 +95,7 @@ def losses(handle, parts, loss_fn, seed: int, group) -> tuple[float, float]:
     plus = minus = weight = 0.0  # float64: one part alone comes out as it went in
     for part in parts:
         inputs = part.inputs(handle.model)
-        try:
-            pair = handle.losses(inputs, lambda logits, b=part: loss_fn(logits, b), seed)
-        except ValueError as error:  # a weight that forward never used
-            raise UserError(str(error)) from error
+        pair = handle.losses(inputs, lambda logits, b=part: loss_fn(logits, b), seed)
         l_plus, l_minus = torch.stack(pair).tolist()
         count = part.num_examples if part.score == "all" else len(part.token)
         plus, minus, weight = plus + count * l_plus, minus + count * l_minus, weight + count
@@ -222,7 +219,8 @@ def main(argv=None) -> None:
             less = " --micro-batch N" * isinstance(error, torch.OutOfMemoryError)
             why = str(error).partition("\n")[0]
             error = UserError(f"{why}; all before it is kept: --resume {kept}{less} goes on")
-        raise SystemExit(loading.fail("train.py", error)) from None
+        memory = "a smaller --micro-batch, --batch-size or --max-length"
+        raise SystemExit(fail("train.py", error, memory)) from None
     except KeyboardInterrupt as stop:
         kept = resume or record.give_up(run)
         print("\ntrain.py: stopped" + f"; python train.py --resume {kept} goes on" * bool(kept))

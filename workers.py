@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from errors import UserError
 from snapshot import put_in_place
-from tasks import UserError
 
 
 class Group:

@@ -17,20 +17,22 @@ README, RESULTS = (
 )
 IMPORTS = {  # who may know whom: downward only
     "zo": set(),
+    "errors": set(),
     "sweep": {"zo"},
-    "sensitivity": {"snapshot", "tasks", "zo"},
-    "masks": {"loading", "scoring", "sensitivity", "tasks", "zo"},
-    "quant": set(),
-    "moving": {"masks", "quant", "zo"},
-    "model_patch": {"masks", "moving", "quant", "sweep"},
-    "tasks": set(),
-    "scoring": {"tasks"},
-    "loading": {"tasks"},
-    "workers": {"snapshot", "tasks"},
-    "snapshot": {"tasks"},
-    "steplog": {"snapshot", "tasks", "zo"},
-    "record": {"snapshot", "steplog", "tasks"},
+    "sensitivity": {"errors", "snapshot", "zo"},
+    "masks": {"errors", "loading", "scoring", "sensitivity", "zo"},
+    "quant": {"errors"},
+    "moving": {"errors", "masks", "quant", "zo"},
+    "model_patch": {"errors", "masks", "moving", "quant", "sweep"},
+    "tasks": {"errors"},
+    "scoring": {"errors", "tasks"},
+    "loading": {"errors", "tasks"},
+    "workers": {"errors", "snapshot"},
+    "snapshot": {"errors"},
+    "steplog": {"errors", "snapshot", "zo"},
+    "record": {"errors", "snapshot", "steplog"},
     "presets": {
+        "errors",
         "loading",
         "masks",
         "moving",
@@ -38,10 +40,10 @@ IMPORTS = {  # who may know whom: downward only
         "record",
         "sensitivity",
         "snapshot",
-        "tasks",
         "zo",
     },
     "eval": {
+        "errors",
         "loading",
         "masks",
         "model_patch",
@@ -55,6 +57,7 @@ IMPORTS = {  # who may know whom: downward only
         "workers",
     },
     "train": {
+        "errors",
         "eval",
         "loading",
         "masks",
@@ -70,6 +73,7 @@ IMPORTS = {  # who may know whom: downward only
     },
     "shapes": {"quant", "sensitivity"},
     "bench": {
+        "errors",
         "loading",
         "masks",
         "model_patch",
@@ -104,7 +108,7 @@ def test_imports_run_downward(name):
     """zo, sweep, masks, sensitivity and tasks need torch and numpy alone; nobody imports train."""
     ours = {n for n in imported(ast.walk(tree_of(name))) if n in IMPORTS}
     assert ours == IMPORTS[name]
-    if name in ("zo", "sweep", "masks", "sensitivity", "tasks", "scoring"):
+    if name in ("zo", "errors", "sweep", "masks", "sensitivity", "tasks", "scoring"):
         outside = set(imported(tree_of(name).body)) - set(IMPORTS)
         assert outside <= {"torch", "numpy"} | set(__import__("sys").stdlib_module_names)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import masks
 import zo
+from errors import UserError
 from sweep import Sweep
 
 
@@ -64,14 +65,14 @@ def test_small_weights_move_not_large_ones():
 def test_a_weight_that_is_not_finite_is_refused():
     """NaN or infinity in a weight is an error, not a threshold."""
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="NaN or infinity"):
+        with pytest.raises(UserError, match="NaN or infinity"):
             masks.threshold(torch.tensor([1.0, bad]), 0.5)
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.0001, float("nan")])
 def test_density_outside_its_range_is_refused(density):
     """A density is in (0, 1]."""
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(UserError, match="outside"):
         masks.SmallWeights(density)
 
 

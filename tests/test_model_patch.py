@@ -11,6 +11,7 @@ from torch import nn
 
 import masks
 import zo
+from errors import UserError
 from model_patch import Patch
 
 SEED, EPS, LR = zo.step_seed(3, 14), 1e-3, 1e-2
@@ -235,7 +236,7 @@ def test_a_parameter_that_forward_never_used_is_named():
     model = Odd(nn.Linear(8, 8)).eval()
     model.spare = nn.Linear(3, 3).eval()
     handle = Patch(model, masks.Everything())
-    with pytest.raises(ValueError, match=r"never used spare\.weight, spare\.bias"):
+    with pytest.raises(UserError, match=r"never used spare\.weight, spare\.bias"):
         handle.losses(batch(), loss_fn, SEED)
     handle.remove()
     handle = Patch(model, masks.Everything(), select="^(?!spare)")
@@ -302,10 +303,10 @@ def test_what_cannot_be_meant_is_refused():
     """Another rounding than the two, an ε that is no distance, an update that is NaN."""
     model = build("llama")
     for more in ({"rounding": "neerest"}, {"eps": 0.0}, {"eps": float("nan")}):
-        with pytest.raises(ValueError, match=next(iter(more))):
+        with pytest.raises(UserError, match=next(iter(more))):
             Patch(model, masks.Everything(), **more)
     for which in (masks.SmallWeights, "mask.safetensors"):
-        with pytest.raises(ValueError, match="give a rule, SmallWeights.* or an index"):
+        with pytest.raises(UserError, match="give a rule, SmallWeights.* or an index"):
             Patch(model, which)
     handle = Patch(model, masks.Everything())
     before = {name: flat.clone() for name, flat in handle.tensors().items()}
@@ -347,7 +348,7 @@ def test_weights_that_are_replaced_after_patching_are_noticed(swap):
     handle = Patch(model, masks.Everything())
     handle.losses(inputs, loss_fn, SEED)
     swap(model)
-    with pytest.raises(ValueError, match="another tensor than when it was patched"):
+    with pytest.raises(UserError, match="another tensor than when it was patched"):
         handle.losses(inputs, loss_fn, SEED)
 
 
@@ -372,7 +373,7 @@ def test_one_handle_per_model_and_none_after_remove():
     """A second handle, or a removed one, would probe nothing; a model can be patched again."""
     model, inputs = build("llama"), batch()
     handle = Patch(model, masks.Everything())
-    with pytest.raises(ValueError, match="patched already"):
+    with pytest.raises(UserError, match="patched already"):
         Patch(model, masks.Everything())
     handle.remove()
     for use in (lambda: handle.losses(inputs, loss_fn, SEED), lambda: handle.update(SEED, 0.1)):
@@ -392,7 +393,7 @@ def test_a_seed_beyond_48_bits_is_refused(seed):
 def test_training_mode_is_refused():
     """Trap 9: dropout would drown the probes, before patching and after."""
     model = build("opt")
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(UserError, match="training mode"):
         Patch(model.train(), masks.Everything())
     handle = Patch(model.eval(), masks.Everything())
     model.train()
@@ -424,7 +425,7 @@ def test_select_moves_only_what_it_names():
     start = build("llama").state_dict()
     for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(p, q if "norm" in name else start[name])
-    with pytest.raises(ValueError, match="no parameter moves"):
+    with pytest.raises(UserError, match="no parameter moves"):
         Patch(build("llama"), masks.Everything(), select="nothing-like-this")
 
 
@@ -492,7 +493,7 @@ def test_quantised_weights_are_refused():
     model = Odd(nn.Linear(8, 8)).eval()
     codes = torch.zeros(64, 1, dtype=torch.uint8)
     model.middle.weight = nn.Parameter(codes, requires_grad=False)
-    with pytest.raises(ValueError, match=r"middle\.weight \(torch\.uint8\) cannot move"):
+    with pytest.raises(UserError, match=r"middle\.weight \(torch\.uint8\) cannot move"):
         Patch(model, masks.Everything())
 
 

@@ -18,8 +18,8 @@ import scoring
 import sensitivity
 import snapshot
 import tasks
+from errors import UserError
 from sensitivity import decoder_linears, fisher, sensitive, sensitive_index
-from tasks import UserError
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -14,6 +14,7 @@ import torch
 from models import build
 from transformers import AutoModelForCausalLM
 
+import errors
 import eval
 import loading
 import model_patch
@@ -243,10 +244,10 @@ def test_a_mask_made_for_a_run_that_was_killed_before_its_first_step_is_kept(tmp
     run.mkdir()
     record.write_json(run / "config.json", {"mask_from": "text"})
     (run / record.MASK).write_text("…")
-    with pytest.raises(tasks.UserError, match=f"--mask {run / record.MASK} is a mask"):
+    with pytest.raises(errors.UserError, match=f"--mask {run / record.MASK} is a mask"):
         record.make_run_directory(str(run), name)
     assert (run / record.MASK).read_text() == "…"
-    with pytest.raises(tasks.UserError, match="stopped before its first step.* with --mask"):
+    with pytest.raises(errors.UserError, match="stopped before its first step.* with --mask"):
         record.open_run(run)
 
 

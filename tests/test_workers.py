@@ -13,6 +13,7 @@ import kill
 import pytest
 import torch
 
+import errors
 import eval
 import masks
 import record
@@ -220,7 +221,7 @@ def missing_data(rank):
 
 
 def refuse(config):
-    raise tasks.UserError("no file")
+    raise errors.UserError("no file")
 
 
 @pytest.mark.parametrize("spoil, message", [(other_data, "other data"), (missing_data, "no file")])
