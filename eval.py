@@ -339,9 +339,7 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
 def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str | None) -> str:
     """Accuracy of a run of train.py after its best, its last or any other step."""
     device = given.pop("device", None)
-    if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise UserError(f"--run brings its own settings; leave out {names}")
+    loading.none_of(given, "--run")
     config, steps = record.open_run(run)
     if step in (None, "best"):
         stop = record.read_result(run)["best_step"]

@@ -73,15 +73,33 @@ def make_parser(settings: type, description: str) -> Parser:
     """One flag per field of the dataclass; what the user leaves out stays out of the namespace."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(settings):
-        flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        help = f.metadata["help"].replace("%", "%%")
         if f.type is bool:
             help += f" (default {'yes' if f.default else 'no'})"
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=help)
             continue
         kind = f.type if isinstance(f.type, type) else next(iter(f.type.__args__))  # int | None
         help += "" if f.default in (None, "") else f" (default {f.default})"
-        parser.add_argument(flag, type=kind, choices=f.metadata["choices"], help=help)
+        parser.add_argument(flag(f.name), type=kind, choices=f.metadata["choices"], help=help)
     return parser
+
+
+def flag(name: str) -> str:
+    """How a setting is spelt on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def at_least(settings, least: int, *names: str) -> None:
+    """UserError where one of these settings is given, and less."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < least:
+            raise UserError(f"{flag(name)} {value}: at least {least}")
+
+
+def none_of(given: dict, source: str) -> None:
+    """UserError where settings were given beside what brings its own."""
+    if names := ", ".join(map(flag, given)):
+        raise UserError(f"{source} brings its own settings; leave out {names}")
 
 
 def check(settings: Settings) -> None:
@@ -99,11 +117,8 @@ def check(settings: Settings) -> None:
         settings.task = tasks.get_task(settings.task).name
         if settings.data_dir is None and settings.model == Settings.model and not files:
             settings.data_dir = locate("tiny/data")  # the tiny model brings data of its own
-    for name in ("batch_size", "max_length", "num_train", "num_test"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1")
-    if (settings.num_validation or 0) < 0:
-        raise UserError(f"--num-validation {settings.num_validation}: at least 0")
+    at_least(settings, 1, "batch_size", "max_length", "num_train", "num_test")
+    at_least(settings, 0, "num_validation")
     if not 0 <= settings.data_seed < 2**32:
         raise UserError(f"--data-seed {settings.data_seed}: from 0 to {2**32 - 1}")
 

@@ -5,7 +5,7 @@
     threshold   h_i, one per tensor, from a percentile of |θ_i|, once before training
     get_mask    m = GetMask(θ, h), Algorithm 3
     rule        one answer to "which weights move", the only thing that tells the methods apart
-    index       [Q]'s m: per matrix, the places of the weights that move (sensitivity.py)
+    index       [Q]'s m: per matrix, the places of the weights that move
 
 [S]'s appendix C.2 puts "sparsity 80 %" at the 80th percentile "of the weight values", one of the
 authors' replies 0.75 at the 75th, of |θ|: the smallest 75 % would move. Their RTE scores say
@@ -26,39 +26,18 @@ lines cost; README.md has one of five lines.
     PackedMask         the same, packed ([S] §3.3 packs m_t)         one bit per weight
     RandomMask         regenerated from a seed: R-MeZO               nothing
 
-[Q]'s mask is not a rule but an index, computed once and kept as a file, for any number of runs:
-
-    python masks.py --model M --text FILE --density 0.001 --out mask.safetensors
-    python masks.py --model M --task rte --out mask.safetensors      the task's own loss instead
+[Q]'s mask is not a rule but an index, found once by sensitivity.py and kept as a file; `python
+masks.py` is the command for it (make_mask.py).
 
 Deviations from [S]. Algorithm 3 is printed with two slips, see `get_mask`. "Layer" is read as one
 parameter tensor.
 """
 
-import argparse
-import hashlib
-import os
-from functools import partial
-from pathlib import Path
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import zo
-from errors import UserError, fail
-from sensitivity import (
-    STATISTICS,
-    decoder_linears,
-    how_many,
-    kth_smallest,
-    largest,
-    random_index,
-    save_mask,
-    sensitive_index,
-    signature,
-    smallest,
-)
+from errors import UserError
 
 
 def threshold(weight: Tensor, density: float) -> Tensor:
@@ -81,6 +60,27 @@ def get_mask(theta: Tensor, h: Tensor) -> Tensor:
     of the smallest quarter (12.5 %), 62.5 % where 25 % are meant.
     """
     return theta.abs() <= h
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest of a flat tensor, 0-dim, counted from 1; `values` may be reordered.
+
+    `torch.quantile` refuses more than 2²⁴ elements. There are only 2¹⁵ magnitudes of 16 bits, in
+    the order of their bits, so they are counted: an eighth of the time of numpy's partition, which
+    on the CPU takes a sixth of `kthvalue`'s. UserError where a value is not finite.
+    """
+    low, high = values.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        raise UserError("the weight holds NaN or infinity, so it has no threshold")
+    if values.element_size() == 2 and low >= 0:
+        bits = values.view(torch.int16).bitwise_and_(0x7FFF)  # −0 is 0
+        counts = torch.bincount(bits, minlength=1 << 15)
+        return torch.searchsorted(counts.cumsum(0), k).to(torch.int16).view(values.dtype)
+    if values.is_cuda:
+        return values.kthvalue(k).values
+    array = values.float().numpy() if values.element_size() < 4 else values.numpy()
+    array.partition(k - 1)
+    return torch.tensor(array[k - 1]).to(values.dtype)
 
 
 class Rule:
@@ -210,7 +210,6 @@ def active_count(rule: Rule, flat: Tensor, state: Tensor) -> int:
 METHODS = ("s-mezo", "mezo", "r-mezo", "sensitive", "senszoq")
 FEW = ("sensitive", "senszoq")  # [Q]: an index says which weights move, dense in 16 or 4 bits
 S_KINDS = ("dynamic", "constant", "packed")  # of s-mezo's mask, [S] §3.2; packed: at one bit
-KINDS = ("sensitive", "random", "largest", "smallest")  # of [Q]'s masks, all of one size
 
 
 def make_rule(method: str, density: float, *, kind="dynamic", refresh_every=0, seed=0) -> Rule:
@@ -224,151 +223,21 @@ def make_rule(method: str, density: float, *, kind="dynamic", refresh_every=0, s
     return {"constant": ConstantMask, "packed": PackedMask}[kind](density)
 
 
-# ------------------------------------------------------------------ making [Q]'s mask
+# ------------------------------------------------------------------ [Q]'s mask: an index
 
 
-def text_losses(windows: Tensor) -> list:
-    """Per row of [samples, length] token ids, the language-model loss."""
-
-    def loss(ids, model):
-        ids = ids.to(model.device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        return F.cross_entropy(logits[:-1].float(), ids[1:])
-
-    return [partial(loss, row) for row in windows]
-
-
-def task_losses(tokenizer, examples, classification: bool, max_length: int = 2048) -> list:
-    """Per example, the loss that train.py would train it with."""
-    import scoring
-
-    def loss(example, model):
-        batch = scoring.collate(
-            tokenizer,
-            [example],
-            score="all" if classification else "right",
-            max_length=max_length,
-            device=model.device,
-        )
-        logits = model(**batch.inputs(model), use_cache=False).logits
-        return (scoring.classification_loss if classification else scoring.lm_loss)(logits, batch)
-
-    return [partial(loss, example) for example in examples]
+def check_places(places: Tensor, numel: int, name: str = "") -> None:
+    """UserError unless `places`, of the matrix `name`, can say which of `numel` weights move."""
+    of = f"{name}: " * bool(name)
+    if places.dtype.is_floating_point or places.dtype == torch.bool or places.dim() != 1:
+        kind = f"{places.dtype} {tuple(places.shape)}"
+        hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
+        raise UserError(f"{of}an index is flat positions, (k,) of int, not {kind}; {hint}")
+    if not len(places) or places[0] < 0 or int(places[-1]) >= numel or (places.diff() <= 0).any():
+        raise UserError(f"{of}an index is k > 0 places in ascending order, from 0 to {numel - 1}")
 
 
-def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
-    """(index, provenance) for the command line's settings; bad ones fail before a model loads.
+if __name__ == "__main__":  # python masks.py …
+    import make_mask
 
-    `data`: the task's examples where the caller has them, with a split of its own.
-    """
-    import transformers
-    from tqdm import tqdm
-
-    import loading
-
-    at_least = {"samples": 1, "length": 2, "max_length": 2, "groups": 1, "seed": 0}
-    for name, least in at_least.items():
-        if not least <= getattr(args, name) < zo.MAX_RUN_SEED:
-            raise UserError(f"--{name} {getattr(args, name)}: at least {least}, less than 2^24")
-    task = args.task or args.train_file
-    if bool(args.text) + bool(task) + (args.kind != "sensitive") > 1:
-        raise UserError("give one of --text, --task and --kind random, largest or smallest")
-    if args.data_dir and not args.task:
-        raise UserError(f"--data-dir {args.data_dir}: the folder of a task; give --task")
-    folder = Path(args.out).absolute().parent
-    if not os.access(folder, os.W_OK) or Path(args.out).exists():
-        raise UserError(f"--out {args.out}: a new file in a folder that can be written to")
-    if args.text:
-        loading.check_text(args.text)
-    settings = loading.Settings(
-        model=args.model, task=args.task, data_dir=args.data_dir, train_file=args.train_file
-    )
-    if args.train_file:
-        settings.num_validation, settings.test_file = 0, args.train_file  # all of it is used
-    if task:
-        loading.check(settings)
-    device, trust = loading.choose_device(args.device, args.device_map), args.trust_remote_code
-    tokenizer, config = loading.load_tokenizer(args.model, trust)
-    scores_on = args.scores_device and loading.choose_device(args.scores_device)
-    how_many(decoder_linears(loading.skeleton(config, trust)), args.density)
-    made = {"model": args.model, "kind": args.kind, "density": args.density, "seed": args.seed}
-    length, longest = (loading.usable_length(n, config) for n in (args.length, args.max_length))
-    losses = []
-    if task:
-        data = loading.load_data(settings) if data is None else data
-        examples = data.train[: args.samples]
-        losses = task_losses(tokenizer, examples, data.classification, longest)
-        made |= {"source": f"{task}, {data.source}", "data": data.fingerprint}
-    elif args.kind == "sensitive":
-        tiny = loading.is_tiny(args.model)
-        text = args.text or (loading.locate("tiny/data/c4.jsonl") if tiny else None)
-        texts = loading.read_texts(text)
-        windows = loading.text_windows(tokenizer, texts, args.samples, length, args.seed)
-        losses = text_losses(windows)
-        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
-        made |= {"source": text or loading.C4, "length": length, "data": digest}
-    dtype = args.dtype
-    if dtype == "auto" and device != "cpu" and losses:
-        dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
-    model = loading.load_model(args.model, dtype, device, trust, device_map=args.device_map)
-    weights = decoder_linears(model)
-    if args.kind == "sensitive":
-        made |= {"statistic": args.statistic, "samples": len(losses)}
-        how = {"statistic": args.statistic, "groups": args.groups, "device": scores_on}
-        bar = partial(tqdm, desc="scoring", unit=" samples")
-        index = sensitive_index(model, losses, args.density, progress=bar, **how)
-    elif args.kind == "random":
-        index = random_index(weights, args.density, args.seed)
-    else:
-        index = {"largest": largest, "smallest": smallest}[args.kind](weights, args.density)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    made |= {"dtype": str(model.dtype).removeprefix("torch."), **versions}
-    return index, made | {"matrices": signature(weights)}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of `python masks.py`; train.py goes through it, too."""
-    import loading
-
-    parser = loading.Parser(description="Compute a mask of [Q] and write it to a file.")
-    add = parser.add_argument
-    add("--model", default=loading.Settings.model, help="hub name or local folder")
-    add("--out", required=True, help="new file, such as mask.safetensors")
-    add("--text", help='.txt or .jsonl of {"text": …}; default C4; tiny/model has its own')
-    add("--task", help="instead of text: the training loss of this task")
-    add("--data-dir", help="folder with the task's official files")
-    add("--train-file", help="a task of your own, as for train.py")
-    add("--kind", choices=KINDS, default="sensitive", help="the others are for comparison")
-    add("--statistic", choices=STATISTICS, default=STATISTICS[0], help="mean of squares (default)")
-    add("--density", type=float, default=0.001, help="share of each matrix (default 0.001)")
-    add("--samples", type=int, default=100, help="texts or examples (default 100)")
-    add("--length", type=int, default=512, help="tokens of a text (default 512)")
-    add("--max-length", type=int, default=2048, help="with --task: tokens of a prompt")
-    add("--seed", type=int, default=0, help="of the texts drawn and of --kind random")
-    add("--groups", type=int, default=1, help="score 1/n of the matrices at a time, in n passes")
-    add("--scores-device", help="where scores are kept, such as cpu; default the model's device")
-    add("--dtype", choices=loading.DTYPES, default="auto", help="auto: bfloat16, on a CPU float32")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    add("--device-map", choices=("auto",), help="spread the layers over all GPUs")
-    add("--trust-remote-code", action="store_true")
-    return parser
-
-
-def main(argv=None) -> None:
-
-    args = make_parser().parse_args(argv)
-    try:
-        index, provenance = compute(args)
-        save_mask(args.out, index, provenance)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        memory = "--groups 8, or --scores-device cpu where that is not enough"
-        raise SystemExit(fail("masks.py", error, memory)) from None
-    except KeyboardInterrupt:
-        print("\nmasks.py: stopped; nothing was written")
-        raise SystemExit(130) from None
-    chosen = sum(map(len, index.values()))
-    print(f"{args.out}: {chosen:,} weights of {len(index)} matrices, {args.kind}")
-
-
-if __name__ == "__main__":
-    main()
+    make_mask.main()

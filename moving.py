@@ -157,7 +157,7 @@ def choose_few(model, index: dict[str, Tensor]) -> dict[int, Few]:
             weight, size = key.detach(), key.numel()
             if not weight.is_contiguous():
                 raise UserError(f"{name} is not contiguous")
-            quant.check_places(places, size)
+            masks.check_places(places, size, name)
             places = places.to(weight.device, torch.int64)
             values = weight.view(-1)[places].float()
         if not torch.isfinite(values).all():

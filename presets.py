@@ -4,26 +4,19 @@ Values come from three places: the command line, else [S]'s tables (by model fam
 the defaults below. train.py prints each with its source.
 """
 
-import gc
 import math
 import re
-import shlex
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
 
 import loading
 import masks
 import moving
 import quant
-import record
 import sensitivity
-import snapshot
 import zo
 from errors import UserError
-from loading import Settings, setting
+from loading import Settings, flag, setting
 
 
 @dataclass
@@ -124,15 +117,13 @@ def complete(config: Config, given: dict, model_config) -> None:
     filled = fill_in(config, "tiny" if config.model == Config.model else model_config.model_type)
     for name, (value, _) in filled.items():
         setattr(config, name, value)
-    few = config.method in masks.FEW
-    if few or config.select:
-        skeleton = loading.skeleton(model_config, config.trust_remote_code)
-        if few:
-            check_mask(config, skeleton)
-        else:
-            moving.selected(skeleton, config.vectors, config.select)
-    if few and config.mask is not None:
-        filled["density"] = config.density, "the mask's"
+    shapes = model_config, config.trust_remote_code
+    if config.method in masks.FEW:
+        check_mask(config, loading.skeleton(*shapes))
+        if config.mask is not None:
+            filled["density"] = config.density, "the mask's"
+    elif config.select:
+        moving.selected(loading.skeleton(*shapes), config.vectors, config.select)
     for name, value in asdict(config).items():
         source = filled[name][1] if name in filled else "you" if name in given else None
         if source:
@@ -145,50 +136,17 @@ def check(config: Config, workers: int = 1) -> None:
     for name in ("eps", "lr", "steps", "eval_every", "log_every"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be positive and finite")
+            raise UserError(f"{flag(name)} {value}: it must be positive and finite")
+    for name, bound in (("seed", zo.MAX_RUN_SEED), ("steps", zo.MAX_STEP)):
+        if not 0 <= (getattr(config, name) or 0) < bound:
+            raise UserError(f"--{name} {getattr(config, name)}: from 0 to {bound - 1}")
+    loading.at_least(config, 0, "refresh_every", "snapshot_every")
+    loading.at_least(config, 1, "micro_batch")
     if config.density is not None and not 0 < config.density <= 1:
         raise UserError(
             f"--density {config.density}: the share of weights that move, above 0 and at most 1 "
             "(the paper's sparsity 0.75 is --density 0.25)"
         )
-    if config.method == "mezo" and config.density not in (None, 1):
-        raise UserError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
-    few = config.method in masks.FEW
-    if config.mask_kind and config.method != "s-mezo":
-        raise UserError(f"--mask-kind {config.mask_kind} is for s-mezo, not for {config.method}")
-    dynamic = config.method == "s-mezo" and config.mask_kind in (None, "dynamic")
-    if config.refresh_every and not dynamic:
-        raise UserError(
-            f"--refresh-every {config.refresh_every} with {config.method}, {config.mask_kind}: "
-            "only the dynamic mask of s-mezo has a threshold to take again"
-        )
-    if config.refresh_every < 0:
-        raise UserError(f"--refresh-every {config.refresh_every}: at least 0, which is never")
-    if not few and (config.mask or config.mask_from or config.text):
-        raise UserError(
-            f"--mask, --mask-from and --text are for {' and '.join(masks.FEW)}, not for "
-            f"{config.method}"
-        )
-    if config.method != "senszoq" and not config.double_quant:
-        raise UserError(f"--no-double-quant is for senszoq, not for {config.method}")
-    if few and (config.vectors != "masked" or config.select or config.rounding != Config.rounding):
-        raise UserError(
-            f"--vectors, --select and --rounding are not for {config.method}: a mask says which "
-            "weights move, and their values are kept in fp32"
-        )
-    if few and config.mask and (config.mask_from or config.density or config.text):
-        raise UserError(
-            f"--mask {config.mask} brings its own source and density; leave out --mask-from, "
-            "--text and --density"
-        )
-    if config.text and config.mask_from == "task":
-        raise UserError(f"--text {config.text} with --mask-from task: one of the two")
-    if few and config.mask:
-        sensitivity.read_mask(config.mask)  # `check_mask` asks whether it fits the model
-    if config.snapshot_every < 0:
-        raise UserError(f"--snapshot-every {config.snapshot_every}: at least 0, which is never")
-    if config.micro_batch is not None and config.micro_batch < 1:
-        raise UserError(f"--micro-batch {config.micro_batch}: at least 1")
     if config.device_map and workers > 1:
         raise UserError("--device-map spreads one worker's model; leave it out under torchrun")
     if config.refresh_every and config.snapshot_every % config.refresh_every:
@@ -196,23 +154,44 @@ def check(config: Config, workers: int = 1) -> None:
             f"--snapshot-every {config.snapshot_every}: a multiple of --refresh-every "
             f"{config.refresh_every}, as a snapshot holds no thresholds"
         )
-    for name, bound in (("seed", zo.MAX_RUN_SEED), ("steps", zo.MAX_STEP)):
-        if not 0 <= (getattr(config, name) or 0) < bound:
-            raise UserError(f"--{name} {getattr(config, name)}: from 0 to {bound - 1}")
     try:
         re.compile(config.select)
     except re.error as error:
         raise UserError(f"--select {config.select!r} is no regular expression: {error}") from error
+    check_method(config)
 
 
-def run_name(config: Config) -> str:
-    """The name of a run that was not given one."""
-    model = "tiny" if config.model == Config.model else Path(config.model).name
-    data = Path(config.train_file).stem if config.train_file else config.task
-    return f"{model}-{data}-{config.method}-seed{config.seed}"
-
-
-# ------------------------------------------------------------------ [Q]'s mask of a run
+def check_method(config: Config) -> None:
+    """Raise UserError for a setting that is another method's, or contradicts another."""
+    method, few = config.method, config.method in masks.FEW
+    if method == "mezo" and config.density not in (None, 1):
+        raise UserError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
+    if config.mask_kind and method != "s-mezo":
+        raise UserError(f"--mask-kind {config.mask_kind} is for s-mezo, not for {method}")
+    if config.refresh_every and (method != "s-mezo" or config.mask_kind not in (None, "dynamic")):
+        raise UserError(
+            f"--refresh-every {config.refresh_every} with {method}, {config.mask_kind}: only the "
+            "dynamic mask of s-mezo has a threshold to take again"
+        )
+    if not config.double_quant and method != "senszoq":
+        raise UserError(f"--no-double-quant is for senszoq, not for {method}")
+    if not few and (config.mask or config.mask_from or config.text):
+        names = " and ".join(masks.FEW)
+        raise UserError(f"--mask, --mask-from and --text are for {names}, not for {method}")
+    if few and (config.vectors != "masked" or config.select or config.rounding != Config.rounding):
+        raise UserError(
+            f"--vectors, --select and --rounding are not for {method}: a mask says which weights "
+            "move, and their values are kept in fp32"
+        )
+    if config.text and config.mask_from == "task":
+        raise UserError(f"--text {config.text} with --mask-from task: one of the two")
+    if config.mask and (config.mask_from or config.density or config.text):
+        raise UserError(
+            f"--mask {config.mask} brings its own source and density; leave out --mask-from, "
+            "--text and --density"
+        )
+    if config.mask:
+        sensitivity.read_mask(config.mask)  # `check_mask` asks whether it fits the model
 
 
 def check_mask(config: Config, skeleton) -> None:
@@ -229,35 +208,8 @@ def check_mask(config: Config, skeleton) -> None:
         config.density = about["density"]
 
 
-def make_mask(config: Config, run: Path, data) -> None:
-    """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would."""
-    path = run / record.MASK
-    if config.mask is not None:
-        beside = path.with_name(path.name + ".tmp")
-        shutil.copyfile(config.mask, beside)
-        snapshot.put_in_place(beside, path)
-        return
-    flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
-    flags += [f"--device={config.device}", f"--out={path}", f"--max-length={config.max_length}"]
-    names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
-    names += ("device_map",)
-    for name in names:
-        if getattr(config, name) is not None:
-            flags.append(f"--{name.replace('_', '-')}={getattr(config, name)}")
-    flags += ["--trust-remote-code"] * config.trust_remote_code
-    of = f" on {len(data.train)} training examples of this run" * (config.mask_from == "task")
-    print(f"  making the mask as by: python masks.py {shlex.join(flags)}{of}")
-    args = masks.make_parser().parse_args(flags)
-    record.write_json(run / "config.json", {"mask_from": config.mask_from})
-    try:
-        sensitivity.save_mask(path, *masks.compute(args, data))
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "no memory to score the weights; make the mask with python masks.py --groups 8 (where "
-            "that is not enough, --scores-device cpu), then give --mask FILE"
-        ) from error
-    gc.collect()  # the scored model, held in cycles
-    if torch.cuda.is_available():  # the peak that a run reports is its own
-        torch.cuda.empty_cache()
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(device)
+def run_name(config: Config) -> str:
+    """The name of a run that was not given one."""
+    model = "tiny" if config.model == Config.model else Path(config.model).name
+    data = Path(config.train_file).stem if config.train_file else config.task
+    return f"{model}-{data}-{config.method}-seed{config.seed}"

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import masks
 from errors import UserError
 
 NF4 = (  # bitsandbytes' table; the middle of the two halves is an exact 0
@@ -59,16 +60,6 @@ def nf4_decode(codes: Tensor, scales: Tensor) -> Tensor:
     return (levels[codes.long()].view(-1, BLOCK) * scales[:, None]).flatten()
 
 
-def check_places(index: Tensor, numel: int) -> None:
-    """UserError unless `index` can say which of `numel` weights move: (k,) ints, ascending."""
-    if index.dtype.is_floating_point or index.dtype == torch.bool or index.dim() != 1:
-        kind = f"{index.dtype} {tuple(index.shape)}"
-        hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
-        raise UserError(f"an index is flat positions, (k,) of int, not {kind}; {hint}")
-    if not len(index) or index[0] < 0 or index[-1] >= numel or (index.diff() <= 0).any():
-        raise UserError(f"an index is k > 0 places in ascending order, from 0 to {numel - 1}")
-
-
 class DenseSparseLinear(nn.Module):
     """y = (dense + sparse) x + b, dense in 4 bits: stands where an nn.Linear stood.
 
@@ -90,7 +81,7 @@ class DenseSparseLinear(nn.Module):
         self.bias = bias
         if not torch.isfinite(torch.stack(weight.aminmax())).all():
             raise UserError("a weight to be quantised holds NaN or infinity")
-        check_places(index, weight.numel())
+        masks.check_places(index, weight.numel())
         index = index.to(weight.device, torch.int64)
         dense = weight.detach().reshape(-1).clone()
         # Plain attributes: buffers would be empty ones when transformers is done loading.

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import masks
+import zo
 from errors import UserError
 
 
@@ -106,8 +108,9 @@ def read_sparse(path: Path) -> tuple[dict, dict, dict]:
         if not index or not index.keys() == values.keys() == set(about["matrices"]):
             raise ValueError("its matrices are not those that it speaks of")
         for name, places in index.items():
-            if places.shape != values[name].shape or (places.diff() <= 0).any() or places[0] < 0:
-                raise ValueError(f"{name} has no order, or other values than places")
+            masks.check_places(places, zo.MAX_ELEMENTS, name)
+            if places.shape != values[name].shape:
+                raise ValueError(f"{name} has other values than places")
     except Exception as error:  # safetensors has errors of its own
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} holds no sparse weights of train.py ({why})") from error

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 import eval
 import loading
+import make_mask
 import masks
 import record
 import scoring
@@ -33,7 +34,7 @@ import tasks
 import workers
 import zo
 from errors import UserError, fail
-from presets import Config, check, complete, make_mask, run_name
+from presets import Config, check, complete, run_name
 
 # ------------------------------------------------------------------ training
 
@@ -206,7 +207,7 @@ def main(argv=None) -> None:
             group.check_same(int(data.fingerprint, 16), "data")
             if config.method in masks.FEW:
                 if group.rank == 0:
-                    make_mask(config, run, data)
+                    make_mask.for_run(config, run, data)
                 config.mask = record.MASK  # on all workers: the fingerprint covers it
             fine_tune(config, Path(group.tell(str(run))), None, tokenizer, data, group)
         else:
@@ -256,9 +257,7 @@ def prepare(config: Config, given: dict):
 def reopen(run: Path, given: dict, group):
     """(config, settings, tokenizer, data) of a run that stopped, from its config.json."""
     steps, device, rows = (given.pop(name, None) for name in ("steps", "device", "micro_batch"))
-    if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise UserError(f"--resume brings its own settings; leave out {names}")
+    loading.none_of(given, "--resume")
     settings = group.tell(record.open_run(run)[0] if group.rank == 0 else None)
     config = Config(**{f.name: settings.get(f.name, f.default) for f in fields(Config)})
     if config.method in masks.FEW:

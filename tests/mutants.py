@@ -119,7 +119,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     ("packed mask: bits in the other order", "masks",
      "(state[index >> 3] >> (index & 7) & 1)", "(state[index >> 3] >> (7 - (index & 7)) & 1)",
      "test_masks::test_packed_bits_are_the_constant_mask"),
-    ("k counted from 0", "sensitivity",
+    ("k counted from 0", "masks",
      "torch.searchsorted(counts.cumsum(0), k)", "torch.searchsorted(counts.cumsum(0), k + 1)",
      "test_sensitive::test_the_kth_smallest_is_that_of_the_sorted_values"),
     # ------------------------------------------------------------ §3.3, the patched forward

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval
 import loading
-import masks
+import make_mask
 import quant
 import record
 import sensitivity
@@ -27,7 +27,7 @@ METHODS = ("sensitive", "senszoq")
 def mask(folder, tmp_path_factory):
     """A mask of 2 % of the tiny model, by the task's own gradient."""
     path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
-    masks.main(
+    make_mask.main(
         [f"--model={folder}/model", f"--train-file={folder}/train.jsonl", f"--out={path}"]
         + ["--density=0.02", "--samples=20"]
     )
@@ -184,7 +184,7 @@ def test_a_run_makes_its_own_mask(source, folder, tmp_path, capsys):
     printed = next(l for l in capsys.readouterr().out.splitlines() if "python masks.py" in l)  # noqa: E741
     again = tmp_path / "again.safetensors"
     words = [w for w in printed.split() if w.startswith("--") and not w.startswith("--out")]
-    masks.main([*words, f"--out={again}"])
+    make_mask.main([*words, f"--out={again}"])
     one, two = (
         sensitivity.read_mask(tmp_path / "run" / "mask.safetensors"),
         sensitivity.read_mask(again),
@@ -309,7 +309,7 @@ def test_a_mask_that_changed_is_refused(folder, mask, tmp_path, capsys):
     """A run's mask.safetensors replaced by another: neither resumed nor evaluated."""
     run(folder, tmp_path / "run", "senszoq", f"--mask={mask}")
     (tmp_path / "run" / "mask.safetensors").unlink()
-    masks.main(
+    make_mask.main(
         [f"--model={folder}/model", "--kind=random", "--density=0.02"]
         + [f"--out={tmp_path}/run/mask.safetensors"]
     )
@@ -361,7 +361,9 @@ def test_a_real_model_trains(shared, tmp_path, density):
     """tinystories656k on real SST-2 with a mask from real C4 text: it runs, in 16 and in 4 bits."""
     model, mask = f"--model={shared}/models/tinystories656k", tmp_path / "mask.safetensors"
     text = f"--text={shared}/data/text/c4_sample.jsonl"
-    masks.main([model, text, f"--density={density}", "--samples=8", "--length=64", f"--out={mask}"])
+    make_mask.main(
+        [model, text, f"--density={density}", "--samples=8", "--length=64", f"--out={mask}"]
+    )
     for method in METHODS:
         train.main(
             [model, "--task=sst2", f"--data-dir={shared}/data/sst2", f"--method={method}"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loading
+import make_mask
 import masks
 import scoring
 import sensitivity
@@ -100,7 +101,7 @@ def test_a_model_without_decoder_linears_is_refused():
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt-neox", "gemma3"])
 def test_fisher_is_brute_force_autograd(name, statistic):
     """Mean of per-sample squares, or square of the mean gradient, of every decoder linear."""
-    model, losses = build(name), masks.text_losses(WINDOWS)
+    model, losses = build(name), make_mask.text_losses(WINDOWS)
     rows = brute_force(model, losses)
     scores = fisher(model, losses, statistic=statistic)
     assert list(scores) == list(decoder_linears(model))
@@ -150,7 +151,7 @@ def test_the_tasks_own_loss_can_be_the_source(folder):
         tasks.Example("c ?", (" a b", " c"), 1),
     ]
     for classification, score in ((True, "all"), (False, "right")):
-        losses = masks.task_losses(tokenizer, examples, classification)
+        losses = make_mask.task_losses(tokenizer, examples, classification)
         for loss, example in zip(losses, examples, strict=True):
             batch = scoring.collate(tokenizer, [example], score=score)
             logits = model(**batch.inputs(model)).logits
@@ -210,7 +211,7 @@ def test_the_model_is_as_it_was(fails):
     others[0].grad = torch.ones_like(others[0])
     before = [(p.requires_grad, p.grad, p.clone()) for p in model.parameters()]
     noise = torch.get_rng_state()
-    losses = masks.text_losses(WINDOWS)
+    losses = make_mask.text_losses(WINDOWS)
     if fails:
         with pytest.raises(ZeroDivisionError):
             fisher(model, [*losses, lambda model: 1 / 0])
@@ -234,13 +235,13 @@ def test_blocks_are_computed_again_instead_of_kept():
         block.fc1.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         for block in sensitivity.decoder_blocks(model)
     ]
-    fisher(model, masks.text_losses(WINDOWS[:1]))
+    fisher(model, make_mask.text_losses(WINDOWS[:1]))
     assert len(calls) == 2 * len(handles)
 
 
 def test_groups_of_matrices_give_the_same_mask(monkeypatch):
     """Whatever the number of groups, the same index; scores of one group at a time."""
-    model, losses, sizes = build("llama"), masks.text_losses(WINDOWS), []
+    model, losses, sizes = build("llama"), make_mask.text_losses(WINDOWS), []
     want = sensitive(fisher(model, losses), 0.05)
     original = sensitivity.fisher
 
@@ -279,11 +280,11 @@ def test_the_kth_smallest_is_that_of_the_sorted_values(sign, dtype, device):
     values = (torch.randn(1001) * 10.0 ** torch.randint(-9, 4, (1001,))).to(dtype).abs() * sign
     values = torch.cat([values, values[:300], torch.zeros(30, dtype=dtype)]).to(device)
     for k in (1, 2, 30, 31, 500, 1330, 1331):
-        found = sensitivity.kth_smallest(values.clone(), k)
+        found = masks.kth_smallest(values.clone(), k)
         assert found.dtype == dtype and found.dim() == 0 and found.device == values.device
         assert found == values.sort().values[k - 1]
     zeros = -torch.zeros(5, dtype=dtype, device=device)
-    assert sensitivity.kth_smallest(zeros, 3) == 0
+    assert masks.kth_smallest(zeros, 3) == 0
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -589,7 +590,9 @@ def folder(tmp_path_factory):
 
 
 def command(folder, out, *flags):
-    masks.main([f"--model={folder}/model", f"--out={out}", "--density=0.01", "--length=16", *flags])
+    make_mask.main(
+        [f"--model={folder}/model", f"--out={out}", "--density=0.01", "--length=16", *flags]
+    )
     return sensitivity.read_mask(out)
 
 
@@ -604,7 +607,7 @@ def test_the_command_writes_the_mask_that_the_functions_compute(folder, tmp_path
     texts = loading.read_texts(f"{folder}/text.jsonl")
     windows = loading.text_windows(tokenizer, texts, 7, 16, 3)
     model = loading.load_model(f"{folder}/model")
-    rows = brute_force(model, masks.text_losses(windows))
+    rows = brute_force(model, make_mask.text_losses(windows))
     want = sensitive({n: g.square().mean(0) for n, g in rows.items()}, 0.01)
     assert sensitivity.overlap(index, want) > 0.99
     facts = {"kind": "sensitive", "statistic": "per-sample", "samples": 7, "length": 16, "seed": 3}
@@ -635,7 +638,7 @@ def test_the_offline_default_makes_masks_of_text_and_of_a_task(tmp_path):
         ["--text", str(ROOT / "tiny/data/other.jsonl")],
     ):
         out = tmp_path / f"mask{len(found)}.safetensors"
-        masks.main([f"--out={out}", "--density=0.01", "--samples=8", *flags])
+        make_mask.main([f"--out={out}", "--density=0.01", "--samples=8", *flags])
         index, made = sensitivity.read_mask(out)
         found.append(index)
         assert len(index) == 21 and made["samples"] == 8
@@ -647,13 +650,13 @@ def test_real_weights_and_real_text(shared, tmp_path):
     model, text = shared / "models/tinystories656k", shared / "data/text/c4_sample.jsonl"
     out = tmp_path / "mask.safetensors"
     flags = ["--samples=6", "--length=128", "--density=0.001"]
-    masks.main([f"--model={model}", f"--text={text}", f"--out={out}", *flags])
+    make_mask.main([f"--model={model}", f"--text={text}", f"--out={out}", *flags])
     loaded = loading.load_model(str(model))
     index, _ = load_mask(out, loaded)
     tokenizer, _ = loading.load_tokenizer(str(model))
     texts = loading.read_texts(str(shared / "data/text/tinystories_sample.txt"))
     windows = loading.text_windows(tokenizer, texts, 6, 128, 0)
-    other = fisher(loaded, masks.text_losses(windows), statistic="of-mean")
+    other = fisher(loaded, make_mask.text_losses(windows), statistic="of-mean")
     assert sensitivity.coverage(other, index) > 5 * 0.001
 
 

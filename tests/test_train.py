@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import errors
 import eval
 import loading
+import make_mask
 import model_patch
 import presets
 import record
@@ -274,7 +275,7 @@ def test_a_mask_is_kept_from_the_moment_that_it_is_whole(number, folder, tmp_pat
     """A signal right after it was written: hours of work may be in it."""
     flags = [f"--model={folder}/model", f"--train-file={folder}/train.jsonl", "--mask-from=task"]
     flags += [f"--test-file={folder}/test.jsonl", "--method=sensitive", "--density=0.01"]
-    monkeypatch.setattr(presets.gc, "collect", lambda: os.kill(os.getpid(), number))
+    monkeypatch.setattr(make_mask.gc, "collect", lambda: os.kill(os.getpid(), number))
     out = tmp_path / "run"
     assert exit_code([*flags, f"--out={out}", "--steps=3"]) == 128 + number
     assert [p.name for p in out.iterdir()] == [record.MASK]
@@ -561,16 +562,21 @@ def test_a_run_is_refused_on_another_base_model_or_other_data(folder, tmp_path, 
     assert "steps.csv: line 5" in capsys.readouterr().err
 
 
-def test_bad_flags_fail_before_transformers_is_imported(tmp_path):
+@pytest.mark.parametrize(
+    "command", ["train.py --density=2", "eval.py --shots=-1", "masks.py --samples=0 --out=no/mask"]
+)
+def test_bad_flags_fail_before_transformers_is_imported(command):
     """A bad flag costs torch's import and no more."""
     code = """if True:
-        import sys, train
+        import runpy, sys
+        sys.argv = sys.argv[1:]
         try:
-            train.main(["--density=2"])
+            runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as stop:
             print(stop.code, "transformers" in sys.modules)
     """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    argv = [sys.executable, "-c", code, *command.split()]
+    found = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     assert found.stdout.split() == ["2", "False"], found.stderr
 
 

@@ -15,7 +15,7 @@ import torch
 
 import errors
 import eval
-import masks
+import make_mask
 import record
 import scoring
 import sensitivity
@@ -212,7 +212,7 @@ def other_data(rank):
         return original(config)
 
     train.loading.load_data = load_data
-    train.make_mask = None  # hours of work: not before the workers agree
+    train.make_mask.for_run = None  # hours of work: not before the workers agree
 
 
 def missing_data(rank):
@@ -318,7 +318,7 @@ def test_a_model_under_accelerates_hooks_trains_as_any_other(folder):
     assert found[0] == found[1]
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    losses = masks.text_losses(torch.arange(4, 16).view(2, 6))  # [Q]'s scores of such a model
+    losses = make_mask.text_losses(torch.arange(4, 16).view(2, 6))  # [Q]'s scores of such a model
     scores = [sensitivity.fisher(model, losses) for model in models]
     assert all(torch.equal(score, scores[1][name]) for name, score in scores[0].items())
     assert hasattr(models[1].model.embed_tokens, "_hf_hook")

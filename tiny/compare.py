@@ -45,14 +45,14 @@ def quietly(function, *arguments) -> str:
     return out.getvalue()
 
 
-def make_mask(path: Path, seed: int) -> None:
+def mask_file(path: Path, seed: int) -> None:
     """kind-density.safetensors by masks.py; sensitive: of the pre-training text, 100 windows."""
-    import masks
+    import make_mask
 
     kind, density = path.stem.split("-")
     flags = [f"--kind={kind}", f"--density={density}", f"--out={path}"]
     flags += ["--length=64"] if kind == "sensitive" else [f"--seed={seed}"]  # documents have 70
-    quietly(masks.main, flags)
+    quietly(make_mask.main, flags)
 
 
 def train_once(job) -> dict:
@@ -67,7 +67,7 @@ def train_once(job) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         if flags[-1].startswith("--mask="):
             mask = Path(folder, flags[-1].removeprefix("--mask=") + ".safetensors")
-            make_mask(mask, seed)
+            mask_file(mask, seed)
             flags = [*flags[:-1], f"--mask={mask}"]
         common = [f"--lr={lr}", f"--seed={seed}", f"--steps={steps}", f"--out={folder}/run"]
         common += [f"--eval-every={steps}", "--compile=yes"]

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import loading
-import masks
+import make_mask
 import sensitivity
 import tasks
 
@@ -51,10 +51,10 @@ def main() -> None:
     for name in ("c4", "other"):
         texts = loading.read_texts(f"{folder}/{name}.jsonl")
         windows = loading.text_windows(tokenizer, texts, args.samples, args.length, seed=0)
-        losses[name] = masks.text_losses(windows)
+        losses[name] = make_mask.text_losses(windows)
     for name in TASKS:
         data = tasks.load_examples(name, data_dir=folder, num_train=args.samples)
-        losses[name] = masks.task_losses(tokenizer, data.train, data.classification)
+        losses[name] = make_mask.task_losses(tokenizer, data.train, data.classification)
     fisher, mean = (
         {name: sensitivity.fisher(model, part, statistic=s) for name, part in losses.items()}
         for s in sensitivity.STATISTICS

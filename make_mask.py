@@ -1,0 +1,222 @@
+"""[Q]'s mask as a file: which weights move, found once, for any number of runs.
+
+    python masks.py --model M --text FILE --density 0.001 --out mask.safetensors
+    python masks.py --model M --task rte --out mask.safetensors      the task's own loss instead
+
+Scores and top-k are sensitivity.py's. train.py comes through here, too, without a --mask.
+"""
+
+import argparse
+import gc
+import hashlib
+import os
+import shlex
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import loading
+import record
+import scoring
+import snapshot
+import zo
+from errors import UserError, fail
+from sensitivity import (
+    STATISTICS,
+    decoder_linears,
+    how_many,
+    largest,
+    random_index,
+    save_mask,
+    sensitive_index,
+    signature,
+    smallest,
+)
+
+KINDS = ("sensitive", "random", "largest", "smallest")  # of masks, all of one size
+
+
+def text_losses(windows: Tensor) -> list:
+    """Per row of [samples, length] token ids, the language-model loss."""
+
+    def loss(ids, model):
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        return F.cross_entropy(logits[:-1].float(), ids[1:])
+
+    return [partial(loss, row) for row in windows]
+
+
+def task_losses(tokenizer, examples, classification: bool, max_length: int = 2048) -> list:
+    """Per example, the loss that train.py would train it with."""
+
+    def loss(example, model):
+        batch = scoring.collate(
+            tokenizer,
+            [example],
+            score="all" if classification else "right",
+            max_length=max_length,
+            device=model.device,
+        )
+        logits = model(**batch.inputs(model), use_cache=False).logits
+        return (scoring.classification_loss if classification else scoring.lm_loss)(logits, batch)
+
+    return [partial(loss, example) for example in examples]
+
+
+def check(args) -> loading.Settings:
+    """UserError for a value that cannot work, before anything is loaded; else the task's data."""
+    loading.at_least(args, 1, "samples", "groups")
+    loading.at_least(args, 2, "length", "max_length")
+    if not 0 <= args.seed < zo.MAX_RUN_SEED:
+        raise UserError(f"--seed {args.seed}: from 0 to {zo.MAX_RUN_SEED - 1}")
+    task = args.task or args.train_file
+    if bool(args.text) + bool(task) + (args.kind != "sensitive") > 1:
+        raise UserError("give one of --text, --task and --kind random, largest or smallest")
+    if args.data_dir and not args.task:
+        raise UserError(f"--data-dir {args.data_dir}: the folder of a task; give --task")
+    folder = Path(args.out).absolute().parent
+    if not os.access(folder, os.W_OK) or Path(args.out).exists():
+        raise UserError(f"--out {args.out}: a new file in a folder that can be written to")
+    if args.text:
+        loading.check_text(args.text)
+    settings = loading.Settings(
+        model=args.model, task=args.task, data_dir=args.data_dir, train_file=args.train_file
+    )
+    if args.train_file:
+        settings.num_validation, settings.test_file = 0, args.train_file  # all of it is used
+    if task:
+        loading.check(settings)
+    return settings
+
+
+def samples(args, settings, tokenizer, config, data) -> tuple[list, dict]:
+    """(losses, where they come from) of the examples of --task, else of the text."""
+    if task := args.task or args.train_file:
+        data = loading.load_data(settings) if data is None else data
+        examples, longest = data.train[: args.samples], args.max_length
+        longest = loading.usable_length(longest, config)
+        losses = task_losses(tokenizer, examples, data.classification, longest)
+        return losses, {"source": f"{task}, {data.source}", "data": data.fingerprint}
+    text, length = args.text, loading.usable_length(args.length, config)
+    if text is None and loading.is_tiny(args.model):
+        text = loading.locate("tiny/data/c4.jsonl")
+    texts = loading.read_texts(text)
+    windows = loading.text_windows(tokenizer, texts, args.samples, length, args.seed)
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+    return text_losses(windows), {"source": text or loading.C4, "length": length, "data": digest}
+
+
+def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
+    """(index, provenance) for the command line's settings; bad ones fail before a model loads.
+
+    `data`: the task's examples where the caller has them, with a split of its own.
+    """
+    settings, trust = check(args), args.trust_remote_code
+    device = loading.choose_device(args.device, args.device_map)
+    scores_on = args.scores_device and loading.choose_device(args.scores_device)
+    import transformers  # five seconds, so not before bad flags fail
+
+    tokenizer, config = loading.load_tokenizer(args.model, trust)
+    how_many(decoder_linears(loading.skeleton(config, trust)), args.density)
+    made = {"model": args.model, "kind": args.kind, "density": args.density, "seed": args.seed}
+    dtype = args.dtype
+    if args.kind == "sensitive":
+        losses, source = samples(args, settings, tokenizer, config, data)
+        made |= source | {"statistic": args.statistic, "samples": len(losses)}
+        if dtype == "auto" and device != "cpu":
+            dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
+    model = loading.load_model(args.model, dtype, device, trust, device_map=args.device_map)
+    weights = decoder_linears(model)
+    if args.kind == "sensitive":
+        how = {"statistic": args.statistic, "groups": args.groups, "device": scores_on}
+        bar = partial(tqdm, desc="scoring", unit=" samples")
+        index = sensitive_index(model, losses, args.density, progress=bar, **how)
+    elif args.kind == "random":
+        index = random_index(weights, args.density, args.seed)
+    else:
+        index = {"largest": largest, "smallest": smallest}[args.kind](weights, args.density)
+    made |= {"dtype": str(model.dtype).removeprefix("torch.")}
+    made |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    return index, made | {"matrices": signature(weights)}
+
+
+def for_run(config, run: Path, data) -> None:
+    """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would."""
+    path = run / record.MASK
+    if config.mask is not None:
+        beside = path.with_name(path.name + ".tmp")
+        shutil.copyfile(config.mask, beside)
+        snapshot.put_in_place(beside, path)
+        return
+    flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
+    flags += [f"--device={config.device}", f"--out={path}", f"--max-length={config.max_length}"]
+    names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
+    names += ("device_map",)
+    for name in names:
+        if getattr(config, name) is not None:
+            flags.append(f"{loading.flag(name)}={getattr(config, name)}")
+    flags += ["--trust-remote-code"] * config.trust_remote_code
+    of = f" on {len(data.train)} training examples of this run" * (config.mask_from == "task")
+    print(f"  making the mask as by: python masks.py {shlex.join(flags)}{of}")
+    args = make_parser().parse_args(flags)
+    record.write_json(run / "config.json", {"mask_from": config.mask_from})
+    try:
+        save_mask(path, *compute(args, data))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "no memory to score the weights; make the mask with python masks.py --groups 8 (where "
+            "that is not enough, --scores-device cpu), then give --mask FILE"
+        ) from error
+    gc.collect()  # the scored model, held in cycles
+    if torch.cuda.is_available():  # the peak that a run reports is its own
+        torch.cuda.empty_cache()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `python masks.py`; train.py goes through it, too."""
+    parser = loading.Parser(description="Compute a mask of [Q] and write it to a file.")
+    add = parser.add_argument
+    add("--model", default=loading.Settings.model, help="hub name or local folder")
+    add("--out", required=True, help="new file, such as mask.safetensors")
+    add("--text", help='.txt or .jsonl of {"text": …}; default C4; tiny/model has its own')
+    add("--task", help="instead of text: the training loss of this task")
+    add("--data-dir", help="folder with the task's official files")
+    add("--train-file", help="a task of your own, as for train.py")
+    add("--kind", choices=KINDS, default="sensitive", help="the others are for comparison")
+    add("--statistic", choices=STATISTICS, default=STATISTICS[0], help="mean of squares (default)")
+    add("--density", type=float, default=0.001, help="share of each matrix (default 0.001)")
+    add("--samples", type=int, default=100, help="texts or examples (default 100)")
+    add("--length", type=int, default=512, help="tokens of a text (default 512)")
+    add("--max-length", type=int, default=2048, help="with --task: tokens of a prompt")
+    add("--seed", type=int, default=0, help="of the texts drawn and of --kind random")
+    add("--groups", type=int, default=1, help="score 1/n of the matrices at a time, in n passes")
+    add("--scores-device", help="where scores are kept, such as cpu; default the model's device")
+    add("--dtype", choices=loading.DTYPES, default="auto", help="auto: bfloat16, on a CPU float32")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    add("--device-map", choices=("auto",), help="spread the layers over all GPUs")
+    add("--trust-remote-code", action="store_true")
+    return parser
+
+
+def main(argv=None) -> None:
+
+    args = make_parser().parse_args(argv)
+    try:
+        index, provenance = compute(args)
+        save_mask(args.out, index, provenance)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        memory = "--groups 8, or --scores-device cpu where that is not enough"
+        raise SystemExit(fail("masks.py", error, memory)) from None
+    except KeyboardInterrupt:
+        print("\nmasks.py: stopped; nothing was written")
+        raise SystemExit(130) from None
+    chosen = sum(map(len, index.values()))
+    print(f"{args.out}: {chosen:,} weights of {len(index)} matrices, {args.kind}")
