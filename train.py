@@ -39,8 +39,8 @@ from presets import Config, check, complete, run_name
 # ------------------------------------------------------------------ training
 
 
-def train(config: Config, log, run: Path, model, tokenizer, data: tasks.Data, handle, group):
-    """[S] Algorithm 1 from the step after the log's last to step T; the model holds θ_T."""
+def train(config: Config, log, run: Path, tokenizer, data: tasks.Data, handle, group) -> None:
+    """[S] Algorithm 1 from the step after the log's last to step T; the patched model holds θ_T."""
     loss_fn = scoring.classification_loss if data.classification else scoring.lm_loss
     score = "all" if data.classification else "right"
     first = FirstSteps(handle)
@@ -54,7 +54,7 @@ def train(config: Config, log, run: Path, model, tokenizer, data: tasks.Data, ha
             mine = group.share([data.train[i] for i in chosen])
             handle.refresh(t)  # h is fixed, unless --refresh-every says otherwise
             # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
-            parts = micro_batches(config, model, tokenizer, mine, score)
+            parts = micro_batches(config, handle.model, tokenizer, mine, score)
             loss_plus, loss_minus = losses(handle, parts, loss_fn, seed, group)
             # proj_grad ← (l⁺ − l⁻) / 2ε
             projected_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
@@ -66,7 +66,7 @@ def train(config: Config, log, run: Path, model, tokenizer, data: tasks.Data, ha
             if log.steps == FirstSteps.COUNT:
                 log.moved(first.moved())
             if log.validation_due():
-                log.validation(validate(config, model, tokenizer, data, handle, group))
+                log.validation(validate(config, tokenizer, data, handle, group))
             if log.metrics_due():
                 log.metrics(handle.active_density())
             if log.snapshot_due():
@@ -95,8 +95,7 @@ def losses(handle, parts, loss_fn, seed: int, group) -> tuple[float, float]:
     """
     plus = minus = weight = 0.0  # float64: one part alone comes out as it went in
     for part in parts:
-        inputs = part.inputs(handle.model)
-        pair = handle.losses(inputs, lambda logits, b=part: loss_fn(logits, b), seed)
+        pair = handle.losses(part.inputs(handle.model), lambda x, b=part: loss_fn(x, b), seed)
         l_plus, l_minus = torch.stack(pair).tolist()
         count = part.num_examples if part.score == "all" else len(part.token)
         plus, minus, weight = plus + count * l_plus, minus + count * l_minus, weight + count
@@ -104,13 +103,13 @@ def losses(handle, parts, loss_fn, seed: int, group) -> tuple[float, float]:
     return plus / weight, minus / weight
 
 
-def validate(config: Config, model, tokenizer, data: tasks.Data, handle, group) -> float | None:
+def validate(config: Config, tokenizer, data: tasks.Data, handle, group) -> float | None:
     """Validation accuracy, shared by the workers, whose weights must not have come apart."""
     if group.size > 1:
         group.check_same(snapshot.digest(handle.tensors()), "weights")
     if data.validation:
         how = eval.sizes(vars(config)) | {"group": group}
-        return eval.accuracy(model, tokenizer, data.validation, **how).value
+        return eval.accuracy(handle.model, tokenizer, data.validation, **how).value
 
 
 class FirstSteps:
@@ -283,28 +282,20 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     settings = (settings or asdict(config)) | {"steps": config.steps}
     settings |= {"micro_batch": config.micro_batch}
     here = {"device": group.device(config.device), "device_map": config.device_map}
-    if config.method in masks.FEW:
-        group.hand_out(run / record.MASK)
-    model, index = eval.open_model(settings | here, run)
-    if not resumed:
-        settings |= facts(config, model, data, index)
-    handle = eval.make_patch(model, settings, index)
-    print(f"  {handle.report()}")
-    slow = "; compiling the kernels takes the first seconds" * settings["compiled"]
-    print(f"  {run}/{slow}")
+    handle, index = prepare_model(config, run, settings, here, data, group)
     how = eval.sizes(vars(config)) | {"group": group}
     if not resumed:
-        zero_shot = eval.accuracy(model, tokenizer, data.test, **how)
-        first = validate(config, model, tokenizer, data, handle, group)
-        settings["start"] = {"zero_shot": zero_shot, "validation_accuracy": first}
+        start = eval.accuracy(handle.model, tokenizer, data.test, **how)
+        first = validate(config, tokenizer, data, handle, group)
+        settings["start"] = {"zero_shot": start, "validation_accuracy": first}
         settings["fingerprint"] = record.fingerprint(settings)
     zero_shot = eval.Accuracy(*settings["start"]["zero_shot"])
     print(f"zero-shot test accuracy {zero_shot}" + ", when the run began" * resumed)
     group.check_same(int(settings["fingerprint"], 16), "settings, model or data")
-    if group.rank == 0 and not resumed:
-        record.begin(run, settings)
 
     writes = run if group.rank == 0 else None
+    if writes and not resumed:
+        record.begin(run, settings)
     with steplog.StepLog(config, writes, settings, group.tell) as log:
         before = log.steps
         if before:
@@ -312,22 +303,23 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
         if writes and resumed:
             record.reopen(run, settings, before)
         trained = time.perf_counter()
-        train(config, log, run, model, tokenizer, data, handle, group)
+        train(config, log, run, tokenizer, data, handle, group)
     seconds = time.perf_counter() - trained
     result = log.result() | {"compiled": handle.sweep.compiled}
     if writes:  # whatever fails from here, best_step is known
         record.write_json(run / record.RESULT, result)
-    last = best = eval.accuracy(model, tokenizer, data.test, **how)
+    last = best = eval.accuracy(handle.model, tokenizer, data.test, **how)
     handle.remove()
-    if result["best_step"] != config.steps:  # chosen by validation accuracy, never by test
-        del model, handle  # before the second copy is loaded
+    best_step = result["best_step"]  # chosen by validation accuracy, never by test
+    if best_step != config.steps:
+        del handle  # before the second copy is loaded
         gc.collect()  # accelerate's hooks hold a model in cycles
-        handle, _ = eval.rebuild(settings | here, log.history[: result["best_step"]], run)
+        handle, _ = eval.rebuild(settings | here, log.history[:best_step], run)
         best = eval.accuracy(handle.model, tokenizer, data.test, **how)
     if not writes:
         return
     if index is not None:
-        eval.save_sparse(run, settings, index, handle.tensors(), result["best_step"])
+        eval.save_sparse(run, settings, index, handle.tensors(), best_step)
     if config.save_model:  # before the final result: only a run that has all of it has finished
         eval.save_checkpoint(handle.model, tokenizer, run / "model")
     result |= {"zero_shot": zero_shot.facts(), "last": last.facts(), "best": best.facts()}
@@ -337,13 +329,27 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     record.write_json(run / record.RESULT, result | record.machine(handle.model.device))
     print(f"test accuracy, last weights             {last}")
     if data.validation:
-        print(f"test accuracy, best validation weights  {best}, after step {result['best_step']}")
-    if result["best_step"] == 0 and (index is not None or config.save_model):
+        print(f"test accuracy, best validation weights  {best}, after step {best_step}")
+    if best_step == 0 and (index is not None or config.save_model):
         print("no step was better on validation than the start, so the ORIGINAL weights are saved")
     if log.skipped:
         print(f"{log.skipped} of {config.steps} steps were skipped: a loss was not finite")
     took = f"{config.steps - before} steps and their validation took {seconds:.0f} s"
     print(f"{run}/ holds the run; {took}")
+
+
+def prepare_model(config: Config, run: Path, settings: dict, here: dict, data, group):
+    """(patch, index) of the original model, on the device that `here` names; `settings` of a new
+    run get what it is of model and data."""
+    if config.method in masks.FEW:
+        group.hand_out(run / record.MASK)
+    model, index = eval.open_model(settings | here, run)
+    if "fingerprint" not in settings:
+        settings |= facts(config, model, data, index)
+    handle = eval.make_patch(model, settings, index)
+    slow = "; compiling the kernels takes the first seconds" * settings["compiled"]
+    print(f"  {handle.report()}\n  {run}/{slow}")
+    return handle, index
 
 
 def facts(config: Config, model, data: tasks.Data, index) -> dict:

@@ -75,8 +75,8 @@ def install(count, die_at: int | None) -> None:
         moment()
         Path(path).write_bytes(whole)
 
-    def saved_train(config, log, run, model, tokenizer, data, handle, group):
-        train_loop(config, log, run, model, tokenizer, data, handle, group)
+    def saved_train(config, log, run, tokenizer, data, handle, group):
+        train_loop(config, log, run, tokenizer, data, handle, group)
         save(handle.tensors(), f"{run}.weights")
 
     save, train_loop = snapshot.save_file, train.train

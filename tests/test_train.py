@@ -88,9 +88,9 @@ def test_the_log_rebuilds_the_last_weights_to_the_bit(folder, tmp_path, monkeypa
     seen = {}
     original = train.train
 
-    def spy(config, log, path, model, *rest):
-        original(config, log, path, model, *rest)
-        seen["weights"] = [p.detach().clone() for p in model.parameters()]
+    def spy(config, log, path, tokenizer, data, handle, group):
+        original(config, log, path, tokenizer, data, handle, group)
+        seen["weights"] = [p.detach().clone() for p in handle.model.parameters()]
 
     monkeypatch.setattr(train, "train", spy)
     run(folder, tmp_path / "run", "--refresh-every=3")
