@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError
-from snapshot import put_in_place
+from snapshot import put_in_place, snapshots
 from steplog import HEADER, METRICS, STEPS, Step, read_steps
 
 RESULT, MASK, SPARSE = "result.json", "mask.safetensors", "sparse.safetensors"
@@ -121,8 +121,8 @@ def begin(run: Path, settings: dict) -> None:
 def reopen(run: Path, settings: dict, steps: int) -> None:
     """A run that stopped after `steps` goes on, perhaps to more of them. What was found at an
     earlier end goes, and snapshots of later steps: its log was cut, and may go another way."""
-    for path in run.glob("snapshot-*.safetensors"):
-        if int(path.stem.removeprefix("snapshot-")) > steps:
+    for step, path in snapshots(run).items():
+        if step > steps:
             path.unlink()
     write_json(run / "config.json", settings)
     (run / RESULT).unlink(missing_ok=True)

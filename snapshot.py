@@ -45,13 +45,18 @@ def write(run: Path, step: int, tensors: dict, settings: dict, best_step: int) -
     """The weights after `step` steps: written beside, synced, renamed. Older ones are removed, but
     for the newest of at most `best_step` steps. On a GPU the tensors are copied to the host first.
     """
-    path = run / f"snapshot-{step}.safetensors"
-    save_tensors(path, tensors, _about(step, tensors, settings))
-    steps = [int(p.stem.removeprefix("snapshot-")) for p in run.glob("snapshot-*.safetensors")]
-    best = max((s for s in steps if s <= best_step), default=step)
-    for old in run.glob("snapshot-*"):
-        if old.name not in (path.name, f"snapshot-{best}.safetensors"):
-            old.unlink()
+    save_tensors(run / f"snapshot-{step}.safetensors", tensors, _about(step, tensors, settings))
+    there = snapshots(run)
+    best = max((s for s in there if s <= best_step), default=step)
+    for taken, path in there.items():
+        if taken not in (step, best):
+            path.unlink()
+
+
+def snapshots(run: Path) -> dict[int, Path]:
+    """{step: path} of a run's snapshots; a file of another name is somebody else's."""
+    found = {p.stem.removeprefix("snapshot-"): p for p in run.glob("snapshot-*.safetensors")}
+    return {int(step): path for step, path in found.items() if step.isdecimal()}
 
 
 def _about(step: int, tensors: dict, settings: dict, device=None) -> dict[str, str]:
@@ -66,12 +71,10 @@ def newest(run: Path, stop: int, settings: dict) -> tuple[int, dict]:
     log is replayed from its start.
     """
     device = "cuda" if torch.cuda.is_available() else None  # a CPU takes 5 minutes for 13.5 GB
-    paths = run.glob("snapshot-*.safetensors")  # two, or three where a kill kept an old one
-    for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
+    for step, path in sorted(snapshots(run).items(), reverse=True):  # 2, or 3 after a kill
+        if step > stop:
+            continue
         try:
-            step = int(path.stem.removeprefix("snapshot-"))
-            if step > stop:
-                continue
             tensors, about = load_tensors(path)
             if about != _about(step, tensors, settings, device):
                 raise ValueError("of another run or step, or not the values that were written")

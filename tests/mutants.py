@@ -300,7 +300,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "if repr(found) != repr(expected):", "if expected is None:",
      "test_durability::test_bad_luck_is_one_line_and_changes_nothing[an update edited]"),
     ("a snapshot outlives the steps it was taken after", "record",
-     'removeprefix("snapshot-")) > steps:', 'removeprefix("snapshot-")) < 0:',
+     "if step > steps:", "if step < 0:",
      "test_durability::test_snapshots_of_a_log_that_was_cut_go"),
     ("a mask beside --out taken for a leftover", "record",
      'return names <= {"config.json.tmp"}', "return names <= set(EARLY)",

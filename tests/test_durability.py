@@ -322,6 +322,9 @@ HARMLESS = {  # what happened: how
     "a snapshot of another step": snapshot_of(
         lambda path: path.rename(path.with_name("snapshot-12.safetensors"))
     ),
+    "a copy of a snapshot kept beside it": snapshot_of(
+        lambda path: shutil.copy(path, path.with_name("snapshot-8 (copy).safetensors"))
+    ),
     "a snapshot half written": write("snapshot-16.tmp", b"x"),
     "a torn result": write("result.json", b"{"),
     "the folders moved": lambda at: None,  # the fixture has
