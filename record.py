@@ -5,7 +5,7 @@
     metrics.jsonl   what to look at: losses, gradient, active density, validation accuracy
     result.json     accuracies with standard errors, seconds, peak memory, versions, hardware
     curve.png       loss, accuracy and active density against steps
-    snapshot-N.…    with --snapshot-every: the weights that move, after N steps; only the newest
+    snapshot-N.…    with --snapshot-every: the weights that move, after N steps; see snapshot.py
     mask.…          sensitive, senszoq: which weights move, as python masks.py wrote it
     sparse.…        the same: their trained values and places, for eval.py --sparse
     model/          with --save-model: an ordinary Hugging Face checkpoint
@@ -27,7 +27,7 @@ import torch
 
 from errors import UserError
 from snapshot import put_in_place, snapshots
-from steplog import HEADER, METRICS, STEPS, Step, read_steps
+from steplog import HEADER, METRICS, STEPS, Step, read_metrics, read_steps
 
 RESULT, MASK, SPARSE = "result.json", "mask.safetensors", "sparse.safetensors"
 MAY_CHANGE = (  # model and data have fingerprints of their own, and more steps are only more steps
@@ -209,7 +209,9 @@ def read_result(run: Path) -> dict:
     return found
 
 
-# ------------------------------------------------------------------ while it trains
+# ------------------------------------------------------------------ at its end
+
+
 def draw_curve(run: Path, title: str, zero_shot: float) -> None:
     """curve.png from metrics.jsonl: training loss, validation accuracy, active density."""
     import matplotlib  # here: nothing else needs it, and it takes a second to import
@@ -217,7 +219,7 @@ def draw_curve(run: Path, title: str, zero_shot: float) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    lines = read_metrics(run)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     steps = [line["step"] for line in lines]
     left.plot(steps, [line["loss"] for line in lines])

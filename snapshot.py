@@ -67,8 +67,8 @@ def _about(step: int, tensors: dict, settings: dict, device=None) -> dict[str, s
 def newest(run: Path, stop: int, settings: dict) -> tuple[int, dict]:
     """(step, tensors) of the run's newest snapshot of at most `stop` steps; (0, {}) without one.
 
-    A snapshot only saves time, so one that cannot be believed is no error: a line says so, and the
-    log is replayed from its start.
+    A snapshot only saves time, so one that cannot be believed is no error: a line says so, and more
+    of the log is replayed.
     """
     device = "cuda" if torch.cuda.is_available() else None  # a CPU takes 5 minutes for 13.5 GB
     for step, path in sorted(snapshots(run).items(), reverse=True):  # 2, or 3 after a kill
@@ -80,7 +80,7 @@ def newest(run: Path, stop: int, settings: dict) -> tuple[int, dict]:
                 raise ValueError("of another run or step, or not the values that were written")
         except Exception as error:  # safetensors has its own, for a torn file or a wrong header
             why = str(error).splitlines()[0]
-            print(f"  {path} is left alone ({why}): replaying the log from its start")
+            print(f"  {path} is left alone ({why}): more of the log is replayed")
             continue
         return step, tensors
     return 0, {}
