@@ -149,11 +149,10 @@ def check_linears(model: nn.Module, names) -> None:
 def quantise(model: nn.Module, name: str, weight: Tensor, index: Tensor, double_quant: bool):
     """Put a DenseSparseLinear in the place of the nn.Linear whose weight is called `name`."""
     path = name.removesuffix(".weight")
-    parent, _, child = path.rpartition(".")
     check_linears(model, [name])
     linear = model.get_submodule(path)
-    layer = DenseSparseLinear(weight, index, linear.bias, double_quant).train(linear.training)
-    setattr(model.get_submodule(parent), child, layer)
+    layer = DenseSparseLinear(weight, index, linear.bias, double_quant)
+    model.set_submodule(path, layer.train(linear.training))
 
 
 def packed(model: nn.Module) -> dict[str, DenseSparseLinear]:
@@ -175,8 +174,7 @@ def unpack(model: nn.Module) -> None:
     for path, layer in packed(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(layer.weight.cpu()), layer.bias
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear.train(layer.training))
+        model.set_submodule(path, linear.train(layer.training))
 
 
 def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda name, weight: None):
@@ -192,10 +190,10 @@ def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda na
         register_quantization_config,
         register_quantizer,
     )
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    if "senszoq" not in AUTO_QUANTIZER_MAPPING:
+    if "senszoq" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
 
         class Quantise(ConversionOps):
             def __init__(self, config):
@@ -241,7 +239,5 @@ def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda na
 
             def __deepcopy__(self, memo):
                 return self  # so that `error` reaches the caller, and the index is not copied
-
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     return AUTO_QUANTIZATION_CONFIG_MAPPING["senszoq"](index, double_quant, check)
