@@ -211,17 +211,16 @@ def mask_fingerprint(index: dict | None) -> str | None:
 
 
 def rebuild(settings: dict, steps, run: Path):
-    """(patch, tokenizer) with the weights after `steps`, from a run's config.json and its log.
+    """The patch with the weights after `steps`, from a run's config.json and its log.
 
     `run`: its directory, where a snapshot may lie and [Q]'s mask does. The patch is removed: its
     model is an ordinary one, or has ordinary 4-bit layers.
     """
-    tokenizer, _ = loading.load_tokenizer(settings["model"], settings["trust_remote_code"])
     model, index = open_model(settings, run)
     handle = make_patch(model, settings, index)
     replay(handle, steps, snapshot.newest(run, len(steps), settings))
     handle.remove()
-    return handle, tokenizer
+    return handle
 
 
 def save_sparse(run: Path, settings: dict, index: dict, values: dict, step: int) -> None:
@@ -359,7 +358,8 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str
     examples = getattr(data, split)
     if not examples:
         raise UserError(f"the {split} split is empty")
-    handle, tokenizer = rebuild(config, steps[:stop], run)
+    tokenizer, _ = loading.load_tokenizer(config["model"], config["trust_remote_code"])
+    handle = rebuild(config, steps[:stop], run)
     found = accuracy(handle.model, tokenizer, examples, **sizes(config))
     if save is not None:
         save_checkpoint(handle.model, tokenizer, save)

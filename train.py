@@ -314,7 +314,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     if best_step != config.steps:
         del handle  # before the second copy is loaded
         gc.collect()  # accelerate's hooks hold a model in cycles
-        handle, _ = eval.rebuild(settings | here, log.history[:best_step], run)
+        handle = eval.rebuild(settings | here, log.history[:best_step], run)
         best = eval.accuracy(handle.model, tokenizer, data.test, **how)
     if not writes:
         return

@@ -106,9 +106,9 @@ def test_the_log_rebuilds_the_values_to_the_bit(method, folder, mask, tmp_path):
     result = run(folder, tmp_path / "run", method, f"--mask={mask}", "--num-validation=0")
     config, steps = record.open_run(tmp_path / "run")
     assert result["best_step"] == len(steps) == 12
-    handle, _ = eval.rebuild(config, steps, tmp_path / "run")
+    handle = eval.rebuild(config, steps, tmp_path / "run")
     values = snapshot.read_sparse(tmp_path / "run" / "sparse.safetensors")[1]
-    before, _ = eval.rebuild(config, [], tmp_path / "run")
+    before = eval.rebuild(config, [], tmp_path / "run")
     for name, value in handle.tensors().items():
         assert torch.equal(value, values[name])
         assert not torch.equal(value, before.tensors()[name])
@@ -201,8 +201,8 @@ def test_sixteen_bits(folder, mask, tmp_path):
         run(folder, tmp_path / method, method, f"--mask={mask}", "--dtype=bfloat16", "--lr=1e-4")
         values = snapshot.read_sparse(tmp_path / method / "sparse.safetensors")[1]
         config, _ = record.open_run(tmp_path / method)
-        before = eval.rebuild(config, [], tmp_path / method)[0].tensors()
-        last = eval.rebuild(config, record.open_run(tmp_path / method)[1], tmp_path / method)[0]
+        before = eval.rebuild(config, [], tmp_path / method).tensors()
+        last = eval.rebuild(config, record.open_run(tmp_path / method)[1], tmp_path / method)
         moved = torch.cat([(last.tensors()[n] - before[n]).abs() for n in before])
         lost = torch.cat([last.tensors()[n].bfloat16() == before[n].bfloat16() for n in before])
         assert (moved > 0).float().mean() > 0.99 and lost.float().mean() > 0.1

@@ -45,7 +45,7 @@ def lines(path):
 
 def weights_of(run_directory, step):
     config, steps = record.open_run(run_directory)
-    model = eval.rebuild(config, steps[:step], run_directory)[0].model
+    model = eval.rebuild(config, steps[:step], run_directory).model
     return [p.detach() for p in model.parameters()]
 
 
