@@ -64,7 +64,7 @@ def task_losses(tokenizer, examples, classification: bool, max_length: int = 204
             device=model.device,
         )
         logits = model(**batch.inputs(model), use_cache=False).logits
-        return (scoring.classification_loss if classification else scoring.lm_loss)(logits, batch)
+        return batch.loss(logits)
 
     return [partial(loss, example) for example in examples]
 

@@ -100,6 +100,10 @@ class Batch:
         known = inspect.signature(model.forward).parameters
         return {name: value for name, value in wanted.items() if name in known}
 
+    def loss(self, logits: Tensor) -> Tensor:
+        """Scalar, that of training: over all options where they are scored, else of the right."""
+        return (classification_loss if self.score == "all" else lm_loss)(logits, self)
+
     def to(self, device: str | torch.device) -> "Batch":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)

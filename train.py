@@ -41,7 +41,6 @@ from presets import Config, check, complete, run_name
 
 def train(config: Config, log, run: Path, tokenizer, data: tasks.Data, handle, group) -> None:
     """[S] Algorithm 1 from the step after the log's last to step T; the patched model holds θ_T."""
-    loss_fn = scoring.classification_loss if data.classification else scoring.lm_loss
     score = "all" if data.classification else "right"
     first = FirstSteps(handle)
     catch_up(log, handle, run, first)
@@ -55,7 +54,7 @@ def train(config: Config, log, run: Path, tokenizer, data: tasks.Data, handle, g
             handle.refresh(t)  # h is fixed, unless --refresh-every says otherwise
             # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
             parts = micro_batches(config, handle.model, tokenizer, mine, score)
-            loss_plus, loss_minus = losses(handle, parts, loss_fn, seed, group)
+            loss_plus, loss_minus = losses(handle, parts, seed, group)
             # proj_grad ← (l⁺ − l⁻) / 2ε
             projected_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
             # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i, unless a loss is not finite
@@ -87,7 +86,7 @@ def micro_batches(config: Config, model, tokenizer, examples, score: str):
         )
 
 
-def losses(handle, parts, loss_fn, seed: int, group) -> tuple[float, float]:
+def losses(handle, parts, seed: int, group) -> tuple[float, float]:
     """l⁺ and l⁻ of a batch in parts, of this worker and the others, all under one seed.
 
     A part's loss is a mean over its examples (`lm_loss`: its option tokens); weighted with their
@@ -95,7 +94,7 @@ def losses(handle, parts, loss_fn, seed: int, group) -> tuple[float, float]:
     """
     plus = minus = weight = 0.0  # float64: one part alone comes out as it went in
     for part in parts:
-        pair = handle.losses(part.inputs(handle.model), lambda x, b=part: loss_fn(x, b), seed)
+        pair = handle.losses(part.inputs(handle.model), part.loss, seed)
         l_plus, l_minus = torch.stack(pair).tolist()
         count = part.num_examples if part.score == "all" else len(part.token)
         plus, minus, weight = plus + count * l_plus, minus + count * l_minus, weight + count

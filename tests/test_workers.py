@@ -17,7 +17,6 @@ import errors
 import eval
 import make_mask
 import record
-import scoring
 import sensitivity
 import tasks
 import train
@@ -333,7 +332,6 @@ def test_a_model_under_accelerates_hooks_trains_as_any_other(folder):
 def test_micro_batches_are_the_whole_batch_to_rounding(kind, micro, folder, monkeypatch):
     """Both losses; the options of unequal length, where a mean of means would be another number."""
     classification = kind == "classification"
-    loss_fn = scoring.classification_loss if classification else scoring.lm_loss
     config = train.Config(model=f"{folder}/model", batch_size=7, micro_batch=micro, max_length=64)
     tokenizer, _ = train.loading.load_tokenizer(config.model)
     model = train.loading.load_model(config.model, device="cpu")
@@ -352,7 +350,7 @@ def test_micro_batches_are_the_whole_batch_to_rounding(kind, micro, folder, monk
     def both(config):
         score = "all" if classification else "right"
         parts = train.micro_batches(config, model, tokenizer, examples, score)
-        return train.losses(handle, parts, loss_fn, 5, workers.ALONE)
+        return train.losses(handle, parts, 5, workers.ALONE)
 
     found = both(config)
     assert max(sizes) <= 2 * micro  # rows: at most two options for each example

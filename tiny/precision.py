@@ -20,7 +20,6 @@ import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -51,14 +50,13 @@ def probes(method: str, dtype: str, common: list[str], count: int):
     tokenizer, _ = loading.load_tokenizer(config.model)
     model = loading.load_model(config.model, dtype, "cpu")
     handle = Patch(model, masks.make_rule(method, 0.25), eps=config.eps, rounding="nearest")
-    loss_fn = scoring.classification_loss if data.classification else scoring.lm_loss
     for step in range(count):
         chosen = tasks.batches(len(data.train), config.batch_size, 0, step)
         examples = [data.train[i] for i in chosen]
         score = "all" if data.classification else "right"
         batch = scoring.collate(tokenizer, examples, score=score)
         seed = zo.step_seed(0, step)
-        losses = handle.losses(batch.inputs(model), partial(loss_fn, batch=batch), seed)
+        losses = handle.losses(batch.inputs(model), batch.loss, seed)
         yield handle, seed, zo.projected_grad(*losses, handle.eps).item()
 
 
