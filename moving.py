@@ -60,6 +60,8 @@ class Few:
     name: str
     weight: Tensor | None
     layer: quant.DenseSparseLinear | None
+    stream: int
+    size: int  # elements of the whole matrix
     index: Tensor  # int64
     flat: Tensor
     whole: Moving | None = None
@@ -144,14 +146,13 @@ def choose_by_rule(model, rule, vectors: str, select: str) -> dict[int, Moving]:
 def choose_few(model, index: dict[str, Tensor]) -> dict[int, Few]:
     """{id(parameter or 4-bit layer): Few}; streams are numbered by name, alike in 16 and 4 bits."""
     assert 0 < len(index) <= zo.MAX_STREAMS, f"{len(index)} matrices; 1 to {zo.MAX_STREAMS}"
-    found, sizes = {}, []
-    for name, places in sorted(index.items()):
+    found = {}
+    for stream, (name, places) in enumerate(sorted(index.items())):
         layer = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, quant.DenseSparseLinear):
             if not torch.equal(layer.index, places.to(layer.index)):
                 raise UserError(f"{name} was quantised with another index than this one")
-            key, weight, places, values = layer, None, layer.index, layer.values
-            size = layer.size
+            key, weight, size, places, values = layer, None, layer.size, layer.index, layer.values
         else:
             key, layer = model.get_parameter(name), None
             weight, size = key.detach(), key.numel()
@@ -162,23 +163,20 @@ def choose_few(model, index: dict[str, Tensor]) -> dict[int, Few]:
             values = weight.view(-1)[places].float()
         if not torch.isfinite(values).all():
             raise UserError(f"{name}: the weight holds NaN or infinity")
-        found[id(key)] = Few(name, weight, layer, places, values)
-        sizes.append(size)
-    parts = list(zip(range(len(found)), found.values(), sizes, strict=True))
+        found[id(key)] = Few(name, weight, layer, stream, size, places, values)
     for device in dict.fromkeys(p.flat.device for p in found.values()):
-        _stand_together([part for part in parts if part[1].flat.device == device])
+        _stand_together([p for p in found.values() if p.flat.device == device])
     return found
 
 
-def _stand_together(parts: list[tuple[int, Few, int]]) -> None:
-    """The `whole` of these (stream, matrix, size); each keeps a part of it."""
-    streams, few, sizes = zip(*parts, strict=True)
+def _stand_together(few: list[Few]) -> None:
+    """The `whole` of these matrices; each keeps a part of it."""
     flat, index = torch.cat([p.flat for p in few]), torch.cat([p.index for p in few])
     counts, start = torch.tensor([len(p.flat) for p in few]), 0
-    each = torch.tensor(streams, dtype=torch.int16).repeat_interleave(counts)
-    name, stream, rule = f"{few[0].name} …", each.to(flat.device), masks.Everything()
-    state = rule.prepare(flat, 0)
-    whole = Moving(name, flat, flat, stream, rule, state, sum(sizes), index=index)
+    streams = torch.tensor([p.stream for p in few], dtype=torch.int16).repeat_interleave(counts)
+    name, stream, rule = f"{few[0].name} …", streams.to(flat.device), masks.Everything()
+    state, size = rule.prepare(flat, 0), sum(p.size for p in few)
+    whole = Moving(name, flat, flat, stream, rule, state, size, index=index)
     for p in few:
         p.whole, p.span = whole, slice(start, start := start + len(p.flat))
         p.flat, p.index = flat[p.span], index[p.span]

@@ -250,7 +250,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "self._drawn[p.whole][0]",
      "test_quant::test_both_halves_equal_plain_models_with_the_weights_written_out"),
     ("one noise stream for all matrices of [Q]", "moving",
-     "torch.tensor(streams, dtype=torch.int16)", "torch.zeros(len(streams), dtype=torch.int16)",
+     "[p.stream for p in few]", "[0 for p in few]",
      "test_quant::test_the_16_bit_method_equals_the_literal_step_on_the_same_index"),
     ("noise by place in the list, not in the matrix", "moving",
      "torch.cat([p.index for p in few])", "torch.cat([torch.arange(len(p.index)) for p in few])",
