@@ -23,20 +23,11 @@ from tqdm import tqdm
 import loading
 import record
 import scoring
+import sensitivity
 import snapshot
 import zo
 from errors import UserError, fail
-from sensitivity import (
-    STATISTICS,
-    decoder_linears,
-    how_many,
-    largest,
-    random_index,
-    save_mask,
-    sensitive_index,
-    signature,
-    smallest,
-)
+from sensitivity import STATISTICS
 
 KINDS = ("sensitive", "random", "largest", "smallest")  # of masks, all of one size
 
@@ -70,7 +61,7 @@ def task_losses(tokenizer, examples, classification: bool, max_length: int = 204
 
 
 def check(args) -> loading.Settings:
-    """UserError for a value that cannot work, before anything is loaded; else the task's data."""
+    """Settings of the task's data; UserError for a value that cannot work, before any loading."""
     loading.at_least(args, 1, "samples", "groups")
     loading.at_least(args, 2, "length", "max_length")
     if not 0 <= args.seed < zo.MAX_RUN_SEED:
@@ -123,7 +114,7 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
     import transformers  # five seconds, so not before bad flags fail
 
     tokenizer, config = loading.load_tokenizer(args.model, trust)
-    how_many(decoder_linears(loading.skeleton(config, trust)), args.density)
+    sensitivity.how_many(sensitivity.decoder_linears(loading.skeleton(config, trust)), args.density)
     made = {"model": args.model, "kind": args.kind, "density": args.density, "seed": args.seed}
     dtype = args.dtype
     if args.kind == "sensitive":
@@ -132,18 +123,19 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
         if dtype == "auto" and device != "cpu":
             dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
     model = loading.load_model(args.model, dtype, device, trust, device_map=args.device_map)
-    weights = decoder_linears(model)
+    weights = sensitivity.decoder_linears(model)
     if args.kind == "sensitive":
         how = {"statistic": args.statistic, "groups": args.groups, "device": scores_on}
         bar = partial(tqdm, desc="scoring", unit=" samples")
-        index = sensitive_index(model, losses, args.density, progress=bar, **how)
+        index = sensitivity.sensitive_index(model, losses, args.density, progress=bar, **how)
     elif args.kind == "random":
-        index = random_index(weights, args.density, args.seed)
+        index = sensitivity.random_index(weights, args.density, args.seed)
     else:
-        index = {"largest": largest, "smallest": smallest}[args.kind](weights, args.density)
+        by_size = sensitivity.largest if args.kind == "largest" else sensitivity.smallest
+        index = by_size(weights, args.density)
     made |= {"dtype": str(model.dtype).removeprefix("torch.")}
     made |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    return index, made | {"matrices": signature(weights)}
+    return index, made | {"matrices": sensitivity.signature(weights)}
 
 
 def for_run(config, run: Path, data) -> None:
@@ -154,20 +146,17 @@ def for_run(config, run: Path, data) -> None:
         shutil.copyfile(config.mask, beside)
         snapshot.put_in_place(beside, path)
         return
-    flags = [f"--model={config.model}", f"--density={config.density}", f"--seed={config.seed}"]
-    flags += [f"--device={config.device}", f"--out={path}", f"--max-length={config.max_length}"]
     names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
-    names += ("device_map",)
-    for name in names:
-        if getattr(config, name) is not None:
-            flags.append(f"{loading.flag(name)}={getattr(config, name)}")
+    names = ("model", "density", "seed", "device", "device_map", "max_length", *names)
+    said = {name: getattr(config, name) for name in names} | {"out": path}
+    flags = [f"{loading.flag(n)}={value}" for n, value in said.items() if value is not None]
     flags += ["--trust-remote-code"] * config.trust_remote_code
     of = f" on {len(data.train)} training examples of this run" * (config.mask_from == "task")
     print(f"  making the mask as by: python masks.py {shlex.join(flags)}{of}")
     args = make_parser().parse_args(flags)
     record.write_json(run / "config.json", {"mask_from": config.mask_from})
     try:
-        save_mask(path, *compute(args, data))
+        sensitivity.save_mask(path, *compute(args, data))
     except torch.OutOfMemoryError as error:
         raise UserError(
             "no memory to score the weights; make the mask with python masks.py --groups 8 (where "
@@ -207,11 +196,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> None:
-
     args = make_parser().parse_args(argv)
     try:
         index, provenance = compute(args)
-        save_mask(args.out, index, provenance)
+        sensitivity.save_mask(args.out, index, provenance)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         memory = "--groups 8, or --scores-device cpu where that is not enough"
         raise SystemExit(fail("masks.py", error, memory)) from None
