@@ -11,7 +11,6 @@ import gc
 import hashlib
 import os
 import shlex
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,6 @@ import loading
 import record
 import scoring
 import sensitivity
-import snapshot
 import zo
 from errors import UserError, fail
 from sensitivity import STATISTICS
@@ -142,10 +140,7 @@ def for_run(config, run: Path, data) -> None:
     """[Q]'s mask into the run directory: a copy of --mask, or made as `python masks.py` would."""
     path = run / record.MASK
     if config.mask is not None:
-        beside = path.with_name(path.name + ".tmp")
-        shutil.copyfile(config.mask, beside)
-        snapshot.put_in_place(beside, path)
-        return
+        return record.write_whole(path, Path(config.mask).read_bytes())
     names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
     names = ("model", "density", "seed", "device", "device_map", "max_length", *names)
     said = {name: getattr(config, name) for name in names} | {"out": path}

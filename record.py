@@ -113,8 +113,8 @@ def _config(run: Path) -> dict | None:
 
 def begin(run: Path, settings: dict) -> None:
     """From here on the run can be resumed: empty logs, then config.json."""
-    _write(run / METRICS, "")
-    _write(run / STEPS, HEADER + "\n")
+    write_whole(run / METRICS, b"")
+    write_whole(run / STEPS, f"{HEADER}\n".encode())
     write_json(run / "config.json", settings)
 
 
@@ -150,13 +150,14 @@ def give_up(run: Path | None) -> Path | None:
 
 
 def write_json(path: Path, value) -> None:
+    """`write_whole`, one setting or figure per line."""
+    write_whole(path, f"{json.dumps(value, indent=1)}\n".encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Whole or not at all, also where the power fails: written beside, synced, renamed."""
-    _write(path, json.dumps(value, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
+    beside.write_bytes(content)
     put_in_place(beside, path)
 
 
