@@ -65,10 +65,7 @@ class Group:
         """Worker 0's file, to all: on a machine that does not have it, it is written there, too."""
         if self.size == 1:
             return
-        length = int(self.gather([path.stat().st_size if self.rank == 0 else 0])[0])
-        content = bytearray(path.read_bytes() if self.rank == 0 else length)
-        message = torch.frombuffer(content, dtype=torch.uint8)  # shares its memory
-        self._network(dist.broadcast, message, 0)
+        content = self._broadcast(path.read_bytes() if self.rank == 0 else b"")
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_name(f"{path.name}.{self.rank}")  # several on one machine
@@ -79,11 +76,15 @@ class Group:
         """Worker 0's value, which must be JSON, on all workers."""
         if self.size == 1:
             return value
-        data = list(json.dumps(value).encode()) if self.rank == 0 else []
-        length = int(self.gather([len(data)])[0])
-        message = torch.tensor(data or [0] * length, dtype=torch.uint8)
+        return json.loads(self._broadcast(json.dumps(value).encode()))
+
+    def _broadcast(self, content: bytes) -> bytearray:
+        """Worker 0's bytes, on all workers."""
+        length = int(self.gather([len(content)])[0])
+        found = bytearray(content if self.rank == 0 else length)
+        message = torch.frombuffer(found, dtype=torch.uint8)  # shares its memory
         self._network(dist.broadcast, message, 0)
-        return json.loads(bytes(message.tolist()))
+        return found
 
     def _network(self, collective, *arguments) -> None:
         try:
@@ -98,16 +99,17 @@ ALONE = Group()
 def join() -> Group:
     """The group that torchrun started, or this process alone. Only worker 0 prints."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1:
-        minutes, hours = timedelta(minutes=10), timedelta(hours=3)  # to meet; to make [Q]'s mask
-        try:
-            store, *_ = next(dist.rendezvous("env://", timeout=minutes))
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=hours)
-        except (ValueError, RuntimeError) as error:
-            why = str(error).strip().splitlines()[0][:80]
-            raise UserError(f"cannot meet the other workers, use torchrun ({why})") from error
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
-    return Group(rank, size) if size > 1 else ALONE
+    if size <= 1:
+        return ALONE
+    minutes, hours = timedelta(minutes=10), timedelta(hours=3)  # to meet; to make [Q]'s mask
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=minutes))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=hours)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).strip().splitlines()[0][:80]
+        raise UserError(f"cannot meet the other workers, use torchrun ({why})") from error
+    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
+    return Group(rank, size)
 
 
 def leave() -> None:
