@@ -267,6 +267,7 @@ def reopen(run: Path, given: dict, group):
     if device is not None:
         config.device, config.device_map = device, None
     config.micro_batch = config.micro_batch if rows is None else rows  # another order of sums
+    settings |= {"steps": config.steps, "micro_batch": config.micro_batch}
     check(config, group.size)
     if group.tell(group.rank == 0 and record.finished(run, config.steps)):
         raise UserError(f"{run} has finished its {config.steps} steps; --steps N adds to them")
@@ -278,8 +279,7 @@ def fine_tune(config: Config, run: Path, settings, tokenizer, data: tasks.Data, 
     """One run to result.json: from the original weights, or with the `settings` of one that
     stopped, from the end of its log."""
     began, resumed = time.perf_counter(), settings is not None
-    settings = (settings or asdict(config)) | {"steps": config.steps}
-    settings |= {"micro_batch": config.micro_batch}
+    settings = settings or asdict(config)
     here = {"device": group.device(config.device), "device_map": config.device_map}
     handle, index = prepare_model(config, run, settings, here, data, group)
     how = eval.sizes(vars(config)) | {"group": group}
@@ -361,7 +361,6 @@ def facts(config: Config, model, data: tasks.Data, index) -> dict:
         "model_fingerprint": loading.fingerprint(model),
         "data_fingerprint": data.fingerprint,
         "mask_fingerprint": eval.mask_fingerprint(index),
-        "mask": config.mask,
     }
     for name in ("model", "data_dir", "train_file", "validation_file", "test_file"):
         path = getattr(config, name)
