@@ -419,7 +419,10 @@ def test_overlap_of_a_known_answer_and_of_chance():
 
 def load_mask(path, model):
     index, provenance = sensitivity.read_mask(path)
-    sensitivity.check_mask(path, index, provenance, decoder_linears(model))
+    weights = decoder_linears(model)
+    sensitivity.check_mask(path, index, provenance, weights)
+    for name, weight in weights.items():
+        sensitivity.check_values(path, provenance, name, weight)
     return index, provenance
 
 
