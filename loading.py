@@ -9,9 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
-import json
 import os
-import random
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -146,78 +144,6 @@ def locate(name: str) -> str:
 def is_tiny(model: str) -> bool:
     """Is it the offline default, by whatever path? It brings data and a text of its own."""
     return Path(locate(model)).resolve() == HERE / Settings.model
-
-
-# ------------------------------------------------------------------ pre-training text
-
-C4 = "allenai/c4 en/c4-train.00000-of-01024.json.gz"  # its first 10,000 documents are used
-C4_COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
-
-
-def check_text(path: str) -> None:
-    """UserError unless it is a file that `read_texts` can read, by its name."""
-    if Path(path).suffix not in (".txt", ".jsonl") or not Path(path).is_file():
-        raise UserError(f"--text {path}: a .txt or .jsonl file that exists")
-
-
-def read_texts(path: str | None) -> list[str]:
-    """Documents of a .jsonl of {"text": …} or a .txt (blank lines divide them); None: C4's."""
-    if path is None:
-        try:
-            from datasets import load_dataset
-
-            name, file = C4.split()
-            rows = load_dataset(
-                name, data_files=file, split="train", revision=C4_COMMIT, streaming=True
-            )
-            return [row["text"] for row in rows.take(10_000)]
-        except Exception as error:  # offline, not installed: each has a type of its own
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"cannot stream C4 from the hub ({why}); give --text FILE") from error
-    check_text(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {path} is not UTF-8: {error}") from error
-    if path.endswith(".txt"):
-        return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
-    texts = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
-        if line.strip():
-            try:
-                texts.append("" + json.loads(line)["text"])  # a TypeError where it is no text
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{path}:{number} is not a line {{"text": "…"}}') from error
-    return texts
-
-
-def text_windows(tokenizer, texts: list[str], samples: int, length: int, seed: int) -> torch.Tensor:
-    """[samples, length] token ids: random windows, each from a random document long enough for it.
-
-    As SqueezeLLM-gradients draws from C4, but without replacement while documents last. Where the
-    long ones together hold fewer than `samples` windows, all documents are joined and the windows
-    come from anywhere.
-    """
-    rng = random.Random(seed)
-    long, short = [], []
-    for text in rng.sample(texts, len(texts)):
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        (long if len(ids) >= length else short).append(ids)
-        if len(long) == samples:
-            break
-    if sum(len(ids) // length for ids in long) < samples:
-        long = [[token for ids in long + short for token in ids]]
-    if len(long[0]) < length:
-        raise UserError(
-            f"the text has {len(long[0])} tokens, less than one sample of --length {length}; "
-            "give more text or a smaller --length"
-        )
-    windows = []
-    for i in range(samples):
-        ids = long[i % len(long)]
-        start = rng.randrange(len(ids) - length + 1)
-        windows.append(ids[start : start + length])
-    return torch.tensor(windows)
 
 
 # ------------------------------------------------------------------ models

@@ -9,7 +9,10 @@ Scores and top-k are sensitivity.py's. train.py comes through here, too, without
 import argparse
 import gc
 import hashlib
+import json
 import os
+import random
+import re
 import shlex
 from functools import partial
 from pathlib import Path
@@ -28,6 +31,78 @@ from errors import UserError, fail
 from sensitivity import STATISTICS
 
 KINDS = ("sensitive", "random", "largest", "smallest")  # of masks, all of one size
+
+
+# ------------------------------------------------------------------ samples to score on
+
+C4 = "allenai/c4 en/c4-train.00000-of-01024.json.gz"  # its first 10,000 documents are used
+C4_COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+
+
+def check_text(path: str) -> None:
+    """UserError unless it is a file that `read_texts` can read, by its name."""
+    if Path(path).suffix not in (".txt", ".jsonl") or not Path(path).is_file():
+        raise UserError(f"--text {path}: a .txt or .jsonl file that exists")
+
+
+def read_texts(path: str | None) -> list[str]:
+    """Documents of a .jsonl of {"text": …} or a .txt (blank lines divide them); None: C4's."""
+    if path is None:
+        try:
+            from datasets import load_dataset
+
+            name, file = C4.split()
+            rows = load_dataset(
+                name, data_files=file, split="train", revision=C4_COMMIT, streaming=True
+            )
+            return [row["text"] for row in rows.take(10_000)]
+        except Exception as error:  # offline, not installed: each has a type of its own
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"cannot stream C4 from the hub ({why}); give --text FILE") from error
+    check_text(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path} is not UTF-8: {error}") from error
+    if path.endswith(".txt"):
+        return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+    texts = []
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would split at U+2028
+        if line.strip():
+            try:
+                texts.append("" + json.loads(line)["text"])  # a TypeError where it is no text
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f'{path}:{number} is not a line {{"text": "…"}}') from error
+    return texts
+
+
+def text_windows(tokenizer, texts: list[str], samples: int, length: int, seed: int) -> Tensor:
+    """[samples, length] token ids: random windows, each from a random document long enough for it.
+
+    As SqueezeLLM-gradients draws from C4, but without replacement while documents last. Where the
+    long ones together hold fewer than `samples` windows, all documents are joined and the windows
+    come from anywhere.
+    """
+    rng = random.Random(seed)
+    long, short = [], []
+    for text in rng.sample(texts, len(texts)):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        (long if len(ids) >= length else short).append(ids)
+        if len(long) == samples:
+            break
+    if sum(len(ids) // length for ids in long) < samples:
+        long = [[token for ids in long + short for token in ids]]
+    if len(long[0]) < length:
+        raise UserError(
+            f"the text has {len(long[0])} tokens, less than one sample of --length {length}; "
+            "give more text or a smaller --length"
+        )
+    windows = []
+    for i in range(samples):
+        ids = long[i % len(long)]
+        start = rng.randrange(len(ids) - length + 1)
+        windows.append(ids[start : start + length])
+    return torch.tensor(windows)
 
 
 def text_losses(windows: Tensor) -> list:
@@ -58,6 +133,9 @@ def task_losses(tokenizer, examples, classification: bool, max_length: int = 204
     return [partial(loss, example) for example in examples]
 
 
+# ------------------------------------------------------------------ the command
+
+
 def check(args) -> loading.Settings:
     """Settings of the task's data; UserError for a value that cannot work, before any loading."""
     loading.at_least(args, 1, "samples", "groups")
@@ -73,7 +151,7 @@ def check(args) -> loading.Settings:
     if not os.access(folder, os.W_OK) or Path(args.out).exists():
         raise UserError(f"--out {args.out}: a new file in a folder that can be written to")
     if args.text:
-        loading.check_text(args.text)
+        check_text(args.text)
     settings = loading.Settings(
         model=args.model, task=args.task, data_dir=args.data_dir, train_file=args.train_file
     )
@@ -95,10 +173,10 @@ def samples(args, settings, tokenizer, config, data) -> tuple[list, dict]:
     text, length = args.text, loading.usable_length(args.length, config)
     if text is None and loading.is_tiny(args.model):
         text = loading.locate("tiny/data/c4.jsonl")
-    texts = loading.read_texts(text)
-    windows = loading.text_windows(tokenizer, texts, args.samples, length, args.seed)
+    texts = read_texts(text)
+    windows = text_windows(tokenizer, texts, args.samples, length, args.seed)
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
-    return text_losses(windows), {"source": text or loading.C4, "length": length, "data": digest}
+    return text_losses(windows), {"source": text or C4, "length": length, "data": digest}
 
 
 def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:

@@ -11,7 +11,7 @@
 A mask here is an index: {name of a matrix: sorted flat int32 positions}. The same k per matrix for
 every kind, so that kinds differ only in which weights they take. In a program of your own:
 
-    windows = loading.text_windows(tokenizer, texts, samples=100, length=512, seed=0)
+    windows = make_mask.text_windows(tokenizer, texts, samples=100, length=512, seed=0)
     index = sensitive(fisher(model, make_mask.text_losses(windows)), 0.001)
     handle = model_patch.Patch(model, index)  # 16 bits; for 4, first quant.quantise each matrix
 

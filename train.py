@@ -199,7 +199,7 @@ def main(argv=None) -> None:
             check(config, group.size)
             if group.rank == 0:
                 if config.text:  # nobody else reads it, nor does --resume
-                    loading.check_text(config.text)
+                    make_mask.check_text(config.text)
                 run, lock = record.make_run_directory(config.out, run_name(config))
             tokenizer, data = prepare(config, given)
             group.check_same(int(data.fingerprint, 16), "data")

@@ -541,41 +541,41 @@ def test_windows_come_from_documents_long_enough(samples, length, seed):
     """Each window is a piece of one long document, every document before any comes twice."""
     texts = [chr(97 + i) * (length - 1) for i in range(5)]
     texts += [chr(65 + i) + chr(91 + i) * 12 * length for i in range(6)]
-    windows = loading.text_windows(Letters(), texts, samples, length, seed)
+    windows = make_mask.text_windows(Letters(), texts, samples, length, seed)
     assert windows.shape == (samples, length)
     strings = ["".join(map(chr, w)) for w in windows.tolist()]
     assert all(any(w in text for text in texts[5:]) for w in strings)
     owners = [next(i for i, text in enumerate(texts) if w in text) for w in strings]
     assert len(set(owners)) == min(samples, 6)
-    again = loading.text_windows(Letters(), texts, samples, length, seed)
+    again = make_mask.text_windows(Letters(), texts, samples, length, seed)
     assert torch.equal(windows, again)
 
 
 def test_short_documents_are_joined():
     """Where the long documents do not suffice, windows come from all of them in a row."""
     texts = ["abc", "defg", "hij", "klmnopqrst"]
-    windows = loading.text_windows(Letters(), texts, 50, 8, 0)
+    windows = make_mask.text_windows(Letters(), texts, 50, 8, 0)
     assert len({"".join(map(chr, w)) for w in windows.tolist()}) > 3
     with pytest.raises(UserError, match="has 20 tokens, less than one sample of --length 21"):
-        loading.text_windows(Letters(), texts, 1, 21, 0)
-    assert loading.text_windows(Letters(), texts, 2, 20, 0).shape == (2, 20)
+        make_mask.text_windows(Letters(), texts, 1, 21, 0)
+    assert make_mask.text_windows(Letters(), texts, 2, 20, 0).shape == (2, 20)
 
 
 def test_texts_of_every_form(tmp_path):
     """.txt is divided at blank lines, .jsonl has one {"text"} per line, U+2028 divides nothing."""
     (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
-    assert loading.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo", "three\n"]
+    assert make_mask.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo", "three\n"]
     rows = [{"text": "one\u2028two"}, {"text": "three", "url": "x"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert loading.read_texts(str(tmp_path / "b.jsonl")) == ["one\u2028two", "three"]
+    assert make_mask.read_texts(str(tmp_path / "b.jsonl")) == ["one\u2028two", "three"]
     for line in ("{", "[]", '{"texts": ""}', '{"text": 3}'):
         (tmp_path / "c.jsonl").write_text(lines[1] + "\n" + line + "\n")
         with pytest.raises(UserError, match="c.jsonl:2 is not a line"):
-            loading.read_texts(str(tmp_path / "c.jsonl"))
+            make_mask.read_texts(str(tmp_path / "c.jsonl"))
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
-        loading.read_texts(str(tmp_path / "d.txt"))
+        make_mask.read_texts(str(tmp_path / "d.txt"))
 
 
 # ------------------------------------------------------------------ python masks.py
@@ -607,8 +607,8 @@ def test_the_command_writes_the_mask_that_the_functions_compute(folder, tmp_path
     chosen = sum(map(len, index.values()))
     assert capsys.readouterr().out == f"{out}: {chosen} weights of 14 matrices, sensitive\n"
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
-    texts = loading.read_texts(f"{folder}/text.jsonl")
-    windows = loading.text_windows(tokenizer, texts, 7, 16, 3)
+    texts = make_mask.read_texts(f"{folder}/text.jsonl")
+    windows = make_mask.text_windows(tokenizer, texts, 7, 16, 3)
     model = loading.load_model(f"{folder}/model")
     rows = brute_force(model, make_mask.text_losses(windows))
     want = sensitive({n: g.square().mean(0) for n, g in rows.items()}, 0.01)
@@ -657,8 +657,8 @@ def test_real_weights_and_real_text(shared, tmp_path):
     loaded = loading.load_model(str(model))
     index, _ = load_mask(out, loaded)
     tokenizer, _ = loading.load_tokenizer(str(model))
-    texts = loading.read_texts(str(shared / "data/text/tinystories_sample.txt"))
-    windows = loading.text_windows(tokenizer, texts, 6, 128, 0)
+    texts = make_mask.read_texts(str(shared / "data/text/tinystories_sample.txt"))
+    windows = make_mask.text_windows(tokenizer, texts, 6, 128, 0)
     other = fisher(loaded, make_mask.text_losses(windows), statistic="of-mean")
     assert sensitivity.coverage(other, index) > 5 * 0.001
 
@@ -710,7 +710,7 @@ def test_without_a_network_c4_is_an_error_that_says_so(folder, tmp_path, monkeyp
     import datasets
 
     def offline(*args, **how):
-        assert how["revision"] == loading.C4_COMMIT and how["streaming"]
+        assert how["revision"] == make_mask.C4_COMMIT and how["streaming"]
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)

@@ -49,8 +49,8 @@ def main() -> None:
 
     losses = {}
     for name in ("c4", "other"):
-        texts = loading.read_texts(f"{folder}/{name}.jsonl")
-        windows = loading.text_windows(tokenizer, texts, args.samples, args.length, seed=0)
+        texts = make_mask.read_texts(f"{folder}/{name}.jsonl")
+        windows = make_mask.text_windows(tokenizer, texts, args.samples, args.length, seed=0)
         losses[name] = make_mask.text_losses(windows)
     for name in TASKS:
         data = tasks.load_examples(name, data_dir=folder, num_train=args.samples)
