@@ -302,14 +302,12 @@ def main(argv=None) -> None:
 
 def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str | None) -> str:
     """Zero-shot or in-context accuracy of a model, perhaps with [Q]'s trained values, as a line."""
-    asked, found = given, snapshot.read_sparse(sparse) if sparse else None
-    if found:
-        given = settings_of_sparse(sparse, found[2], asked)
-    settings = Settings(**given)
+    found = snapshot.read_sparse(sparse) if sparse else None
+    settings = Settings(**(settings_of_sparse(sparse, found[2], given) if found else given))
     loading.check(settings)
     data = loading.load_data(settings)
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
-    if found and asked.keys() <= OURS | {"model", "batch_size", "max_length"}:
+    if found and given.keys() <= OURS | {"model", "batch_size", "max_length"}:
         if data.fingerprint != found[2]["data_fingerprint"]:
             raise UserError(f"the data of {sparse} have changed: {data.source}; name others")
     settings.max_length = loading.usable_length(settings.max_length, model_config)
@@ -321,10 +319,10 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
     if not examples:
         raise UserError(f"the {split} split is empty")
     cut = scoring.check_examples(tokenizer, examples, settings.max_length)
-    name, how = settings.model, f"{shots} shots" if shots else "zero-shot"
+    name = settings.model
+    how = f"{shots} shots" if shots else "no shots" if found else "zero-shot"
     if found:
         model = open_sparse(sparse, found, settings, model_config)
-        how = how if shots else "no shots"
         name += f" with the values of {sparse}, step {found[2]['step']}"
     else:
         model = load_original(vars(settings))
