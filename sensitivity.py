@@ -221,15 +221,10 @@ def _inside(scores: dict[str, Tensor], index: dict[str, Tensor]) -> dict[str, Te
     return {name: scores[name].flatten()[i.long()].double().sum() for name, i in index.items()}
 
 
-def shares(scores: dict[str, Tensor], index: dict[str, Tensor]) -> dict[str, float]:
-    """Per matrix, the share of the squared gradient that lies inside the mask."""
-    inside = _inside(scores, index)
-    return {name: float(inside[name] / scores[name].double().sum()) for name in index}
-
-
 def concentration(scores: dict[str, Tensor], density: float) -> dict[str, float]:
     """Per matrix, the share of the squared gradient in its own top fraction."""
-    return shares(scores, sensitive(scores, density))
+    inside = _inside(scores, sensitive(scores, density))
+    return {name: float(inside[name] / scores[name].double().sum()) for name in inside}
 
 
 def coverage(scores: dict[str, Tensor], index: dict[str, Tensor]) -> float:

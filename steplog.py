@@ -91,7 +91,7 @@ class StepLog:
     same books and write nothing. `tell` hands them what the first one read.
     """
 
-    def __init__(self, config, run: Path | None, settings: dict, tell=lambda value: value):
+    def __init__(self, config, run: Path | None, settings: dict, tell):
         self.config, self.run, self.settings, self.files = config, run, settings, {}
         self.history: list[Step] = []
         self.skipped = self.in_a_row = 0

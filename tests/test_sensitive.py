@@ -377,7 +377,7 @@ def test_the_random_mask_is_uniform_and_its_own():
 
 
 def test_concentration_and_coverage_of_a_known_answer():
-    """Shares counted by hand; coverage weighs matrices by their gradient, shares do not."""
+    """Shares counted by hand; coverage weighs matrices by their gradient."""
     scores = {"a": torch.tensor([[6.0, 1], [2, 1]]), "b": torch.tensor([10.0, 10, 10, 60])}
     assert sensitivity.concentration(scores, 0.25) == {"a": 0.6, "b": pytest.approx(2 / 3)}
     assert sensitivity.concentration(scores, 1.0) == {"a": 1.0, "b": 1.0}
@@ -385,7 +385,6 @@ def test_concentration_and_coverage_of_a_known_answer():
         "a": torch.tensor([1, 2], dtype=torch.int32),
         "b": torch.tensor([0], dtype=torch.int32),
     }
-    assert sensitivity.shares(scores, index) == {"a": 0.3, "b": pytest.approx(1 / 9)}
     assert sensitivity.coverage(scores, index) == pytest.approx(13 / 100)
 
 
