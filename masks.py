@@ -233,6 +233,7 @@ def check_places(places: Tensor, numel: int, name: str = "") -> None:
         kind = f"{places.dtype} {tuple(places.shape)}"
         hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
         raise UserError(f"{of}an index is flat positions, (k,) of int, not {kind}; {hint}")
+    places = places.long()  # differences of unsigned numbers are never below 0
     if not len(places) or places[0] < 0 or int(places[-1]) >= numel or (places.diff() <= 0).any():
         raise UserError(f"{of}an index is k > 0 places in ascending order, from 0 to {numel - 1}")
 

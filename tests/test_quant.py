@@ -350,6 +350,7 @@ def test_an_index_of_another_model_is_refused():
         torch.tensor([3, 2]),
         torch.tensor([2, 2]),
         torch.tensor([-1, 2]),
+        torch.tensor([9, 2], dtype=torch.uint8),
         torch.tensor([], dtype=torch.int32),
     ],
 )
