@@ -337,7 +337,9 @@ def main() -> None:
         if min(args.rounds, args.batch, args.tokens) < 1:
             raise UserError("--rounds, --batch and --tokens: at least 1")
         args.device = loading.choose_device(args.device)
-    except UserError as error:
+        if args.json:
+            args.json.open("a").close()  # can it be written? not after an hour of measuring
+    except (UserError, OSError) as error:
         raise SystemExit(fail("bench.py", error)) from None
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)

@@ -31,6 +31,15 @@ def test_every_row_runs_and_is_written_down(tmp_path, monkeypatch, capsys):
     assert "torch" in found["machine"] and "two forwards" in capsys.readouterr().out
 
 
+def test_a_file_that_cannot_be_written_is_said_before_measuring(tmp_path, monkeypatch, capsys):
+    """One line and exit code 2, not a traceback after an hour."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--shape=tiny", f"--json={tmp_path}/no/file"])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2 and not (said := capsys.readouterr()).out
+    assert said.err.startswith("bench.py: error: ")
+
+
 @pytest.mark.parametrize("shape", ["tiny", "134m"])
 def test_a_four_bit_model_stores_what_its_table_says(shape):
     """Linears at 4.13 bits a weight and 12 bytes for each value that moves; the rest in 16."""
