@@ -281,3 +281,7 @@ def main(argv=None) -> None:
         raise SystemExit(130) from None
     chosen = sum(map(len, index.values()))
     print(f"{args.out}: {chosen:,} weights of {len(index)} matrices, {args.kind}")
+
+
+if __name__ == "__main__":  # as python masks.py
+    main()

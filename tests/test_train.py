@@ -563,7 +563,13 @@ def test_a_run_is_refused_on_another_base_model_or_other_data(folder, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "command", ["train.py --density=2", "eval.py --shots=-1", "masks.py --samples=0 --out=no/mask"]
+    "command",
+    [
+        "train.py --density=2",
+        "eval.py --shots=-1",
+        "masks.py --samples=0 --out=no/mask",
+        "make_mask.py --samples=0 --out=no/mask",
+    ],
 )
 def test_bad_flags_fail_before_transformers_is_imported(command):
     """A bad flag costs torch's import and no more."""
