@@ -350,14 +350,12 @@ def main() -> None:
     kept = ("shape", "batch", "tokens", "dtype", "rounds")
     found: dict = {name: getattr(args, name) for name in kept} | {"rows": {}}
     for four_bits in (False, True):
-        names = [name for name in args.rows if ROWS[name][0] == four_bits]
-        if not names:
-            continue
-        peak, world = Peak(args.device), World(args, four_bits)
-        elements, dtype = quant.count_weights(world.model), getattr(torch, args.dtype)
-        found |= {"weights": elements, "weights_bytes": elements * dtype.itemsize}
-        for name in names:
+        peak, world = Peak(args.device), None
+        for name in [name for name in args.rows if ROWS[name][0] == four_bits]:
             try:
+                world = world or World(args, four_bits)
+                elements, dtype = quant.count_weights(world.model), getattr(torch, args.dtype)
+                found |= {"weights": elements, "weights_bytes": elements * dtype.itemsize}
                 found["rows"][name] = measure(name, ROWS[name][1], world, peak, args)
             except torch.OutOfMemoryError:
                 print(f"{name:<24} does not fit")

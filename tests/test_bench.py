@@ -40,6 +40,22 @@ def test_a_file_that_cannot_be_written_is_said_before_measuring(tmp_path, monkey
     assert said.err.startswith("bench.py: error: ")
 
 
+def test_where_only_four_bits_fit_they_are_measured(tmp_path, monkeypatch, capsys):
+    """A model too large in 16 bits costs its own rows, not the others."""
+
+    def too_large(shape, dtype, device, four_bits):
+        if not four_bits:
+            raise torch.OutOfMemoryError
+        return shapes.build(shape, dtype, device, four_bits)
+
+    flags = ["--shape=tiny", "--batch=2", "--tokens=8", "--rounds=1", "--no-compile", "--rows"]
+    monkeypatch.setattr(bench, "build", too_large)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags, "mezo", "4 bits: senszoq"])
+    bench.main()
+    said = capsys.readouterr().out
+    assert said.count("does not fit") == 1 and "4 bits: senszoq          R" in said
+
+
 @pytest.mark.parametrize("shape", ["tiny", "134m"])
 def test_a_four_bit_model_stores_what_its_table_says(shape):
     """Linears at 4.13 bits a weight and 12 bytes for each value that moves; the rest in 16."""
