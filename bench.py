@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=loading.DTYPES[1:], default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=7, help="measured steps per row (default 7)")
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args()

@@ -15,7 +15,6 @@ Model, data and settings must be those of the run: fingerprints tell.
 """
 
 import math
-import os
 import sys
 from dataclasses import fields
 from functools import partial
@@ -41,6 +40,7 @@ from errors import UserError, fail
 from loading import Settings
 
 OURS = {"device", "device_map", "trust_remote_code"}  # not a run's to decide, but ours
+DATA = {"task", "data_dir", "train_file", "validation_file", "test_file"}
 
 
 class Accuracy(NamedTuple):
@@ -239,8 +239,7 @@ def settings_of_sparse(path: Path, about: dict, given: dict) -> dict:
     needed = {f.name for f in fields(Settings)} | {"data_fingerprint", "step"}
     if missing := sorted(needed - about.keys()):
         raise UserError(f"{path} says no {missing[0]}: from another version; train again")
-    other_data = given.keys() & {"task", "data_dir", "train_file", "validation_file", "test_file"}
-    names = {"model", "dtype"} if other_data else {f.name for f in fields(Settings)} - OURS
+    names = {"model", "dtype"} if given.keys() & DATA else {f.name for f in fields(Settings)} - OURS
     return {name: about[name] for name in names} | given
 
 
@@ -273,7 +272,7 @@ def main(argv=None) -> None:
     parser.add_argument("--run", type=Path, help="a run directory of train.py, instead of a model")
     parser.add_argument("--step", help="with --run: best (default), last or a step number")
     parser.add_argument("--sparse", type=Path, help="sparse.safetensors, on top of its model")
-    parser.add_argument("--save", help="with --run or --sparse: write a checkpoint here")
+    parser.add_argument("--save", type=Path, help="with --run or --sparse: write a checkpoint here")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--shots", type=int, default=0, help="solved examples before the prompt")
     given = vars(parser.parse_args(argv))
@@ -288,36 +287,41 @@ def main(argv=None) -> None:
             raise UserError("--run or --sparse, not both")
         if shots < 0:
             raise UserError(f"--shots {shots}: at least 0")
-        if save and os.path.exists(save) and (not os.path.isdir(save) or os.listdir(save)):
-            raise UserError(f"--save {save} is already there and not empty; choose another name")
+        if save is not None:
+            loading.check_new("--save", save)
         if run is not None:
-            print(evaluate_run(run, step, given, split, save))
+            line, model, tokenizer = evaluate_run(run, step, given, split)
         else:
-            print(evaluate(given, split, shots, sparse, save))
+            line, model, tokenizer = evaluate(given, split, shots, sparse)
+        print(line)
+        if save is not None:
+            save_checkpoint(model, tokenizer, save)
     except (UserError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
         raise SystemExit(fail("eval.py", error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str | None) -> str:
-    """Zero-shot or in-context accuracy of a model, perhaps with [Q]'s trained values, as a line."""
+def evaluate(given: dict, split: str, shots: int, sparse: Path | None):
+    """(line, model, tokenizer): accuracy of a model, perhaps with [Q]'s trained values."""
     found = snapshot.read_sparse(sparse) if sparse else None
+    if found:  # to name what the run had anyway changes nothing
+        given = {name: value for name, value in given.items() if found[2].get(name) != value}
     settings = Settings(**(settings_of_sparse(sparse, found[2], given) if found else given))
     loading.check(settings)
     data = loading.load_data(settings)
+    examples = getattr(data, split)
+    if shots > len(data.train):
+        raise UserError(f"--shots {shots}: there are {len(data.train)} training examples")
+    if not examples:
+        raise UserError(f"the {split} split is empty")
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     if found and given.keys() <= OURS | {"model", "batch_size", "max_length"}:
         if data.fingerprint != found[2]["data_fingerprint"]:
             raise UserError(f"the data of {sparse} have changed: {data.source}; name others")
     settings.max_length = loading.usable_length(settings.max_length, model_config)
-    if shots > len(data.train):
-        raise UserError(f"--shots {shots}: there are {len(data.train)} training examples")
-    examples = getattr(data, split)
     if shots:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
-    if not examples:
-        raise UserError(f"the {split} split is empty")
     cut = scoring.check_examples(tokenizer, examples, settings.max_length)
     name = settings.model
     how = f"{shots} shots" if shots else "no shots" if found else "zero-shot"
@@ -328,13 +332,11 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None, save: str
         model = load_original(vars(settings))
     how += f", {cut} prompts cut to {settings.max_length} tokens" * bool(cut)
     score = accuracy(model, tokenizer, examples, **sizes(vars(settings)))
-    if save is not None:
-        save_checkpoint(model, tokenizer, save)
-    return f"{name}, {how}, {data.source}: {split} accuracy {score}"
+    return f"{name}, {how}, {data.source}: {split} accuracy {score}", model, tokenizer
 
 
-def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str | None) -> str:
-    """Accuracy of a run of train.py after its best, its last or any other step."""
+def evaluate_run(run: Path, step: str | None, given: dict, split: str):
+    """(line, model, tokenizer): accuracy of a run of train.py after its best, last or any step."""
     device = given.pop("device", None)
     loading.none_of(given, "--run")
     config, steps = record.open_run(run)
@@ -359,9 +361,11 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str, save: str
     tokenizer, _ = loading.load_tokenizer(config["model"], config["trust_remote_code"])
     handle = rebuild(config, steps[:stop], run)
     found = accuracy(handle.model, tokenizer, examples, **sizes(config))
-    if save is not None:
-        save_checkpoint(handle.model, tokenizer, save)
-    return f"{run} after {stop} steps, {data.source}: {split} accuracy {found}"
+    return (
+        f"{run} after {stop} steps, {data.source}: {split} accuracy {found}",
+        handle.model,
+        tokenizer,
+    )
 
 
 if __name__ == "__main__":

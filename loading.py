@@ -152,10 +152,20 @@ def is_tiny(model: str) -> bool:
 def check_folder(name: str) -> None:
     """UserError where a model is named by a path, and no model is there."""
     folder = Path(name := locate(name))
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{name} is a folder without config.json; give one in Hugging Face format")
+    if folder.is_file() or folder.is_dir() and not (folder / "config.json").is_file():
+        what = "a file" if folder.is_file() else "a folder without config.json"
+        raise UserError(f"{name!r} is {what}; give a folder in Hugging Face format")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"model folder {name} does not exist; give a folder or a hub name")
+
+
+def check_new(flag: str, folder: Path) -> None:
+    """UserError unless a checkpoint can be written there, over nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {folder} is already there and not empty; choose another name")
+    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{flag} {folder}: {above} is no folder that can be written to")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
@@ -249,16 +259,16 @@ def usable_length(max_length: int, model_config) -> int:
     return min(max_length, getattr(model_config, "max_position_embeddings", None) or max_length)
 
 
-def choose_device(device: str, device_map: str | None = None) -> str:
+def choose_device(device: str, device_map: str | None = None, flag: str = "--device") -> str:
     """A device that is there: auto is the GPU if torch sees one. UserError where there is none."""
     if device_map and not torch.cuda.is_available():
         raise UserError(f"--device-map {device_map}: this torch sees no GPU; leave it out")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
+        raise UserError(f"{flag} {device}: auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this torch sees no GPU; use --device cpu")
+        raise UserError(f"{flag} {device}: this torch sees no GPU; use {flag} cpu")
     return device
 
 

@@ -26,11 +26,16 @@ import loading
 import record
 import scoring
 import sensitivity
+import tasks
 import zo
 from errors import UserError, fail
 from sensitivity import STATISTICS
 
 KINDS = ("sensitive", "random", "largest", "smallest")  # of masks, all of one size
+SCORING = {  # settings of --kind sensitive alone, and what they are where nothing is said
+    "statistic": STATISTICS[0], "samples": 100, "length": 512, "max_length": 2048, "groups": 1,
+    "scores_device": None,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------ samples to score on
@@ -136,57 +141,78 @@ def task_losses(tokenizer, examples, classification: bool, max_length: int = 204
 # ------------------------------------------------------------------ the command
 
 
-def check(args) -> loading.Settings:
-    """Settings of the task's data; UserError for a value that cannot work, before any loading."""
+def check(args) -> None:
+    """UserError for a value that cannot work; what was not said is filled in."""
+    scored, task = args.kind == "sensitive", args.task or args.train_file
+    if sum(map(bool, (args.text, args.task, args.train_file, not scored))) > 1:
+        raise UserError("give one of --text, --task, --train-file and another --kind")
+    idle = SCORING if not scored else ("length",) if task else ("max_length",)
+    if given := [loading.flag(name) for name in idle if getattr(args, name) is not None]:
+        what = f"--kind {args.kind}" if not scored else "a task" if task else "text"
+        raise UserError(f"{what} has no use for {', '.join(given)}; leave it out")
+    for name, default in SCORING.items():
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     loading.at_least(args, 1, "samples", "groups")
     loading.at_least(args, 2, "length", "max_length")
+    if not 0 < args.density <= 1:
+        raise UserError(f"--density {args.density}: outside (0, 1], the share of each matrix")
     if not 0 <= args.seed < zo.MAX_RUN_SEED:
         raise UserError(f"--seed {args.seed}: from 0 to {zo.MAX_RUN_SEED - 1}")
-    task = args.task or args.train_file
-    if bool(args.text) + bool(task) + (args.kind != "sensitive") > 1:
-        raise UserError("give one of --text, --task and --kind random, largest or smallest")
     if args.data_dir and not args.task:
         raise UserError(f"--data-dir {args.data_dir}: the folder of a task; give --task")
     folder = Path(args.out).absolute().parent
     if not os.access(folder, os.W_OK) or Path(args.out).exists():
         raise UserError(f"--out {args.out}: a new file in a folder that can be written to")
-    if args.text:
-        check_text(args.text)
-    settings = loading.Settings(
-        model=args.model, task=args.task, data_dir=args.data_dir, train_file=args.train_file
-    )
-    if args.train_file:
-        settings.num_validation, settings.test_file = 0, args.train_file  # all of it is used
-    if task:
+    loading.check_folder(args.model)
+
+
+def read(args, data: tasks.Data | None) -> tasks.Data | list[str] | None:
+    """What is scored on: a task's examples, or texts; None: C4's, as it takes a while, or nothing.
+
+    `data`: see `compute`.
+    """
+    if args.task or args.train_file:
+        settings = loading.Settings(
+            model=args.model, task=args.task, data_dir=args.data_dir, train_file=args.train_file
+        )
+        if args.train_file:
+            settings.num_validation, settings.test_file = 0, args.train_file  # all of it is used
         loading.check(settings)
-    return settings
+        return loading.load_data(settings) if data is None else data
+    if args.kind == "sensitive" and args.text is None and loading.is_tiny(args.model):
+        args.text = loading.locate("tiny/data/c4.jsonl")
+    return args.text and read_texts(args.text)
 
 
-def samples(args, settings, tokenizer, config, data) -> tuple[list, dict]:
-    """(losses, where they come from) of the examples of --task, else of the text."""
-    if task := args.task or args.train_file:
-        data = loading.load_data(settings) if data is None else data
-        examples, longest = data.train[: args.samples], args.max_length
-        longest = loading.usable_length(longest, config)
-        losses = task_losses(tokenizer, examples, data.classification, longest)
-        return losses, {"source": f"{task}, {data.source}", "data": data.fingerprint}
-    text, length = args.text, loading.usable_length(args.length, config)
-    if text is None and loading.is_tiny(args.model):
-        text = loading.locate("tiny/data/c4.jsonl")
-    texts = read_texts(text)
+def samples(args, source, tokenizer, config) -> tuple[list, dict]:
+    """(losses, provenance) of what `read` found."""
+    if isinstance(source, tasks.Data):
+        longest = loading.usable_length(args.max_length, config)
+        examples = source.train[: args.samples]
+        losses = task_losses(tokenizer, examples, source.classification, longest)
+        about = f"{args.task or args.train_file}, {source.source}"
+        return losses, {"source": about, "data": source.fingerprint}
+    length = loading.usable_length(args.length, config)
+    if length < args.length:
+        print(f"  windows of {length} tokens, not {args.length}: the model has no more positions")
+    texts = read_texts(None) if source is None else source
     windows = text_windows(tokenizer, texts, args.samples, length, args.seed)
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
-    return text_losses(windows), {"source": text or C4, "length": length, "data": digest}
+    about = {"source": args.text or C4, "length": length, "data": digest}
+    return text_losses(windows), about
 
 
-def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
+def compute(args, data: tasks.Data | None = None) -> tuple[dict[str, Tensor], dict]:
     """(index, provenance) for the command line's settings; bad ones fail before a model loads.
 
     `data`: the task's examples where the caller has them, with a split of its own.
     """
-    settings, trust = check(args), args.trust_remote_code
+    check(args)
     device = loading.choose_device(args.device, args.device_map)
-    scores_on = args.scores_device and loading.choose_device(args.scores_device)
+    scores_on = args.scores_device
+    if scores_on is not None:
+        scores_on = loading.choose_device(scores_on, flag="--scores-device")
+    source, trust = read(args, data), args.trust_remote_code
     import transformers  # five seconds, so not before bad flags fail
 
     tokenizer, config = loading.load_tokenizer(args.model, trust)
@@ -194,8 +220,8 @@ def compute(args, data=None) -> tuple[dict[str, Tensor], dict]:
     made = {"model": args.model, "kind": args.kind, "density": args.density, "seed": args.seed}
     dtype = args.dtype
     if args.kind == "sensitive":
-        losses, source = samples(args, settings, tokenizer, config, data)
-        made |= source | {"statistic": args.statistic, "samples": len(losses)}
+        losses, about = samples(args, source, tokenizer, config)
+        made |= about | {"statistic": args.statistic, "samples": len(losses)}
         if dtype == "auto" and device != "cpu":
             dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
     model = loading.load_model(args.model, dtype, device, trust, device_map=args.device_map)
@@ -219,8 +245,9 @@ def for_run(config, run: Path, data) -> None:
     path = run / record.MASK
     if config.mask is not None:
         return record.write_whole(path, Path(config.mask).read_bytes())
-    names = ("text",) if config.mask_from == "text" else ("task", "data_dir", "train_file")
-    names = ("model", "density", "seed", "device", "device_map", "max_length", *names)
+    of_task = ("task", "data_dir", "train_file", "max_length")
+    names = ("text",) if config.mask_from == "text" else of_task
+    names = ("model", "density", "seed", "device", "device_map", *names)
     said = {name: getattr(config, name) for name in names} | {"out": path}
     flags = [f"{loading.flag(n)}={value}" for n, value in said.items() if value is not None]
     flags += ["--trust-remote-code"] * config.trust_remote_code
@@ -253,13 +280,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", help="folder with the task's official files")
     add("--train-file", help="a task of your own, as for train.py")
     add("--kind", choices=KINDS, default="sensitive", help="the others are for comparison")
-    add("--statistic", choices=STATISTICS, default=STATISTICS[0], help="mean of squares (default)")
+    add("--statistic", choices=STATISTICS, help="mean of squares (default)")
     add("--density", type=float, default=0.001, help="share of each matrix (default 0.001)")
-    add("--samples", type=int, default=100, help="texts or examples (default 100)")
-    add("--length", type=int, default=512, help="tokens of a text (default 512)")
-    add("--max-length", type=int, default=2048, help="with --task: tokens of a prompt")
+    add("--samples", type=int, help="texts or examples (default 100)")
+    add("--length", type=int, help="of text: tokens of a sample (default 512)")
+    add("--max-length", type=int, help="of a task: tokens of a prompt (default 2048)")
     add("--seed", type=int, default=0, help="of the texts drawn and of --kind random")
-    add("--groups", type=int, default=1, help="score 1/n of the matrices at a time, in n passes")
+    add("--groups", type=int, help="score 1/n of the matrices at a time, in n passes")
     add("--scores-device", help="where scores are kept, such as cpu; default the model's device")
     add("--dtype", choices=loading.DTYPES, default="auto", help="auto: bfloat16, on a CPU float32")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")

@@ -146,18 +146,17 @@ def choose_by_rule(model, rule, vectors: str, select: str) -> dict[int, Moving]:
 def choose_few(model, index: dict[str, Tensor]) -> dict[int, Few]:
     """{id(parameter or 4-bit layer): Few}; streams are numbered by name, alike in 16 and 4 bits."""
     assert 0 < len(index) <= zo.MAX_STREAMS, f"{len(index)} matrices; 1 to {zo.MAX_STREAMS}"
-    found = {}
+    four_bits = {f"{path}.weight": layer for path, layer in quant.packed(model).items()}
+    known, found = dict(model.named_parameters()), {}
     for stream, (name, places) in enumerate(sorted(index.items())):
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, quant.DenseSparseLinear):
+        if (layer := four_bits.get(name)) is not None:
             if not torch.equal(layer.index, places.to(layer.index)):
                 raise UserError(f"{name} was quantised with another index than this one")
             key, weight, size, places, values = layer, None, layer.size, layer.index, layer.values
         else:
-            key, layer = model.get_parameter(name), None
+            if (key := known.get(name)) is None or not key.is_contiguous():
+                raise UserError(f"{name} is no contiguous parameter of this model")
             weight, size = key.detach(), key.numel()
-            if not weight.is_contiguous():
-                raise UserError(f"{name} is not contiguous")
             masks.check_places(places, size, name)
             places = places.to(weight.device, torch.int64)
             values = weight.view(-1)[places].float()

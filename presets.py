@@ -137,9 +137,9 @@ def check(config: Config, workers: int = 1) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} {value}: it must be positive and finite")
-    for name, bound in (("seed", zo.MAX_RUN_SEED), ("steps", zo.MAX_STEP)):
-        if not 0 <= (getattr(config, name) or 0) < bound:
-            raise UserError(f"--{name} {getattr(config, name)}: from 0 to {bound - 1}")
+    for name, least, bound in (("seed", 0, zo.MAX_RUN_SEED), ("steps", 1, zo.MAX_STEP)):
+        if not least <= (getattr(config, name) or least) < bound:
+            raise UserError(f"--{name} {getattr(config, name)}: from {least} to {bound - 1}")
     loading.at_least(config, 0, "refresh_every", "snapshot_every")
     loading.at_least(config, 1, "micro_batch")
     if config.density is not None and not 0 < config.density <= 1:
@@ -170,8 +170,8 @@ def check_method(config: Config) -> None:
         raise UserError(f"--mask-kind {config.mask_kind} is for s-mezo, not for {method}")
     if config.refresh_every and (method != "s-mezo" or config.mask_kind not in (None, "dynamic")):
         raise UserError(
-            f"--refresh-every {config.refresh_every} with {method}, {config.mask_kind}: only the "
-            "dynamic mask of s-mezo has a threshold to take again"
+            f"--refresh-every {config.refresh_every}: only the dynamic mask of s-mezo has a "
+            "threshold to take again"
         )
     if not config.double_quant and method != "senszoq":
         raise UserError(f"--no-double-quant is for senszoq, not for {method}")

@@ -51,6 +51,8 @@ def write(run: Path, step: int, tensors: dict, settings: dict, best_step: int) -
     for taken, path in there.items():
         if taken not in (step, best):
             path.unlink()
+    for torn in run.glob("snapshot-*.safetensors.tmp"):  # of a kill while it was written
+        torn.unlink()
 
 
 def snapshots(run: Path) -> dict[int, Path]:

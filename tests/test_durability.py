@@ -230,7 +230,7 @@ BAD = {  # what happened: (how, the command, what the one line says)
     # ------------------------------------------------ flags
     "settings beside --resume": (nothing, RESUME + " --lr=1 --task=rte", "leave out --lr, --task"),
     "fewer steps": (nothing, RESUME + " --steps=8", "--steps 8"),
-    "too many steps": (nothing, RESUME + " --steps=99999999", "from 0 to"),
+    "too many steps": (nothing, RESUME + " --steps=99999999", "from 1 to"),
     "no such device": (nothing, RESUME + " --device=tpu", "auto, cpu, cuda or cuda:N"),
     "resumed after its end": (nothing, "--resume={at}/alone", "has finished its 24 steps"),
     "a step that is not there": (nothing, "eval --run={at}/run --step=15", "0 … 14"),
@@ -361,8 +361,10 @@ def test_a_snapshot_is_used_and_bounds_the_replay(at, monkeypatch):
 
 
 def test_the_newest_snapshot_up_to_the_best_step_stays(tmp_path):
-    """So the best weights at the end are not replayed from the start; a third one never stands."""
+    """So the best weights at the end are not replayed from the start; a third one never stands, nor
+    what a kill left of one."""
     settings, stands = {"fingerprint": "f"}, []
+    (tmp_path / "snapshot-2.safetensors.tmp").write_bytes(b"torn")
     for step, best in ((4, 0), (8, 6), (12, 12), (16, 12), (20, 12), (24, 24), (28, 24)):
         snapshot.write(tmp_path, step, {"w": torch.ones(3)}, settings, best)
         names = [int(p.stem.removeprefix("snapshot-")) for p in tmp_path.iterdir()]

@@ -31,7 +31,7 @@ IMPORTS = {  # who knows whom
     "workers": {"errors", "snapshot"},
     "steplog": {"errors", "snapshot", "zo"},
     "record": {"errors", "snapshot", "steplog"},
-    "make_mask": {"errors", "loading", "record", "scoring", "sensitivity", "zo"},
+    "make_mask": {"errors", "loading", "record", "scoring", "sensitivity", "tasks", "zo"},
     "presets": {"errors", "loading", "masks", "moving", "quant", "sensitivity", "zo"},
     "eval": {
         "errors",

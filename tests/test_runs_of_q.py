@@ -173,6 +173,16 @@ def test_a_stopped_run_resumes_to_the_same_bits(method, folder, mask, tmp_path):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_naming_the_runs_own_task_changes_nothing(tmp_path, capsys):
+    """eval.py --sparse F --task T, where T is F's: the run's own examples, not the task's default
+    ones."""
+    flags = ["--method=sensitive", "--mask-from=task", "--task=copa", "--density=0.01", "--steps=1"]
+    train.main([*flags, "--num-test=9", "--num-validation=0", f"--out={tmp_path}/run"])
+    capsys.readouterr()
+    eval.main([f"--sparse={tmp_path}/run/sparse.safetensors", "--task=copa"])
+    assert "(n = 9)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source", ["text", "task"])
 def test_a_run_makes_its_own_mask(source, folder, tmp_path, capsys):
     """--mask-from text or task: as `python masks.py` with the flags that are printed."""

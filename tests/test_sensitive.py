@@ -592,9 +592,9 @@ def folder(tmp_path_factory):
 
 
 def command(folder, out, *flags):
-    make_mask.main(
-        [f"--model={folder}/model", f"--out={out}", "--density=0.01", "--length=16", *flags]
-    )
+    """`python masks.py` on the model in `folder`; of text, samples of 16 tokens."""
+    length = ["--length=16"] * any(flag.startswith("--text") for flag in flags)
+    make_mask.main([f"--model={folder}/model", f"--out={out}", "--density=0.01", *length, *flags])
     return sensitivity.read_mask(out)
 
 
@@ -676,11 +676,17 @@ def test_real_weights_and_real_text(shared, tmp_path):
         (["--text={folder}/text.jsonl", "--samples=0"], "--samples 0: at least 1"),
         (["--text={folder}/text.jsonl", "--length=1"], "--length 1: at least 2"),
         (["--text={folder}/text.jsonl", "--groups=0"], "--groups 0: at least 1"),
+        (["--text={folder}/text.jsonl", "--density=0"], "--density 0.0: outside (0, 1]"),
         (["--text={folder}/text.jsonl", "--task=rte"], "give one of --text, --task"),
         (["--text={folder}/text.jsonl", "--kind=random"], "give one of --text, --task"),
+        (["--task=rte", "--train-file=x.jsonl"], "give one of --text, --task"),
+        (["--train-file=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--task=rte", "--length=16"], "a task has no use for --length"),
+        (["--text={folder}/text.jsonl", "--max-length=9"], "text has no use for --max-length"),
+        (["--kind=largest", "--groups=2"], "--kind largest has no use for --groups"),
         (["--kind=random", "--data-dir=/none"], "the folder of a task; give --task"),
         (["--text={folder}/text.jsonl", "--device=tpu"], "--device tpu"),
-        (["--text={folder}/text.jsonl", "--scores-device=tpu"], "--device tpu"),
+        (["--text={folder}/text.jsonl", "--scores-device=tpu"], "--scores-device tpu"),
         (["--task=ret"], "did you mean rte?"),
         (["--task=rte", "--data-dir=nowhere"], "nowhere"),
         (["--text={folder}/text.jsonl", "--out={folder}/no/where"], "a folder that can be written"),
