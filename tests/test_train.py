@@ -277,7 +277,11 @@ def test_a_mask_is_kept_from_the_moment_that_it_is_whole(number, folder, tmp_pat
     flags += [f"--test-file={folder}/test.jsonl", "--method=sensitive", "--density=0.01"]
     monkeypatch.setattr(make_mask.gc, "collect", lambda: os.kill(os.getpid(), number))
     out = tmp_path / "run"
-    assert exit_code([*flags, f"--out={out}", "--steps=3"]) == 128 + number
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup … &
+    try:
+        assert exit_code([*flags, f"--out={out}", "--steps=3"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [p.name for p in out.iterdir()] == [record.MASK]
 
 
