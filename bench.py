@@ -24,6 +24,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import time
 from contextlib import contextmanager
@@ -337,8 +338,9 @@ def main() -> None:
         if min(args.rounds, args.batch, args.tokens) < 1:
             raise UserError("--rounds, --batch and --tokens: at least 1")
         args.device = loading.choose_device(args.device)
-        if args.json:
-            args.json.open("a").close()  # can it be written? not after an hour of measuring
+        path = args.json
+        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            raise UserError(f"--json {args.json}: a file in a folder that can be written to")
     except (UserError, OSError) as error:
         raise SystemExit(fail("bench.py", error)) from None
     if args.device.startswith("cuda:"):

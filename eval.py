@@ -232,15 +232,21 @@ def save_sparse(run: Path, settings: dict, index: dict, values: dict, step: int)
     snapshot.write_sparse(run / record.SPARSE, index, values, about)
 
 
-def settings_of_sparse(path: Path, about: dict, given: dict) -> dict:
-    """Those of the run that wrote the file, and `given` over them; other data without its own."""
-    if "dtype" in given:
+def settings_of_sparse(path: Path, about: dict, given: dict) -> tuple[dict, bool]:
+    """(those of the run that wrote the file and `given` over them, are the examples the run's own).
+
+    What is given as the run had it changes nothing; other data come without the run's settings.
+    """
+    known = {name: (value, str(Path(str(value)).resolve())) for name, value in given.items()}
+    other = {name for name in given if about.get(name) not in known[name]}  # files: whole paths
+    if "dtype" in other:
         raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
     needed = {f.name for f in fields(Settings)} | {"data_fingerprint", "step"}
     if missing := sorted(needed - about.keys()):
         raise UserError(f"{path} says no {missing[0]}: from another version; train again")
-    names = {"model", "dtype"} if given.keys() & DATA else {f.name for f in fields(Settings)} - OURS
-    return {name: about[name] for name in names} | given
+    names = {"model", "dtype"} if other & DATA else {f.name for f in fields(Settings)} - OURS
+    own = other <= OURS | {"model", "batch_size", "max_length"}
+    return {name: about[name] for name in names} | given, own
 
 
 def open_sparse(path: Path, found: tuple, settings: Settings, model_config):
@@ -305,9 +311,8 @@ def main(argv=None) -> None:
 def evaluate(given: dict, split: str, shots: int, sparse: Path | None):
     """(line, model, tokenizer): accuracy of a model, perhaps with [Q]'s trained values."""
     found = snapshot.read_sparse(sparse) if sparse else None
-    if found:  # to name what the run had anyway changes nothing
-        given = {name: value for name, value in given.items() if found[2].get(name) != value}
-    settings = Settings(**(settings_of_sparse(sparse, found[2], given) if found else given))
+    given, own = settings_of_sparse(sparse, found[2], given) if found else (given, False)
+    settings = Settings(**given)
     loading.check(settings)
     data = loading.load_data(settings)
     examples = getattr(data, split)
@@ -316,9 +321,8 @@ def evaluate(given: dict, split: str, shots: int, sparse: Path | None):
     if not examples:
         raise UserError(f"the {split} split is empty")
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
-    if found and given.keys() <= OURS | {"model", "batch_size", "max_length"}:
-        if data.fingerprint != found[2]["data_fingerprint"]:
-            raise UserError(f"the data of {sparse} have changed: {data.source}; name others")
+    if own and data.fingerprint != found[2]["data_fingerprint"]:
+        raise UserError(f"the data of {sparse} have changed: {data.source}; name others")
     settings.max_length = loading.usable_length(settings.max_length, model_config)
     if shots:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
@@ -361,11 +365,8 @@ def evaluate_run(run: Path, step: str | None, given: dict, split: str):
     tokenizer, _ = loading.load_tokenizer(config["model"], config["trust_remote_code"])
     handle = rebuild(config, steps[:stop], run)
     found = accuracy(handle.model, tokenizer, examples, **sizes(config))
-    return (
-        f"{run} after {stop} steps, {data.source}: {split} accuracy {found}",
-        handle.model,
-        tokenizer,
-    )
+    line = f"{run} after {stop} steps, {data.source}: {split} accuracy {found}"
+    return line, handle.model, tokenizer
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def task_losses(tokenizer, examples, classification: bool, max_length: int = 204
 def check(args) -> None:
     """UserError for a value that cannot work; what was not said is filled in."""
     scored, task = args.kind == "sensitive", args.task or args.train_file
-    if sum(map(bool, (args.text, args.task, args.train_file, not scored))) > 1:
+    text = args.text is not None  # also an empty one
+    if sum(map(bool, (text, args.task, args.train_file, not scored))) > 1:
         raise UserError("give one of --text, --task, --train-file and another --kind")
     idle = SCORING if not scored else ("length",) if task else ("max_length",)
     if given := [loading.flag(name) for name in idle if getattr(args, name) is not None]:
@@ -181,7 +182,7 @@ def read(args, data: tasks.Data | None) -> tasks.Data | list[str] | None:
         return loading.load_data(settings) if data is None else data
     if args.kind == "sensitive" and args.text is None and loading.is_tiny(args.model):
         args.text = loading.locate("tiny/data/c4.jsonl")
-    return args.text and read_texts(args.text)
+    return None if args.text is None else read_texts(args.text)
 
 
 def samples(args, source, tokenizer, config) -> tuple[list, dict]:

@@ -207,7 +207,7 @@ def loading_config(index: dict[str, Tensor], double_quant=False, check=lambda na
                 try:
                     config.check(name, weight)
                     quantise(model, name, weight, config.index[name], config.double_quant)
-                except UserError as error:
+                except ValueError as error:  # ours, or bitsandbytes'
                     config.error = error  # transformers would say it in many lines, much later
                     raise
                 missing_keys.discard(name)

@@ -198,7 +198,7 @@ def main(argv=None) -> None:
             config = Config(**given)
             check(config, group.size)
             if group.rank == 0:
-                if config.text:  # nobody else reads it, nor does --resume
+                if config.text is not None:  # nobody else reads it, nor does --resume
                     make_mask.check_text(config.text)
                 run, lock = record.make_run_directory(config.out, run_name(config))
             tokenizer, data = prepare(config, given)

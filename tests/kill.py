@@ -18,9 +18,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
+
+import tqdm.auto
 
 import model_patch
 import record
@@ -93,6 +96,8 @@ def life(argv, count, die_at) -> None:
     """A process of its own: train.main until it ends or dies."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # theirs is a semaphore that all forks share:
+        bar.set_lock(threading.RLock())  # who is killed inside it would stop the next one
     install(count, die_at)
     with contextlib.suppress(SystemExit):
         train.main(argv)

@@ -173,14 +173,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(method, folder, mask, tmp_path):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_naming_the_runs_own_task_changes_nothing(tmp_path, capsys):
-    """eval.py --sparse F --task T, where T is F's: the run's own examples, not the task's default
-    ones."""
+def test_naming_what_the_run_had_changes_nothing(tmp_path, capsys, monkeypatch):
+    """eval.py --sparse F with F's own task, folder or numbers: F's examples; beside another one,
+    all that was given counts."""
     flags = ["--method=sensitive", "--mask-from=task", "--task=copa", "--density=0.01", "--steps=1"]
     train.main([*flags, "--num-test=9", "--num-validation=0", f"--out={tmp_path}/run"])
     capsys.readouterr()
-    eval.main([f"--sparse={tmp_path}/run/sparse.safetensors", "--task=copa"])
-    assert "(n = 9)" in capsys.readouterr().out
+    sparse = f"--sparse={tmp_path}/run/sparse.safetensors"
+    monkeypatch.chdir(loading.HERE)
+    shutil.copytree("tiny/data", tmp_path / "data")
+    for given, task, n in (
+        (["--task=copa"], "COPA", 9),
+        (["--task=copa", "--data-dir=tiny/data"], "COPA", 9),
+        (["--num-test=9", "--device=cpu"], "COPA", 9),
+        (["--task=copa", f"--data-dir={tmp_path}/data", "--num-test=12"], "data/COPA", 12),
+        (["--task=rte", "--num-test=9"], "RTE", 9),
+    ):
+        eval.main([sparse, *given])
+        line = capsys.readouterr().out
+        assert f"{task}: test" in line and f"(n = {n})" in line
 
 
 @pytest.mark.parametrize("source", ["text", "task"])

@@ -666,6 +666,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
     "flags, message",
     [
         (["--text=nowhere.txt"], "a .txt or .jsonl file that exists"),
+        (["--text="], "a .txt or .jsonl file that exists"),
         (["--text={folder}/short.txt"], "4 tokens, less than one sample of --length 16"),
         (["--text={folder}/model/config.json"], "a .txt or .jsonl file that exists"),
         (
