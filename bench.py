@@ -24,7 +24,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import statistics
 import time
 from contextlib import contextmanager
@@ -338,9 +337,8 @@ def main() -> None:
         if min(args.rounds, args.batch, args.tokens) < 1:
             raise UserError("--rounds, --batch and --tokens: at least 1")
         args.device = loading.choose_device(args.device)
-        path = args.json
-        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise UserError(f"--json {args.json}: a file in a folder that can be written to")
+        if args.json is not None:
+            loading.check_file("--json", args.json)
     except (UserError, OSError) as error:
         raise SystemExit(fail("bench.py", error)) from None
     if args.device.startswith("cuda:"):

@@ -237,8 +237,8 @@ def settings_of_sparse(path: Path, about: dict, given: dict) -> tuple[dict, bool
 
     What is given as the run had it changes nothing; other data come without the run's settings.
     """
-    known = {name: (value, str(Path(str(value)).resolve())) for name, value in given.items()}
-    other = {name for name in given if about.get(name) not in known[name]}  # files: whole paths
+    # files and folders are known by their whole paths
+    other = {n for n, v in given.items() if about.get(n) not in (v, str(Path(str(v)).resolve()))}
     if "dtype" in other:
         raise UserError("--sparse brings its own dtype, that of its run; leave out --dtype")
     needed = {f.name for f in fields(Settings)} | {"data_fingerprint", "step"}

@@ -159,6 +159,13 @@ def check_folder(name: str) -> None:
         raise UserError(f"model folder {name} does not exist; give a folder or a hub name")
 
 
+def check_file(flag: str, path: Path, new: bool = False) -> None:
+    """UserError unless a file of that name can be written; `new`: and none is there."""
+    if path.is_dir() or new and path.exists() or not os.access(path.absolute().parent, os.W_OK):
+        kind = "a new file" if new else "a file"
+        raise UserError(f"{flag} {path}: {kind} in a folder that can be written to")
+
+
 def check_new(flag: str, folder: Path) -> None:
     """UserError unless a checkpoint can be written there, over nothing."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

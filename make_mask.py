@@ -10,7 +10,6 @@ import argparse
 import gc
 import hashlib
 import json
-import os
 import random
 import re
 import shlex
@@ -161,9 +160,7 @@ def check(args) -> None:
         raise UserError(f"--seed {args.seed}: from 0 to {zo.MAX_RUN_SEED - 1}")
     if args.data_dir and not args.task:
         raise UserError(f"--data-dir {args.data_dir}: the folder of a task; give --task")
-    folder = Path(args.out).absolute().parent
-    if not os.access(folder, os.W_OK) or Path(args.out).exists():
-        raise UserError(f"--out {args.out}: a new file in a folder that can be written to")
+    loading.check_file("--out", Path(args.out), new=True)
     loading.check_folder(args.model)
 
 

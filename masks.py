@@ -227,7 +227,8 @@ def make_rule(method: str, density: float, *, kind="dynamic", refresh_every=0, s
 
 
 def check_places(places: Tensor, numel: int, name: str = "") -> None:
-    """UserError unless `places`, of the matrix `name`, can say which of `numel` weights move."""
+    """UserError unless `places` can be [Q]'s m of the matrix `name`: of its `numel` weights those
+    that move, as flat positions, (k,) int, ascending."""
     of = f"{name}: " * bool(name)
     if places.dtype.is_floating_point or places.dtype == torch.bool or places.dim() != 1:
         kind = f"{places.dtype} {tuple(places.shape)}"

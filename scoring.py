@@ -101,7 +101,8 @@ class Batch:
         return {name: value for name, value in wanted.items() if name in known}
 
     def loss(self, logits: Tensor) -> Tensor:
-        """Scalar, that of training: over all options where they are scored, else of the right."""
+        """Scalar, that of training, of logits [R, keep, V]: `classification_loss` where all options
+        are scored, else `lm_loss`."""
         return (classification_loss if self.score == "all" else lm_loss)(logits, self)
 
     def to(self, device: str | torch.device) -> "Batch":
