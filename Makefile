@@ -1,6 +1,7 @@
-# make test: environment and tests.  make demo: environment and the main job.  make bench: the table.
+# make demo: environment and the main job.  make test: environment and tests.  make bench: the table.
 PYTHON ?= python3
 RUN = .venv/bin/python
+NUMERICAL = tests/test_zo.py tests/test_masks.py tests/test_model_patch.py tests/test_quant.py
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -15,10 +16,14 @@ test: .venv/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest --numprocesses auto --dist worksteal
 
+# The numerical tests again, as on a CPU without vector instructions.
+test-default: .venv/ready
+	ATEN_CPU_CAPABILITY=default $(RUN) -m pytest --numprocesses auto --dist worksteal $(NUMERICAL)
+
 bench: .venv/ready
-	$(RUN) bench.py --shape 134m --json bench-134m.json
+	$(RUN) -m harness.bench --shape 134m --json bench-134m.json
 
 mutants: .venv/ready
-	$(RUN) tests/mutants.py
+	$(RUN) -m tests.mutants
 
-.PHONY: demo test bench mutants
+.PHONY: demo test test-default bench mutants

@@ -1,27 +1,52 @@
-"""Tasks as text: prompts and data.
+"""A task is a prompt and a few possible continuations. Its loss asks which of them is likely.
 
-A task is a way to write a question as the beginning of a text: an `Example` is a prompt and a few
-options, one of them right. The model is never asked for a class, only how likely each option is as
-the continuation of the prompt (scoring.py).
+    x, y_c              prompt, option c, as tokens                  `encode`, `collate`
+    score_c             mean over t of log p(y_c,t | x, y_c,<t)      `option_scores`  (not the sum)
+    classification      −log softmax(score)[label]                   `classification_loss`
+    language modelling  −mean over the batch's right tokens, log p   `lm_loss`, COPA and WinoGrande
+    prediction          argmax_c score_c                             `correct`, `count_right`
+    text                −mean over a window's tokens, log p          `text_losses`, for [Q]'s mask
 
     [S]   Sparse-MeZO: appendix B, Table 5 (prompts); 1,000 training and 1,000 test examples
-    MeZO  princeton-nlp/MeZO, large_models/{templates,tasks,run}.py, which [S] builds on
+    MeZO  princeton-nlp/MeZO, large_models/{templates,tasks,run,utils}.py, which [S] builds on
 
-What differs from MeZO. BoolQ is SuperGLUE's, whose passages begin with a title that MeZO's
-(google/boolq) lack. WinoGrande is the xl set; ZO-Bench, whose prompt it has, draws from subset m.
+How it works
+    A zeroth-order step needs one number per forward pass, the loss. Here it is made. The model is
+    never asked for a class, only how likely each option is after the prompt. `TASKS` has one row
+    per task; a new task is a new row. A task of your own is a JSONL file.
+
+What differs from MeZO
+    BoolQ is SuperGLUE's, whose passages begin with a title that google/boolq's lack. WinoGrande is
+    the xl set. To find the option's tokens MeZO subtracts token counts, `encode` looks at character
+    spans. For Llama's tokenizer that is equal; spans are right also where a piece covers the
+    prompt's end and the option. Log-probabilities are fp32 whatever the model computes in: an fp16
+    loss near 0.7 moves in steps of 4.9e-4, so g at ε = 1e-3 would move in steps of 0.24.
+
+What it costs
+    Only positions that predict an option token become logits; `Batch.keep` counts them from the
+    right, hence left padding. 16 prompts of 256 tokens give [16, 1, 32000] logits, 1 MB in fp16,
+    not 262 MB. Options with equal inputs share a row: where each is one token (Yes, No), that is
+    one row per example, half of MeZO's work and the same numbers.
 """
 
-import difflib
-import hashlib
+import inspect
 import json
+import math
+import random
+import re
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
+from os.path import commonprefix  # of any sequences, not only of paths
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-
-from errors import UserError
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -35,18 +60,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """One line of [S] Table 5, and where its data are. `rows` brings a row into the prompt's terms.
-
-    A label is an index (hub) or one of `labels` (official files; booleans count as 0 and 1).
-    """
+    """One line of [S] Table 5, and where its data are."""
 
     name: str
     hub: str  # repository:configuration
     folder: str  # of the official archive
     prompt: str
     options: tuple[str, ...]
-    labels: tuple[str, ...] = ("false", "true")
-    rows: Callable[[dict], list[dict]] = lambda row: [row]
+    labels: tuple[str, ...] = ("false", "true")  # of official files; the hub has indices
+    rows: Callable[[dict], list[dict]] = lambda row: [row]  # in the prompt's terms
     files: tuple[str, str] = ("train.jsonl", "val.jsonl")
     classification: bool = True  # False: trained with `lm_loss` on the right option
     num_validation: int = 500
@@ -129,25 +151,27 @@ TASKS = {task.name: task for task in (
 
 
 def get_task(name: str) -> Task:
-    """A task by name; MeZO's spellings (SST2, BoolQ, WinoGrande) will do. Raises UserError."""
+    """A task by name; MeZO's spellings (SST2, BoolQ, WinoGrande) will do. Raises ValueError."""
     key = name.lower().replace("-", "")
     if key not in TASKS:
-        close = difflib.get_close_matches(key, TASKS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"unknown task {name!r}: {hint}tasks are {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {name!r}: tasks are {', '.join(TASKS)}")
     return TASKS[key]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What `load_examples` returns; two runs with one fingerprint saw the same examples."""
+    """What `load_examples` returns."""
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
     classification: bool
-    fingerprint: str
     source: str
+
+    @property
+    def score(self) -> str:
+        """Which options the training loss reads: "all", or the "right" one."""
+        return "all" if self.classification else "right"
 
 
 def load_examples(
@@ -161,23 +185,21 @@ def load_examples(
     MeZO's split (run.py, `sample_subset`): permute the training split under the seed, take the
     first num_train + num_validation, keep the LAST num_validation of them for validation. Test are
     the first num_test of the published validation split, permuted likewise. A small split leaves
-    what remains to training: CB 150, COPA 300, WSC only 54. MeZO permutes with numpy's RandomState,
-    so equal seeds draw equal examples.
+    what remains to training: CB 150, COPA 300, WSC only 54. Equal seeds draw MeZO's examples.
 
     Own files have JSONL lines {"prompt", "options", "label"}. Without validation_file, validation
     comes out of train_file by the same rule, by default 500 but at most a third of the file. They
-    count as classification if all examples have the same options. Raises UserError.
+    count as classification if all examples have the same options. Raises ValueError.
     """
     if min(num_train, num_test) < 1 or (num_validation or 0) < 0:
         sizes = f"num_train {num_train}, num_validation {num_validation}, num_test {num_test}"
-        raise UserError(f"{sizes}: give at least 1, 0 and 1")
+        raise ValueError(f"{sizes}: give at least 1, 0 and 1")
     pool = None  # of validation examples, where they have a file of their own
     if task is not None and not (train_file or test_file or validation_file):
         spec = get_task(task)
-        classification, default = spec.classification, spec.num_validation
+        classification, default, source = spec.classification, spec.num_validation, spec.hub
         if data_dir is None:
             train, test = _from_hub(spec, "train"), _from_hub(spec, "validation")
-            source = spec.hub
         else:
             source = Path(data_dir, spec.folder)
             if not source.is_dir() and Path(data_dir, spec.files[0]).is_file():
@@ -185,17 +207,15 @@ def load_examples(
             what = f"a labelled {spec.name} row"
             train, test = (_from_file(source / f, spec.to_examples, what) for f in spec.files)
     elif task is None and train_file and test_file and data_dir is None:
-        files = [Path(f) for f in (train_file, validation_file or test_file, test_file)]
+        files = [Path(f) for f in (train_file, test_file, validation_file) if f]
         what = 'a line {"prompt", "options", "label"}'
-        train, pool, test = (_from_file(f, _own_example, what) for f in files)
-        classification = len({frozenset(e.options) for e in train + pool + test}) == 1
-        pool = pool if validation_file else None
-        default = 500 if pool else min(500, len(train) // 3)
+        train, test, *held = (_from_file(f, _own_example, what) for f in files)
+        classification = len({frozenset(e.options) for e in sum(held, train + test)}) == 1
+        pool = held[0] if held else None
+        default = 500 if held else min(500, len(train) // 3)
         source = ", ".join(dict.fromkeys(map(str, files)))
     else:
-        raise UserError(
-            "give a task (--task, --data-dir), or both files (--train-file and --test-file)"
-        )
+        raise ValueError("give a task (--task, --data-dir), or --train-file and --test-file")
 
     num_validation = default if num_validation is None else num_validation
     if pool is None:
@@ -205,11 +225,17 @@ def load_examples(
     else:
         train, validation = _draw(train, num_train, seed), _draw(pool, num_validation, seed)
     if not train:
-        raise UserError(f"{source}: num_validation {num_validation} leaves nothing to train on")
-    parts = (train, validation, _draw(test, num_test, seed))
-    text = json.dumps([[(e.prompt, e.options, e.label) for e in part] for part in parts])
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Data(*parts, classification, fingerprint, str(source))
+        raise ValueError(f"{source}: num_validation {num_validation} leaves nothing to train on")
+    return Data(train, validation, _draw(test, num_test, seed), classification, str(source))
+
+
+def load(config) -> Data:
+    """The examples that the settings of a command name (harness/config.py)."""
+    names = set(inspect.signature(load_examples).parameters) - {"seed"}
+    how = {name: getattr(config, name) for name in names}
+    if how["data_dir"] == "tiny/data":  # lies beside the code, wherever the program is started
+        how["data_dir"] = Path(__file__).parent / "tiny/data"
+    return load_examples(**how, seed=config.data_seed)
 
 
 def _draw(examples: list[Example], n: int, seed: int) -> list[Example]:
@@ -217,84 +243,84 @@ def _draw(examples: list[Example], n: int, seed: int) -> list[Example]:
     return [examples[i] for i in order[:n]]
 
 
-def _is_text(x: object) -> bool:
-    return isinstance(x, str) and bool(x.strip())
-
-
 def _own_example(row: dict) -> list[Example]:
     prompt, options, label = row["prompt"], row["options"], row["label"]
-    if not _is_text(prompt):
+    if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt {prompt!r} must be text, not empty")
-    texts = {o.rstrip() for o in options if _is_text(o)} if isinstance(options, list) else ()
-    if len(texts) < 2 or len(texts) < len(options):
+    listed = options if isinstance(options, list) else []
+    texts = {o.rstrip() for o in listed if isinstance(o, str)} - {""}
+    if len(texts) < max(2, len(listed)):
         raise ValueError(f"options {options!r} must be a list of 2 or more different texts")
     if type(label) is not int or not 0 <= label < len(options):  # a bool is an int, but no label
         raise ValueError(f"label {label!r} must be an integer from 0 to {len(options) - 1}")
-    return [Example(prompt, tuple(options), label)]
-
-
-def _examples(rows: Iterable[tuple], to_examples: Callable, what: str) -> list[Example]:
-    examples = []
-    for where, row in rows:
-        try:
-            examples += to_examples(row)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-            known = {KeyError: f"no field {e}", json.JSONDecodeError: "it is not JSON"}
-            why = known.get(type(e), e)
-            raise UserError(f"{where} is not {what}: {why}") from e
-    return examples
+    "".join([prompt, *options]).encode()  # half an emoji is a ValueError, too
+    return [Example(prompt, tuple(o.rstrip(" ") for o in options), label)]  # `encode` strips, too
 
 
 def _from_hub(task: Task, split: str) -> list[Example]:
     name, config = task.hub.split(":")
-    try:
+    with _hub(task.hub, f"log in with `hf auth login`, or give --data-dir with {task.folder}/"):
         from datasets import load_dataset
 
         rows = load_dataset(name, config, split=split, revision=_COMMITS[name])
+    named = ((f"{task.hub} {split}[{i}]", row) for i, row in enumerate(rows))
+    return _parsed(named, task.to_examples, f"a labelled {task.name} row")
+
+
+@contextmanager
+def _hub(what: str, instead: str):
+    try:
+        yield
     except Exception as e:  # offline, gated, moved, not installed: each has a type of its own
         why = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise UserError(
-            f"cannot load {task.hub} from the hub ({why}); log in with `hf auth login`, "
-            f"or give --data-dir with {task.folder}/"
-        ) from e
-    named = ((f"{task.hub} {split}[{i}]", row) for i, row in enumerate(rows))
-    return _examples(named, task.to_examples, f"a labelled {task.name} row")
+        raise ValueError(f"cannot load {what} from the hub ({why}); {instead}") from e
 
 
-def _from_file(path: Path, to_examples: Callable, what: str) -> list[Example]:
-    """Examples of a JSONL file, or of a tab-separated file with a header (SST-2)."""
+def _from_file(path: Path, parse: Callable[[dict], list], what: str) -> list:
+    """What `parse` makes of the rows of a JSONL file, or of a .tsv with a header (SST-2)."""
+    lines = enumerate(_read(path).split("\n"), start=1)  # splitlines would also split at U+2028
+    rows = [(f"{path}:{n}", line) for n, line in lines if line.strip()]
+    header = rows.pop(0)[1].split("\t") if rows and path.suffix == ".tsv" else None
+    if not rows:
+        raise ValueError(f"{path} is empty; write one example per line")
+
+    def parse_line(line: str) -> list:
+        if header is None:
+            return parse(json.loads(line))
+        cells = line.split("\t")  # no csv module: the sentences hold bare quotes
+        if len(cells) != len(header):
+            raise ValueError(f"it has {len(cells)} tab-separated cells, the header {len(header)}")
+        return parse(dict(zip(header, cells, strict=True)))
+
+    return _parsed(rows, parse_line, what)
+
+
+def _parsed(rows: Iterable[tuple], parse: Callable, what: str) -> list:
+    found = []
+    for where, row in rows:
+        try:
+            found += parse(row)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+            known = {KeyError: f"no field {e}", json.JSONDecodeError: "it is not JSON"}
+            raise ValueError(f"{where} is not {what}: {known.get(type(e), e)}") from e
+    return found
+
+
+def _read(path: Path) -> str:
     if not path.is_file():
         here = next(p for p in path.absolute().parents if p.is_dir())
         names = ", ".join(sorted(p.name for p in here.iterdir())[:12])
-        raise UserError(f"no file {path}; {here} has {names or 'nothing'}")
-    lines = path.read_bytes().splitlines()  # bytes: str would also split at U+2028
-    header = lines[0].decode("utf-8-sig").split("\t") if lines and path.suffix == ".tsv" else []
-
-    def parse(line: bytes) -> list[Example]:
-        text = line.decode("utf-8-sig")  # -sig: some editors begin with a byte-order mark
-        cells = text.split("\t")  # no csv module: the sentences hold bare quotes
-        if header and len(cells) != len(header):
-            raise ValueError(f"it has {len(cells)} tab-separated cells, the header {len(header)}")
-        row = dict(zip(header, cells, strict=True)) if header else json.loads(text)
-        if not isinstance(row, dict):
-            raise ValueError("it is JSON, but not an object {...}")
-        return to_examples(row)
-
-    rows = [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
-    if len(rows) <= bool(header):
-        raise UserError(f"{path} is empty; write one example per line")
-    return _examples(rows[bool(header) :], parse, what)
+        raise ValueError(f"no file {path}; {here} has {names or 'nothing'}")
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin with a byte-order mark
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}:{e.object.count(10, 0, e.start) + 1} is not UTF-8") from e
 
 
 def with_demonstrations(example: Example, demos: list[Example]) -> Example:
     """In-context learning (MeZO utils.py, `encode_prompt`): solved demos, joined by blank lines."""
     solved = [(d.prompt + d.options[d.label]).strip() for d in demos]
     return replace(example, prompt="\n\n".join([*solved, example.prompt.lstrip(" ")]))
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    return np.random.RandomState([seed, epoch]).permutation(n).tolist()
 
 
 def batches(n: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -306,4 +332,279 @@ def batches(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     if n < batch_size:
         return list(range(n))
     epoch, i = divmod(step, n // batch_size)
-    return _epoch_order(n, seed, epoch)[i * batch_size : (i + 1) * batch_size]
+    order = np.random.RandomState([seed, epoch]).permutation(n)
+    return order[i * batch_size : (i + 1) * batch_size].tolist()
+
+
+# ------------------------------------------------------------------ how likely is each option
+
+
+def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[list[int], int]]:
+    """Per option: (token ids of prompt + option, how many at the end are the option's).
+
+    As MeZO's `encode_prompt`, outer spaces are stripped, and too long a prompt loses its beginning
+    but keeps BOS. The option's tokens are the pieces that begin in it, and one that begins before
+    but reaches beyond its leading space: "was " stays with the prompt, "?Yes" goes with the option.
+    ValueError where an option has no token or no room, or the tokenizer has no spans.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} has no character spans; load the fast one")
+    out = []
+    for option in example.options:
+        full = (example.prompt + option).lstrip()
+        text = full.rstrip(" ")
+        first = max(0, len(full) - len(option))  # where the option begins,
+        word = max(0, len(full) - len(option.lstrip(" ")))  # and its first letter
+        encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        length = sum(end > (word if begin < first else first) for begin, end in spans)
+        if max((end for _, end in spans), default=0) < len(text.rstrip()):
+            # The vocabulary lacks a character and dropped it (BPE without <unk> or bytes), which
+            # shifts later spans: here an option token is one that the prompt does not begin with.
+            prompt = tokenizer(text[:word], verbose=False)["input_ids"]
+            length = len(ids) - len(commonprefix([prompt, ids]))
+        elif spans[-1][1] == 0:
+            ids = ids[:-1]  # an EOS that the tokenizer adds is no part of the option
+        bos = int(ids[:1] == [tokenizer.bos_token_id])
+        ids = ids[:bos] + ids[max(bos, len(ids) - max_length + bos) :]
+        if not 0 < length < len(ids):  # < : the first option token, too, is predicted from one
+            raise ValueError(
+                f"option {option!r} of ...{example.prompt[-60:]!r} has {length} of "
+                f"{len(ids)} tokens; it needs 1, and 1 before it ({max_length=})"
+            )
+        out.append((ids, length))
+    return out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R rows of T tokens, and the list of the n log-probabilities to read from them.
+
+    The i-th is that of token[i], read at row[i], position[i]. It counts weight[i] in the score of
+    slot[i] = example * C + option.
+    """
+
+    input_ids: Tensor  # [R, T] int64, padded on the left, T a multiple of 8
+    attention_mask: Tensor  # [R, T] int64
+    position_ids: Tensor  # [R, T] int64; explicit, as models differ in how they count padding
+    row: Tensor  # [n] int64
+    position: Tensor  # [n] int64, within the last `keep`
+    token: Tensor  # [n] int64
+    slot: Tensor  # [n] int64
+    weight: Tensor  # [n] fp32, 1 / number of the option's tokens
+    labels: Tensor  # [B] int64
+    valid: Tensor  # [B, C] bool: the options that exist and are scored, of at most C
+    keep: int  # logits_to_keep: positions, from the right, that are read at all
+    score: str  # "all" options, or only the "right" ones
+
+    def inputs(self, model) -> dict:
+        """What this model's forward takes of the batch; logits only where an option is scored."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        more = {"position_ids": self.position_ids, "logits_to_keep": self.keep}
+        known = inspect.signature(model.forward).parameters
+        return inputs | {name: value for name, value in more.items() if name in known}
+
+    @property
+    def count(self) -> int:
+        """How much `loss` weighs against another batch's: of how many terms it is the mean."""
+        return len(self.labels if self.score == "all" else self.token)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Scalar, that of training, of logits [R, keep, V]."""
+        return (classification_loss if self.score == "all" else lm_loss)(logits, self)
+
+
+def collate(
+    tokenizer, examples: list[Example], *, max_length: int = 2048, score: str = "all", device="cpu"
+) -> Batch:
+    """A batch that scores "all" options, or only the "right" ones (all that `lm_loss` reads)."""
+    if score not in ("all", "right"):
+        raise ValueError(f"score {score!r} must be 'all' or 'right'")
+    C = max(len(e.options) for e in examples)
+    valid = torch.zeros(len(examples), C, dtype=torch.bool)
+    rows, reads = [], []  # reads: (row, places before its end, token, slot, option's length)
+    for b, example in enumerate(examples):
+        shared = {}  # equal inputs, one row
+        for c, (ids, length) in enumerate(encode(tokenizer, example, max_length)):
+            if score == "right" and c != example.label:
+                continue
+            valid[b, c] = True
+            row = shared.setdefault(tuple(ids[:-1]), len(rows))
+            rows += [ids[:-1]] if row == len(rows) else []
+            for back, token in zip(range(length, 0, -1), ids[-length:], strict=True):
+                reads.append((row, back, token, b * C + c, length))
+    row, back, token, slot, length = map(torch.tensor, zip(*reads, strict=True))
+    keep, T = int(back.max()), -(-max(map(len, rows)) // 8) * 8
+    # any token that the model knows will do for padding, as it is masked: a row's own first
+    ids = torch.tensor([r[:1] * (T - len(r)) + r for r in rows])  # [R, T]
+    mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows])  # [R, T]
+    labels = torch.tensor([e.label for e in examples])
+    tensors = (ids, mask, (mask.cumsum(1) - 1).clamp(min=0), row, keep - back, token, slot,
+               1 / length.float(), labels, valid)  # fmt: skip
+    return Batch(*(x.to(device) for x in tensors), keep, score)
+
+
+# Scores and losses: functions of logits [R, keep, V], of any dtype, and the batch; all fp32.
+
+
+def _log_probs(logits: Tensor, batch: Batch) -> Tensor:
+    """[n]. Only the positions that are read are upcast, and before the log-softmax."""
+    read = logits[:, -batch.keep :][batch.row, batch.position].float()  # [n, V]
+    return -F.cross_entropy(read, batch.token, reduction="none")
+
+
+def option_scores(logits: Tensor, batch: Batch) -> Tensor:
+    """[B, C]: mean log-probability of each option's tokens; -inf where there is no option.
+
+    MeZO run.py, `one_step_pred`. A masked sum, as CUDA's index_add_ adds in no fixed order.
+    """
+    slots = torch.arange(batch.valid.numel(), device=logits.device)[:, None]  # [B*C, 1]
+    scores = torch.where(slots == batch.slot, batch.weight * _log_probs(logits, batch), 0.0).sum(1)
+    return scores.view_as(batch.valid).masked_fill(~batch.valid, -torch.inf)
+
+
+def classification_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Scalar: cross-entropy over the options' scores (MeZO's train_as_classification)."""
+    if batch.score == "right":  # among one option the loss is 0, and so is every gradient
+        raise ValueError("classification_loss needs all options; collate with score='all'")
+    return F.cross_entropy(option_scores(logits, batch), batch.labels)
+
+
+def lm_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Scalar: mean negative log-probability of all the right options' tokens in the batch."""
+    C = batch.valid.shape[1]
+    right = batch.slot % C == batch.labels[batch.slot // C]  # [n] bool
+    return -torch.where(right, _log_probs(logits, batch), 0.0).sum() / right.sum()
+
+
+def correct(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Two of [B] bool: is the likeliest option the right one, and is every score finite?
+
+    Without finite scores no answer is right: `argmax` takes the first NaN, often one label.
+    """
+    scores = option_scores(logits, batch)
+    finite = (scores.isfinite() | ~batch.valid).all(1)
+    return (scores.argmax(1) == batch.labels) & finite, finite
+
+
+class Accuracy(NamedTuple):
+    """Share of n examples answered right; of `broken` ones a score was not finite."""
+
+    value: float
+    n: int
+    broken: int = 0
+
+    def __str__(self):
+        error = math.sqrt(self.value * (1 - self.value) / self.n)  # as of n coin flips
+        broken = f", {self.broken} of them without finite scores" if self.broken else ""
+        return f"{self.value:.3f} ± {error:.3f} (n = {self.n}{broken})"
+
+
+@torch.no_grad()
+def count_right(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.ndarray:
+    """[how many examples are answered right, how many have a score that is not finite], float64."""
+    counts = np.zeros(2)
+    longest_first = sorted(examples, key=lambda e: len(e.prompt), reverse=True)  # little padding
+    for start in tqdm(range(0, len(examples), batch_size), "evaluating", leave=False, delay=5):
+        part = longest_first[start : start + batch_size]
+        batch = collate(tokenizer, part, max_length=max_length, device=model.device)
+        right, finite = correct(model(**batch.inputs(model), use_cache=False).logits, batch)
+        counts += int(right.sum()), int((~finite).sum())
+    return counts
+
+
+def check_examples(tokenizer, examples: list[Example], max_length: int) -> int:
+    """How many prompts lose their beginning. ValueError where `encode` would raise it in the midst
+    of training, and where two options are the same tokens: no step would ever see a slope."""
+    cut = 0
+    for example in examples:
+        whole = encode(tokenizer, example, 1 << 30)
+        if len({tuple(ids) for ids, _ in whole}) < len(whole):
+            raise ValueError(f"two of the options {example.options} are the same to this tokenizer")
+        if any(length >= max_length for _, length in whole):
+            encode(tokenizer, example, max_length)  # raises
+        cut += any(len(ids) > max_length for ids, _ in whole)
+    return cut
+
+
+def minibatch(
+    examples: list[Example], tokenizer, *, score: str, micro_batch: int, max_length: int, device
+) -> Iterable[Batch]:
+    """The examples of one step as batches of at most `micro_batch`, made one at a time."""
+    for start in range(0, len(examples), micro_batch):
+        part = examples[start : start + micro_batch]
+        yield collate(tokenizer, part, score=score, max_length=max_length, device=device)
+
+
+# ------------------------------------------------------------------ losses that score [Q]'s weights
+
+C4 = "allenai/c4 en/c4-train.00000-of-01024.json.gz"  # its first 10,000 documents are used
+C4_COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+
+
+def read_texts(path: str | None) -> list[str]:
+    """Documents of a .jsonl of {"text": …} or a .txt (blank lines divide them); None: C4's."""
+    if path is None:
+        name, file = C4.split()
+        how = {"data_files": file, "split": "train", "revision": C4_COMMIT, "streaming": True}
+        with _hub("C4", "give --text FILE"):
+            from datasets import load_dataset
+
+            return [row["text"] for row in load_dataset(name, **how).take(10_000)]
+    file = Path(path)
+    if file.suffix not in (".txt", ".jsonl") or not file.is_file():
+        raise ValueError(f"--text {path}: a .txt or .jsonl file that exists")
+    if file.suffix == ".txt":
+        return [part for part in re.split(r"\n\s*\n", _read(file)) if part.strip()]
+
+    def document(row: dict) -> list[str]:
+        row["text"].encode()  # no text, or half an emoji: an AttributeError, a ValueError
+        return [row["text"]]
+
+    return _from_file(file, document, 'a line {"text": "…"}')
+
+
+def text_windows(tokenizer, texts: list[str], samples: int, length: int, seed: int) -> Tensor:
+    """[samples, length] token ids: random windows, each from a random document long enough for it.
+
+    As SqueezeLLM-gradients draws from C4, but without replacement while documents last. Where the
+    long ones hold too few windows, these come from anywhere in all documents joined.
+    """
+    rng = random.Random(seed)
+    long, short = [], []
+    for text in rng.sample(texts, len(texts)):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        (long if len(ids) >= length else short).append(ids)
+        if len(long) == samples:
+            break
+    if sum(len(ids) // length for ids in long) < samples:
+        long = [[token for ids in long + short for token in ids]]
+    if len(long[0]) < length:
+        raise ValueError(
+            f"the text has {len(long[0])} tokens, less than one sample of --length {length}"
+        )
+    chosen = [long[i % len(long)] for i in range(samples)]
+    starts = [rng.randrange(len(ids) - length + 1) for ids in chosen]
+    return torch.tensor([ids[i : i + length] for ids, i in zip(chosen, starts, strict=True)])
+
+
+def text_losses(windows: Tensor) -> list:
+    """Per row of [samples, length] token ids a function of the model, the language-model loss."""
+
+    def loss(ids, model):
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        return F.cross_entropy(logits[:-1].float(), ids[1:])
+
+    return [partial(loss, row) for row in windows]
+
+
+def task_losses(tokenizer, examples, score: str, max_length: int = 2048) -> list:
+    """Per example a function of the model, the loss that train.py would train it with."""
+
+    def loss(example, model):
+        how = {"score": score, "max_length": max_length, "device": model.device}
+        batch = collate(tokenizer, [example], **how)
+        return batch.loss(model(**batch.inputs(model), use_cache=False).logits)
+
+    return [partial(loss, example) for example in examples]

@@ -1,28 +1,36 @@
-"""Zeroth-order optimisation: Algorithms 1 and 2 as printed, and the noise that they are made of.
-
-[S] is Sparse MeZO (Liu et al., 2024), [Q] is SensZOQ (Guo et al., 2024). Both do three things:
+"""One zeroth-order step: how two forward passes replace a gradient (Algorithms 1 and 2 of [S]).
 
     ẑ = m ⊙ z,  z ~ N(0, I)                                  [S] eq. 1
     g = (L(θ + ε ẑ) − L(θ − ε ẑ)) / 2ε                       [S] eq. 2 is g ẑ; [Q] SPSA
     θ ← θ − η g ẑ
 
+[S] is Sparse MeZO (Liu et al., 2024), [Q] is SensZOQ (Guo et al., 2024).
+
     code               paper             code             paper
     theta              θ                 loss_plus        l⁺ = L(θ + ε ẑ)
     z, mask            z, m              loss_minus       l⁻ = L(θ − ε ẑ)
     a                  ±ε, −2ε or −ηg    projected_grad   proj_grad, g
-    eps, lr            ε, η              seed             s, fresh for every step (not Alg. 1's
-                                                          other s, the sparsification interval)
+    eps, lr            ε, η              seed             s, fresh for every step
 
-`sparse_mezo_step` is [S]'s step; MeZO's is the same with masks of ones, [Q]'s with masks that never
-change. No model is seen here: parameters are plain tensors and the loss is a closure, so a
-quadratic and a 7B model run the same code, in place: the reference that tests compare with.
-Training uses the same primitive, `shifted`, through model_patch.py (§3.3 of [S]).
+How it works
+    Everything here is one primitive, θ + a·m⊙z, with another a each time. The file shows it three
+    times: as the papers print it (this screen), as a function of a seed (`gaussian`), and as one
+    fused loop (`apply`), which is what training runs.
 
-What it costs: as written here, memory for a tensor's whole z, and ten times the time of sweep.py,
-which makes fused loops of the same functions.
+    `sparse_mezo_step` is [S]'s step. MeZO's step is the same with masks of ones. [Q]'s step is the
+    same on one vector of k values. No function here sees a model: parameters are plain tensors and
+    the loss is a closure. So a quadratic and a 7B model run the same code.
+
+What differs from the paper
+    The noise comes from Threefry and not from the framework's generator. Updates are computed in
+    fp32, and 16-bit weights are rounded stochastically.
+
+What it costs
+    The literal step holds a tensor's whole z. `apply` holds none of it, and writes one tensor.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +39,7 @@ from torch import Tensor
 def shifted(theta: Tensor, a, mask: Tensor, z: Tensor) -> Tensor:
     """The one primitive: θ + a·m⊙z, with a ∈ {ε, −2ε, −ε, −η·proj_grad}.
 
-    Computed in fp32 (fp64 for fp64 weights) and returned so; the caller rounds once, to θ's dtype.
+    It is computed and returned in fp32 (fp64 for fp64 weights). The caller rounds it once.
     """
     wide = torch.promote_types(theta.dtype, torch.float32)
     return theta.to(wide) + a * (mask * z.to(wide))
@@ -41,8 +49,8 @@ def shifted(theta: Tensor, a, mask: Tensor, z: Tensor) -> Tensor:
 def perturb_parameters(theta: list[Tensor], a: float, seed: int, masks: list[Tensor]) -> None:
     """[S] Algorithm 2, PerturbParameters: θ_i ← θ_i + m_i ⊙ a z_i, in place, z_i redrawn from seed.
 
-    `theta`: tensors of any shape and float dtype; tensor i draws from noise stream i. `masks`:
-    booleans of the same shapes. ValueError where the lists differ in length.
+    `theta`: tensors of any shape and float dtype. `masks`: booleans of the same shapes. Tensor i
+    draws from noise stream i. ValueError where the two lists differ in length.
     """
     for stream, (theta_i, mask_i) in enumerate(zip(theta, masks, strict=True)):
         z_i = gaussian(seed, stream, theta_i.shape, device=theta_i.device)
@@ -58,11 +66,12 @@ def projected_grad(loss_plus, loss_minus, eps: float):
 def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: float, seed: int):
     """[S] Algorithm 1, one step, in place and as printed; returns (l⁺, l⁻, proj_grad).
 
-    `loss()` evaluates L(θ; B) on the tensors in `theta`; `get_masks(theta)` returns m, a list of
+    `loss()` evaluates L(θ; B) on the tensors in `theta`. `get_masks(theta)` returns m, a list of
     booleans. The masks are taken once, from the unperturbed θ, and held for the step: a mask taken
-    again from θ + ε ẑ would differ, and the restore would miss. Adding and subtracting ε ẑ rounds,
-    so θ does not come back to the bit; in 16 bits that drift is larger than an update. §3.3 has
-    none of it. (Nor does θ come back where `loss` raises.)
+    again from θ + ε ẑ would differ, and the restore would miss.
+
+    Adding and subtracting ε ẑ rounds, so θ does not come back to the bit. In 16 bits that drift is
+    larger than an update. §3.3, in model_patch.py, has none of it.
     """
     masks = get_masks(theta)  # m ← GetMask(θ_t, h): Algorithm 3, masks.get_mask for each tensor
     perturb_parameters(theta, eps, seed, masks)
@@ -75,94 +84,196 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
     return loss_plus, loss_minus, g
 
 
-# ------------------------------------------------------------------ the noise
+# ------------------------------------------------------------------ noise is a function of a seed
 #
-# Noise is a function, not a stream. MeZO regenerates z by reseeding the global generator and
-# visiting the parameters in the same order. Here z is a pure function of (seed, stream, element):
-# Philox-2x32-10 (Salmon et al., SC'11), a ten-round cipher of a counter. Its random words are equal
-# on every device, in any chunking or order; z too, up to the last bit or two of log and cos. Rows
-# of an embedding can be drawn alone, the global generator is never touched, and a log of (seed, a)
-# replays a run, to the bit on the same kind of device. (`torch.randn` can do none of this.)
+# MeZO regenerates z by reseeding the global generator and visiting the parameters in the same
+# order. Here z is a function of (seed, stream, element), where the stream says which tensor.
+# Threefry-2x32 (Salmon et al., SC'11), the cipher behind JAX's generator, turns a counter into two
+# random words, in 13 rounds where JAX takes 20: noise needs no secrecy, and Random123 publishes
+# known answers for both. Words are equal on every device, in any chunking or order, and z is
+# equal up to its last bits. The global generator is never touched, and a log of (seed, a) rebuilds
+# a run.
 #
-# The counter is 64 bits and the key 32. They are divided so that no two draws ever share an input:
+#     word           holds                            word      holds
+#     counter 0      which draw                       key 0     the run's seed
+#     counter 1      the stream                       key 1     the step
 #
-#     word           bits     holds
-#     counter 0      16 + 16  seed's upper bits, stream: which tensor
-#     counter 1      32       which draw; one serves two elements of the flattened tensor
-#     key            32       seed's lower bits
-#
-# and a step's 48-bit seed is 24 bits of run seed and 24 bits of step (`step_seed`).
+# One draw serves two elements: of n, element i gets r cos φ and element i + ⌈n/2⌉ gets r sin φ.
 
-MULTIPLIER, WEYL, WORD = 0xD256D193, 0x9E3779B9, 0xFFFFFFFF  # Philox-2x32's constants; 32 ones
-MAX_RUN_SEED, MAX_STEP = 1 << 24, 1 << 24
-MAX_ELEMENTS, MAX_STREAMS = 1 << 32, 1 << 15  # the upper half of the streams is for masks
-HALF = 64  # of a block of 128 elements: one this far from another shares its draw of two words
-
-
-def philox(counter0, counter1: Tensor, key):
-    """Philox-2x32-10: 64 counter bits and 32 key bits to 64 random bits, as two words.
-
-    Words are non-negative int64 below 2³². The product c·M of two of them would overflow int64,
-    which C++ leaves undefined (and gcc did break); c·(M − 2³²) + c·2³² is the same and never does.
-    """
-    for _ in range(10):
-        product = counter0 * (MULTIPLIER - (1 << 32))
-        high, low = (product >> 32) + counter0 & WORD, product & WORD
-        counter0, counter1 = high ^ key ^ counter1, low
-        key = (key + WEYL) & WORD
-    return counter0, counter1
-
-
-def random_words(seed, stream, index: Tensor):
-    """Two random 32-bit words for each number `index` (int64) of tensor `stream` under `seed`.
-
-    `seed` (48 bits) and `stream` (16 bits) are ints, or 0-dim int64 tensors inside a compiled
-    kernel. (The element is counter 1, so the first product is one number for the whole tensor; as
-    counter 0 it also made torch 2.13's compiler, seeing small indices, multiply in 32 bits.)
-    """
-    return philox(seed >> 32 << 16 | stream, index, seed & WORD)
-
-
-def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ)."""
-    radius = torch.sqrt(-2.0 * torch.log((word0.float() + 1.0) * 2.0**-32))  # log of (0, 1]
-    angle = word1.float() * math.radians(360 * 2.0**-32)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
-
-
-def draw_of(index: Tensor) -> Tensor:
-    """Which draw serves an element: one serves two, e and e + 64 of each block of 128.
-
-        element   0 … 63   64 … 127   128 … 191   192 … 255   …
-        draw      0 … 63    0 … 63     64 … 127    64 … 127   …
-        is its    r cos φ   r sin φ    r cos φ     r sin φ
-
-    Two for the price of one; 64 apart, so that a kernel reads and writes both in whole lines.
-    """
-    return index >> 7 << 6 | index & 63
-
-
-def normal(index: Tensor, word0: Tensor, word1: Tensor) -> Tensor:
-    """z ~ N(0, 1), fp32, one per element of `index`: its half of the draw with these words."""
-    first, second = normal_pair(word0, word1)
-    return torch.where((index & HALF) == 0, first, second)
-
-
-def gaussian(seed: int, stream: int, shape, *, start: int = 0, device="cpu") -> Tensor:
-    """The noise z of one tensor, fp32 of `shape`, from its element `start` on.
-
-    A row range equals the slice of the whole: gaussian(s, i, (2, c), start=3 * c) is rows 3 and 4.
-    """
-    numel = math.prod(shape)
-    assert 0 <= stream < 2 * MAX_STREAMS, f"stream {stream} does not fit 16 bits"
-    assert 0 <= seed < 1 << 48, f"seed {seed} does not fit 48 bits"
-    assert 0 <= start <= start + numel <= MAX_ELEMENTS, f"element {start + numel} exceeds 32 bits"
-    index = torch.arange(start, start + numel, device=device)
-    return normal(index, *random_words(seed, stream, draw_of(index))).view(shape)
+MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # of one tensor; all three are 32-bit words here
+MASK_STREAM = 1 << 30  # streams from here on belong to random masks, those below to noise
+ROTATIONS, PARITY = (13, 15, 26, 6, 17, 29, 16, 24), 0x1BD11BDA  # Threefry-2x32's constants
 
 
 def step_seed(run_seed: int, step: int) -> int:
-    """The seed of one training step; one-to-one, so no two steps of any two runs share noise."""
-    assert 0 <= run_seed < MAX_RUN_SEED, f"run seed {run_seed} is not in [0, 2^24)"
-    assert 0 <= step < MAX_STEP, f"step {step} is not in [0, 2^24)"
-    return int(run_seed) << 24 | int(step)  # of numpy's 32 bits some would fall off
+    """The seed of one training step. It is one-to-one: no two steps of any two runs share noise."""
+    assert 0 <= run_seed < MAX_RUN_SEED, f"run seed {run_seed} is not in [0, 2^31)"
+    assert 0 <= step < MAX_STEP, f"step {step} is not in [0, 2^31)"
+    return int(run_seed) << 32 | int(step)
+
+
+def threefry(counter0: Tensor, counter1: Tensor, key0: Tensor, key1: Tensor, rounds: int = 13):
+    """Threefry-2x32: 64 counter bits and 64 key bits to 64 random bits, as two words.
+
+    Words are int32 tensors, whose sums wrap at 2³². A round adds, rotates and xors; after every
+    fourth round a part of the key is added.
+    """
+    keys = (key0, key1, key0 ^ key1 ^ PARITY)
+    word0, word1 = counter0 + keys[0], counter1 + keys[1]
+    for i in range(rounds):
+        turn = ROTATIONS[i % 8]
+        word0 = word0 + word1
+        left, right = word1 << turn, word1 >> (32 - turn) & ((1 << turn) - 1)
+        word1 = (left | right) ^ word0
+        if i % 4 == 3:
+            j = i // 4 + 1
+            word0, word1 = word0 + keys[j % 3], word1 + keys[(j + 1) % 3] + j
+    return word0, word1
+
+
+def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ).
+
+    The radius takes 31 bits of word 0. The angle inside a quadrant takes 30 bits of word 1, and its
+    two upper bits are the signs. Logarithm, cosine and sine are written out as series, to 2e-7: the
+    loop is a fifth faster than with the library's functions, which serve all arguments.
+    """
+    radius = (-2.0 * log(((word0 & 0x7FFFFFFF).float() + 0.5) * 2.0**-31)) ** 0.5
+    angle = ((word1 & 0x3FFFFFFF).float() + 0.5) * (math.pi / 2 * 2.0**-30)  # (0, π/2]
+    square = angle * angle
+    cosine = horner(square, [(-1) ** n / math.factorial(2 * n) for n in range(7)])
+    sine = angle * horner(square, [(-1) ** n / math.factorial(2 * n + 1) for n in range(6)])
+    return radius * signed(cosine, word1), radius * signed(sine, word1 << 1)
+
+
+def log(u: Tensor) -> Tensor:
+    """log u of fp32 numbers above 0: u = 2ᵉ m, and log m = 2 artanh((m − 1) / (m + 1))."""
+    bits = u.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23  # so that m is between √½ and √2
+    m = (bits - (exponent << 23)).view(torch.float32)
+    t = (m - 1) / (m + 1)
+    return exponent.float() * math.log(2) + 2 * t * horner(t * t, [1, 1 / 3, 1 / 5, 1 / 7, 1 / 9])
+
+
+def horner(x: Tensor, coefficients: list[float]) -> Tensor:
+    """The polynomial c₀ + c₁ x + c₂ x² + …"""
+    *rest, last = coefficients
+    value = torch.full_like(x, last)
+    for c in reversed(rest):
+        value = value * x + c
+    return value
+
+
+def signed(x: Tensor, word: Tensor) -> Tensor:
+    """±x, the sign from the highest bit of the word."""
+    return (x.view(torch.int32) ^ (word & -(1 << 31))).view(torch.float32)
+
+
+def word(number: int, device="cpu") -> Tensor:
+    """The low 32 bits of a number, as a 0-dim int32 tensor. It is filled where it is used."""
+    signed = (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
+    return torch.full((), signed, dtype=torch.int32, device=device)
+
+
+class Shift(NamedTuple):
+    """How far, and along which z: `a` and the seed as tensors, so that no value is compiled in."""
+
+    a: Tensor  # 0-dim fp32
+    key0: Tensor  # 0-dim int32: the run's seed
+    key1: Tensor  # 0-dim int32: the step
+
+    @classmethod
+    def of(cls, a: float, seed: int, device) -> "Shift":
+        assert 0 <= seed < MAX_RUN_SEED << 32, f"seed {seed} does not fit: use step_seed"
+        a = torch.full((), a, dtype=torch.float32, device=device)
+        return cls(a, word(seed >> 32, device), word(seed, device))
+
+
+def gaussian(seed: int, stream: int, shape, *, device="cpu") -> Tensor:
+    """The noise z of one tensor, fp32 of `shape`: a pure function of (seed, stream, shape)."""
+    n, shift = math.prod(shape), Shift.of(0.0, seed, device)
+    draw = torch.arange((n + 1) // 2, dtype=torch.int32, device=device)
+    words = threefry(draw, word(stream, device), shift.key0, shift.key1)
+    cosine, sine = normal_pair(*words)
+    return torch.cat([cosine, sine[: n // 2]]).view(shape)
+
+
+# ------------------------------------------------------------------ θ + a·m⊙z as one fused loop
+
+
+def round_stochastically(value: Tensor, dtype: torch.dtype, word0: Tensor, word1: Tensor) -> Tensor:
+    """fp32 `value` to a neighbour in fp16 or bf16, up or down, so that the mean is `value`.
+
+    Rounding to nearest loses an update far below the spacing of θ's dtype, every time. This way it
+    arrives on average. Uniform bits are added below `dtype`'s last place, and the sum is cut there:
+    it carries with the right probability. The bits are the low bytes of z's own words. z hardly
+    depends on them, so rounding is all but independent of z and needs no second draw.
+    """
+    info = torch.finfo(dtype)
+    cut = 23 + int(math.log2(info.eps))  # fp32 has 23 bits behind the point, bf16 7, fp16 10
+    random = (word0 & 0xFF) << 8 | word1 & 0xFF  # [0, 2¹⁶)
+    bits = (value.view(torch.int32) + (random >> (16 - cut))) & ~((1 << cut) - 1)
+    rounded = bits.view(torch.float32)
+    if dtype == torch.float16:  # below 6e-5 its numbers are 2⁻²⁴ apart, unlike fp32's
+        below = torch.floor(value * 2.0**24)
+        small = (below + (value * 2.0**24 - below > random * 2.0**-16)) * 2.0**-24
+        rounded = torch.where(value.abs() < info.tiny, small, rounded)
+    return rounded.to(dtype)
+
+
+def _apply(outs, thetas, start: int, half: int, shift: Shift, stream, mask, state, stochastic):
+    """out ← θ + a·m⊙z for the draws from `start` on: (draws,) elements of either half of a tensor.
+
+    `outs` and `thetas` are pairs. The second of a pair begins `half` elements after the first.
+    """
+    draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
+    words = threefry(draw, stream, shift.key0, shift.key1)
+    for i, z in enumerate(normal_pair(*words)):
+        theta, out, element = thetas[i], outs[i], draw + i * half
+        n = theta.numel()  # the second half of an odd number is one shorter
+        m = mask(theta, element[:n], state)
+        value = shifted(theta, shift.a, m, z[:n])
+        if stochastic and out.dtype.itemsize < 4:  # 32-bit weights hear every update
+            value = round_stochastically(value, out.dtype, words[i][:n], words[1 - i][:n])
+        out.copy_(value)  # rounds to nearest
+
+
+_fused = torch.compile(
+    _apply,
+    dynamic=True,
+    fullgraph=True,
+    recompile_limit=64,  # one loop for each rule and dtype; torch's limit of 8 is an error here
+    options={
+        "triton.autotune_pointwise": False,  # its trials would copy what is written
+        "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
+        "cpp.dynamic_threads": True,  # a kernel first compiled for a small tensor is not serial
+        # torch 2.13 keeps compiled loops on disk and forgets for which vectors: a loop for AVX-512
+        # that is taken up by an AVX2 process leaves half of the elements out, without an error
+        "cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability()),
+    },
+)
+CHUNK = 1 << 16  # draws at a time without a compiler: some 10 temporaries of that size
+
+
+@torch.no_grad()
+def apply(
+    theta: Tensor, shift: Shift, stream: Tensor, mask, state: Tensor, *,
+    out: Tensor | None = None, stochastic: bool = False, fused: bool = False,
+) -> Tensor:  # fmt: skip
+    """θ + a·m⊙z of a whole contiguous tensor, in its dtype: `out`, which may be θ, or a new tensor.
+
+    `stream`: `word(number)` on θ's device. `mask(theta, element, state)`: a rule of masks.py.
+    `fused`: one compiled loop, as fast as memory allows. Otherwise the same lines run in chunks,
+    ten times slower. The two agree to the last bit or two of z.
+    """
+    result = torch.empty_like(theta) if out is None else out
+    flat, into = (t.detach().view(-1).data for t in (theta, result))
+    n, half = flat.numel(), (flat.numel() + 1) // 2
+    assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
+    fused = fused and n % 2 == 0
+    step, kernel = (half, _fused) if fused else (CHUNK, _apply)
+    for start in range(0, half, step):
+        ends = [(start, min(start + step, half)), (half + start, min(half + start + step, n))]
+        thetas, outs = ([t[a:b].data for a, b in ends] for t in (flat, into))
+        kernel(outs, thetas, start, half, shift, stream, mask, state, stochastic)
+    return result

@@ -1,12 +1,12 @@
-"""Kill runs with SIGKILL at random moments, resume them, compare with one that was left alone.
+"""Kill runs with SIGKILL at random moments, resume them, compare with ones that were left alone.
 
-    python -m tests.kill --kills 25          about a minute; exit code 1 where anything differs
+    python -m tests.kill --kills 25          about half a minute; exit code 1 where anything differs
 
-A moment is before, in the middle of or after a write, a sync or a rename, an evaluated batch, a
-probe, an update: a life of a run is given a number of them, drawn from a seed, and dies at the
-last. Every second life is ended by the clock instead, wherever it is. What must come out the same:
-steps.csv to the byte, metrics.jsonl but for the seconds, result.json's accuracies and best step,
-the saved model, and the last weights as they are in memory.
+A moment is before, in the middle of or after a write to the log, a sync, a rename, a probe, an
+update or an evaluated batch: a life of a run is given a number of them, drawn from a seed, and dies
+at the last. Every second life is ended by the clock instead, wherever it is. Runs of S-MeZO and of
+SensZOQ take turns. What must come out the same: steps.csv to the byte, the accuracies, the best
+step, and the last weights as they are in memory.
 """
 
 import argparse
@@ -23,25 +23,25 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import tqdm.auto
 
 import model_patch
-import record
-import scoring
-import snapshot
-import steplog
+import tasks
 import train
+from harness import log
 
-FLAGS = [
-    "--lr=2e-2", "--batch-size=7", "--steps=24", "--eval-every=6", "--log-every=4",
-    "--snapshot-every=8", "--save-model", "--refresh-every=4",
-]  # fmt: skip
+FLAGS = ["--batch-size=7", "--steps=12", "--eval-every=4"]
+METHODS = (
+    ["--lr=2e-2", "--refresh-every=3"],
+    ["--method=senszoq", "--mask-from=task", "--density=0.02", "--lr=0.3"],
+)
 
 
-def arguments(files: Path) -> list[str]:
+def arguments(files: Path, method: list[str]) -> list[str]:
     """The command line of a run of a second or so."""
     words = [f"--{n}-file={files}/{n}.jsonl" for n in ("train", "test")]
-    return [f"--model={files}/model", *words, *FLAGS]
+    return [f"--model={files}/model", *words, *FLAGS, *method]
 
 
 def install(count, die_at: int | None) -> None:
@@ -63,31 +63,25 @@ def install(count, die_at: int | None) -> None:
 
         setattr(owner, name, hooked)
 
-    def torn_append(self, name, line):
-        if self.files:
+    def torn_append(self, line):
+        if self.file is not None:
             data = line.encode() + b"\n"
             for part in (data[: len(data) // 2], data[len(data) // 2 :]):
                 moment()
-                self.files[name].write(part)
+                self.file.write(part)
             moment()
 
-    def torn_save(tensors, path, metadata):
-        save(tensors, path, metadata)
-        whole = Path(path).read_bytes()
-        Path(path).write_bytes(whole[: len(whole) // 2])
-        moment()
-        Path(path).write_bytes(whole)
+    def saved_train(config, patch, tokenizer, data, steps):
+        train_loop(config, patch, tokenizer, data, steps)
+        weights = [patch.sparse.values] if patch.sparse else [w.held[0] for w in patch.weights]
+        flat = torch.cat([w.detach().flatten() for w in weights])
+        Path(f"{steps.run}.weights").write_bytes(flat.numpy().tobytes())
 
-    def saved_train(config, log, run, tokenizer, data, handle, group):
-        train_loop(config, log, run, tokenizer, data, handle, group)
-        save(handle.tensors(), f"{run}.weights")
-
-    save, train_loop = snapshot.save_file, train.train
-    train.train = saved_train
-    steplog.StepLog._append, snapshot.save_file = torn_append, torn_save
+    train_loop, train.train = train.train, saved_train
+    log.StepLog._append, log.draw_curve = torn_append, lambda *_: None
     for owner, name in (
-        (os, "fsync"), (os, "replace"), (scoring, "correct"), (model_patch.Patch, "losses"),
-        (model_patch.Patch, "update"), (snapshot, "write"),
+        (os, "fsync"), (os, "replace"), (tasks, "correct"), (model_patch.Patch, "losses"),
+        (model_patch.Patch, "update"),
     ):  # fmt: skip
         around(owner, name)
 
@@ -108,7 +102,7 @@ def life(argv, count, die_at) -> None:
 def live(argv, die_at: int | None = None, seconds: float | None = None) -> tuple[int, int]:
     """(exit code, moments) of one life; −9 where it was killed, by number or after `seconds`."""
     context = get_context("fork")
-    count = context.Value("i", 0)
+    count = context.Value("i", 0, lock=False)
     process = context.Process(target=life, args=(argv, count, die_at))
     process.start()
     process.join(seconds)
@@ -121,35 +115,33 @@ def live(argv, die_at: int | None = None, seconds: float | None = None) -> tuple
 def outcome(run: Path) -> dict:
     """What must be the same however often a run was killed."""
     result = json.loads((run / "result.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    weights = Path(f"{run}.weights")  # of runs in a process of their own, see `install`
     return {
         "steps": (run / "steps.csv").read_bytes(),
-        "metrics": [{k: v for k, v in m.items() if "seconds" not in k} for m in lines],
         "result": {k: result[k] for k in ("best_step", "skipped", "zero_shot", "last", "best")},
-        "model": (run / "model" / "model.safetensors").read_bytes(),
-        "weights": weights.read_bytes() if weights.exists() else None,
+        "weights": Path(f"{run}.weights").read_bytes(),
+        "files": sorted(p.name for p in run.iterdir() if p.suffix != ".tmp"),
     }
 
 
 def kill_often(files: Path, where: Path, kills: int, seed: int = 0) -> tuple[int, int]:
     """(kills, runs finished) with every finished run checked against one that was not killed."""
-    new = arguments(files)
+    rng, expected = random.Random(seed), []
     began = time.perf_counter()
-    code, moments = live([*new, f"--out={where}/alone"])
-    assert code == 0, "the run that is left alone failed"
-    seconds = time.perf_counter() - began
-    expected, rng = outcome(where / "alone"), random.Random(seed)
+    for number, method in enumerate(METHODS):
+        alone = where / f"alone-{number}"
+        code, moments = live([*arguments(files, method), f"--out={alone}"])
+        assert code == 0, "a run that is left alone failed"
+        expected.append(outcome(alone))
+    seconds = (time.perf_counter() - began) / len(METHODS)
     killed = finished = 0
     while killed < kills or not finished:
-        run = where / f"run-{finished}"
-        started = (run / "steps.csv").is_file() and (run / "config.json").stat().st_size > 3
-        if run.exists() and not started:
-            shutil.rmtree(run)  # died before its first step: it says to start again
-        argv = [f"--resume={run}"] if started else [*new, f"--out={run}"]
-        if started and record.finished(run, 24):
-            code = 0  # it died after its last word
-        elif killed >= kills:
+        run, turn = where / f"run-{finished}", finished % len(METHODS)
+        if (run / "config.json").exists():
+            argv = [f"--resume={run}"]
+        else:  # it died before it was a run, and says to start again
+            shutil.rmtree(run, ignore_errors=True)
+            argv = [*arguments(files, METHODS[turn]), f"--out={run}"]
+        if killed >= kills:
             code, _ = live(argv)
         elif killed % 2:
             code, _ = live(argv, seconds=rng.uniform(0, seconds))
@@ -159,7 +151,7 @@ def kill_often(files: Path, where: Path, kills: int, seed: int = 0) -> tuple[int
         assert code in (0, -signal.SIGKILL), f"{argv} ended with exit code {code}"
         if code == 0:
             found = outcome(run)
-            for what, value in expected.items():
+            for what, value in expected[turn].items():
                 assert found[what] == value, f"{run}: {what} differs after {killed} kills"
             finished += 1
     return killed, finished
@@ -170,7 +162,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)  # before the first fork
     from tests.models import write_task
 
     began = time.perf_counter()

@@ -1,12 +1,11 @@
-"""Tiny random models of many architectures, a task for one, and the literal Algorithm 1 on them."""
+"""Tiny random models of many architectures, and a task for one."""
 
 import json
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-import zo
 
 VOCAB = 96
 WORDS = [*"abcdefghij", "red", "blue", ".", "?"]
@@ -24,7 +23,10 @@ SIZES = {
     "pad_token_id": 0,
 }
 MHA = {"num_key_value_heads": 4}
-ARCHITECTURES = {  # name: (model type, what differs from SIZES)
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "v_head_dim": 8}
+HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+ARCHITECTURES = {  # name: (model type, what differs from SIZES; None: left out)
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
@@ -37,18 +39,48 @@ ARCHITECTURES = {  # name: (model type, what differs from SIZES)
     "gpt-neox": ("gpt_neox", MHA),
     "phi": ("phi", MHA),
     "phi3": ("phi3", {}),
+    "bloom": ("bloom", {"n_head": 4, "n_layer": 2}),
+    "falcon": ("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True, "head_dim": None}),
+    "cohere": ("cohere", {}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "mamba": ("mamba", {"state_size": 8, "time_step_rank": 4}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3-moe": (
-        "qwen3_moe",
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3-moe": ("qwen3_moe", MOE),
+    "deepseek-v3": (
+        "deepseek_v3",
+        MHA | LATENT | {"qk_rope_head_dim": 4, "head_dim": None, "n_routed_experts": 4}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 1},
     ),
-}
+    "llama4": (
+        "llama4_text",
+        {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
+    ),
+    "jamba": (
+        "jamba",
+        HYBRID | {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    ),
+    "dbrx": (
+        "dbrx",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}
+        | {"ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4}},
+    ),
+}  # fmt: skip
+
+
+def needs_gpu(test):
+    """A test that is skipped without a GPU, and that `pytest -m cuda` picks."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    return pytest.mark.cuda(skip(test))
 
 
 def build(name: str, dtype=torch.float32, seed: int = 0):
     """A tiny random model in eval mode; its norms are perturbed, so that no weight is exactly 1."""
     model_type, changes = ARCHITECTURES[name]
-    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    sizes = {key: size for key, size in {**SIZES, **changes}.items() if size is not None}
+    config = AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
@@ -64,8 +96,7 @@ def batch(rows: int = 3, tokens: int = 8, seed: int = 0) -> dict:
     mask = torch.ones(rows, tokens, dtype=torch.long)
     for row in range(rows):
         mask[row, :row], ids[row, :row] = 0, 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def loss_fn(logits):
@@ -73,18 +104,10 @@ def loss_fn(logits):
     return -torch.log_softmax(logits[:, -1].float(), -1)[:, 5].mean()
 
 
-def literal_step(model, rule_masks, inputs, *, lr, eps, seed):
-    """zo.sparse_mezo_step, Algorithm 1 in place, on all parameters of a model."""
-    theta = [parameter.detach() for parameter in model.parameters()]
+def loss_of(model, inputs) -> torch.Tensor:
+    """The loss that a probe of model_patch computes."""
     with torch.no_grad():
-        return zo.sparse_mezo_step(
-            theta,
-            lambda: loss_fn(model(**inputs, use_cache=False).logits),
-            rule_masks,
-            lr=lr,
-            eps=eps,
-            seed=seed,
-        )
+        return loss_fn(model(**inputs, use_cache=False).logits)
 
 
 def write_model(path) -> None:

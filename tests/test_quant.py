@@ -1,4 +1,4 @@
-"""quant.py and the layers of [Q]: w = dense + sparse, in 4 and in 16 bits, inside a probe."""
+"""quant.py: w = dense + sparse, in 4 and in 16 bits. Steps of [Q] are in test_model_patch.py."""
 
 import copy
 
@@ -6,42 +6,49 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import batch, build, literal_step, loss_fn
+from models import batch, build, loss_fn, loss_of
 from torch import nn
 
-import loading
 import masks
-import model_patch
 import quant
 import zo
-from errors import UserError
+from harness import loading
+from model_patch import Patch
 
-EPS, LR, SEED = 1e-3, 1e-2, zo.step_seed(5, 9)
+EPS, SEED = 1e-3, zo.step_seed(5, 9)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def some_weight(rows=64, columns=96, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
+def some_weight(rows=64, columns=96, dtype=torch.float32):
+    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
 
-def index_of(model, every=37, kind=nn.Linear):
-    """{weight name: every 37th place} of the blocks' linears: any index will do here."""
-    return {
-        f"{name}.weight": torch.arange(i, module.weight.numel(), every)
-        for i, (name, module) in enumerate(model.named_modules())
-        if isinstance(module, kind) and "head" not in name
-    }
+def split_one(weight, places, bits=4):
+    """(module, its Parts) of one matrix."""
+    model = nn.Linear(*weight.shape[::-1], bias=False).to(weight.dtype).eval()
+    model.weight.data.copy_(weight)
+    sparse = quant.DenseSparse({"weight": places}, bits=bits)
+    sparse.split(model, "weight")
+    return model, sparse.parts["weight"]
 
 
-def in_four_bits(model, index, double_quant=False):
-    for name, places in index.items():
-        quant.quantise(model, name, model.get_parameter(name), places, double_quant)
-    return model
+def index_of(model, density=0.03):
+    return masks.random_index(masks.decoder_linears(model), density)
+
+
+def split(model, bits, index=None):
+    sparse = quant.DenseSparse(index_of(model) if index is None else index, bits=bits)
+    for name in sparse.index:
+        sparse.split(model, name)
+    return sparse
 
 
 def bitwise(a, b):
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def values(parameters):
+    return {name: p.detach().clone() for name, p in parameters}
 
 
 # ------------------------------------------------------------------ NF4
@@ -72,14 +79,6 @@ def test_the_levels_are_the_quantiles_of_a_normal_distribution():
     torch.testing.assert_close(levels / levels.max(), torch.tensor(quant.NF4), atol=1e-6, rtol=0)
 
 
-def test_blocks_that_straddle_rows_are_unpacked_rightly():
-    """A layer of 96 columns, whose blocks of 64 cross its rows, holds what NF4 says it holds."""
-    weight = some_weight(64, 96)
-    layer = quant.DenseSparseLinear(weight, torch.tensor([0]))
-    weight.view(-1)[0] = 0
-    assert bitwise(layer.dense().flatten(), quant.nf4_decode(*quant.nf4_encode(weight)))
-
-
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), scale=st.floats(1e-6, 1e3), zeros=st.integers(0, 3))
 def test_packing_is_idempotent_and_zero_stays_zero(seed, scale, zeros):
@@ -99,285 +98,275 @@ def test_packing_is_idempotent_and_zero_stays_zero(seed, scale, zeros):
 # ------------------------------------------------------------------ w = dense + sparse
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_plus_sparse_is_w_at_the_sensitive_places(dtype, double_quant):
-    """At a sensitive place dense is 0 and dense + sparse is the original weight, bit for bit."""
+def test_dense_plus_sparse_is_w_at_the_places(dtype, bits):
+    """At a place of the index 4 bits hold an exact 0, and dense + sparse is w bit for bit."""
     weight = some_weight(dtype=dtype)
     places = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(1))[:60]
     places = places.sort().values
-    layer = quant.DenseSparseLinear(weight, places, double_quant=double_quant)
-    assert (layer.dense().flatten()[places] == 0).all()
-    assert bitwise(layer.weight.flatten()[places], weight.flatten()[places])
+    layer, part = split_one(weight, places.int(), bits)
+    read = layer.weight.detach()
+    assert bitwise(read.flatten()[places], weight.flatten()[places])
+    if bits == 16:
+        assert bitwise(read, weight)
+        return
+    assert (part.dense(None).flatten()[places] == 0).all()
     rest = torch.ones(weight.numel(), dtype=torch.bool)
     rest[places] = False
-    error = (layer.weight - weight).flatten()[rest].float().norm() / weight.float().norm()
+    error = (read - weight).flatten()[rest].float().norm() / weight.float().norm()
     assert 0.05 < error < 0.12  # 0.092 is what NF4 costs on normal weights
 
 
-def test_a_large_sensitive_weight_does_not_stretch_its_block():
+def test_blocks_that_straddle_rows_are_unpacked_rightly():
+    """Of 96 columns, blocks of 64 cross the rows, and the matrix is what its blocks say."""
+    weight = some_weight(64, 96)
+    _, part = split_one(weight, torch.tensor([0]))
+    weight[0, 0] = 0
+    codes, scales = quant.nf4_encode(weight)
+    assert torch.equal(part.codes.flatten(), codes[0::2] << 4 | codes[1::2])
+    # the scales went through 8 bits, which keeps each to 1 % of the largest
+    want = quant.nf4_decode(codes, scales).view_as(weight)
+    assert (part.dense(None) - want).abs().max() < 0.01 * scales.max()
+
+
+def test_a_large_value_does_not_stretch_its_block():
     """Taken out before quantising, an outlier leaves its block's scale to the 63 others."""
     weight = some_weight()
-    weight[3, 5] = 10.0
-    place = torch.tensor([3 * 96 + 5])
-    with_it = quant.DenseSparseLinear(weight, place)
-    without = quant.DenseSparseLinear(weight, torch.tensor([0]))
-    block = slice(3 * 96, 3 * 96 + 64)  # 288 is not a multiple of 64: blocks begin at 256 and 320
-    errors = [
-        (layer.weight - weight).flatten()[256:320].abs().median() for layer in (with_it, without)
-    ]
-    assert errors[0] < 0.005 < 0.01 < errors[1], (errors, block)
+    weight[3, 5] = 10.0  # place 293, of the block from 256 to 319
+    errors = []
+    for place in (293, 0):
+        layer, _ = split_one(weight, torch.tensor([place]))
+        errors.append((layer.weight - weight).flatten()[256:320].abs().median())
+    assert errors[0] < 0.005 < 0.01 < errors[1]
 
 
-@pytest.mark.parametrize(("double_quant", "bits"), [(False, 4.5), (True, 4.127)])
-def test_the_bytes_per_weight_are_those_of_the_table(double_quant, bits):
-    """4.5 bits per weight, 4.127 with double quantisation, and 12 bytes for each sparse value."""
-    weight = some_weight(256, 256)
-    layer = quant.DenseSparseLinear(weight, torch.arange(0, 65536, 1000), double_quant=double_quant)
-    sparse = 12 * layer.index.numel()
-    assert (layer.stored_bytes() - sparse) * 8 / weight.numel() == pytest.approx(bits, abs=0.02)
-
-
-def test_a_matrix_that_does_not_fill_blocks_is_refused():
-    """NF4 works in blocks of 64: a matrix of 63 weights is an error that says so."""
-    with pytest.raises(UserError, match=r"0.weight \(7, 9\) does not fill blocks of 64"):
-        quant.check_linears(nn.Sequential(nn.Linear(9, 7)), ["0.weight"])
-
-
-def test_loading_quantises_matrix_by_matrix(tmp_path):
-    """from_pretrained with our configuration equals quantising the loaded model, biases too."""
-    from transformers import AutoModelForCausalLM
-
-    build("opt").save_pretrained(tmp_path, max_shard_size="20KB")  # several files
-    load = AutoModelForCausalLM.from_pretrained
-    index = index_of(model := load(tmp_path))
-    want = in_four_bits(model, index).eval()
-    got = load(tmp_path, quantization_config=quant.loading_config(index)).eval()
-    assert sum(isinstance(m, quant.DenseSparseLinear) for m in got.modules()) == len(index) > 0
-    inputs = batch()
-    with torch.no_grad():
-        assert torch.equal(got(**inputs).logits, want(**inputs).logits)
-
-
-def test_what_cannot_be_quantised_is_one_line_while_loading(tmp_path):
-    """A refused matrix, or one that is no nn.Linear, ends loading with its own message."""
-    build("gpt2").save_pretrained(tmp_path)
-    name = "transformer.h.0.mlp.c_fc.weight"
-    config = quant.loading_config({name: torch.tensor([1])})
-    with pytest.raises(
-        UserError, match="c_fc.weight is of a Conv1D; only nn.Linear goes into 4 bits"
-    ):
-        loading.load_model(str(tmp_path), device="cpu", four_bits=config)
-
-    def check(name, weight):
-        raise UserError(f"{name} is not what it was")
-
-    build("llama").save_pretrained(tmp_path / "llama")
-    name = "model.layers.1.mlp.up_proj.weight"
-    config = quant.loading_config({name: torch.tensor([1])}, check=check)
-    with pytest.raises(UserError, match=f"^{name} is not what it was$"):
-        loading.load_model(str(tmp_path / "llama"), device="cpu", four_bits=config)
-
-
-# ------------------------------------------------------------------ inside a probe
-
-
-def written_out(model, index, handle, a):
-    """A plain model whose weights hold value + a z at the sensitive places."""
-    plain = copy.deepcopy(model)
-    for number, (name, places) in enumerate(sorted(index.items())):
-        module = plain.get_submodule(name.removesuffix(".weight"))
-        weight = module.weight.detach().clone()
-        z = zo.gaussian(SEED, number, weight.shape).flatten()[places]
-        values = handle.tensors()[name] + a * z
-        weight.view(-1)[places] = values.to(weight.dtype)
-        linear = nn.Linear(*weight.shape[::-1], bias=module.bias is not None, dtype=weight.dtype)
-        linear.weight, linear.bias = nn.Parameter(weight), module.bias
-        parent, _, child = name.removesuffix(".weight").rpartition(".")
-        setattr(plain.get_submodule(parent), child, linear)
-    return plain
-
-
-@pytest.mark.parametrize("one_pass", [True, False])
-@pytest.mark.parametrize("four_bits", [True, False])
-@pytest.mark.parametrize("name", ["llama", "opt", "qwen3"])
-def test_both_halves_equal_plain_models_with_the_weights_written_out(name, four_bits, one_pass):
-    """l⁺ and l⁻ are those of two ordinary models with value ± ε z at the sensitive places."""
-    model = build(name)
-    index, inputs = index_of(model), batch()
-    if four_bits:
-        in_four_bits(model, index)
-    handle = model_patch.Patch(model, index, eps=EPS)
-    handle.one_pass = one_pass
-    losses = handle.losses(inputs, loss_fn, SEED)
-    for loss, sign in zip(losses, (+1, -1), strict=True):
-        plain = written_out(model, index, handle, sign * EPS)
-        with torch.no_grad():
-            want = loss_fn(plain(**inputs, use_cache=False).logits)
-        torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
-    assert losses[0] != losses[1]
-
-
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
-def test_the_16_bit_method_equals_the_literal_step_on_the_same_index(name):
-    """`sensitive` is Algorithm 1 with the mask that is 1 at the index, losses and update."""
-    model = build(name)
-    kind = nn.Linear if name != "gpt2" else type(model.transformer.h[0].mlp.c_fc)
-    index, inputs = index_of(model, kind=kind), batch()
-    literal, order = copy.deepcopy(model), sorted(index)
-    theta = [literal.get_parameter(name).detach() for name in order]
-    wanted = []
-    for weight, name in zip(theta, order, strict=True):
-        mask = torch.zeros(weight.numel(), dtype=torch.bool)
-        mask[index[name]] = True
-        wanted.append(mask.view_as(weight))
-
-    def loss():
-        return loss_fn(literal(**inputs, use_cache=False).logits)
-
-    handle = model_patch.Patch(model, index, eps=EPS)
-    plus, minus = handle.losses(inputs, loss_fn, SEED)
-    found = zo.sparse_mezo_step(theta, loss, lambda _: wanted, lr=LR, eps=EPS, seed=SEED)
-    assert plus.item() == pytest.approx(found[0], rel=1e-6)
-    assert minus.item() == pytest.approx(found[1], rel=1e-6)
-    handle.update(SEED, -LR * found[2])
-    handle.remove()
-    for (name, p), q in zip(model.named_parameters(), literal.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6, msg=name)
-    assert handle.report().endswith("%)") and "in 4 bits" not in handle.report()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("four_bits", [True, False])
-def test_probes_change_nothing_and_updates_the_values_alone(four_bits, dtype):
-    """100 probes leave every bit; 10 updates change the k values and no other stored bit."""
-    model = build("llama", dtype)
-    index, inputs = index_of(model), batch()
-    if four_bits:
-        in_four_bits(model, index)
-
-    def stored():
-        found = {name: p.detach().clone() for name, p in model.named_parameters()}
-        for name, module in model.named_modules():
-            if isinstance(module, quant.DenseSparseLinear):
-                found[name], found[name + ".values"] = module.codes.clone(), module.values.clone()
-                found[name + ".scales"] = module.state.absmax.clone()
-        return found
-
-    handle = model_patch.Patch(model, index, eps=EPS)
-    before = stored()
-    for step in range(100):
-        handle.losses(inputs, loss_fn, zo.step_seed(1, step))
-    assert all(bitwise(before[name], value) for name, value in stored().items())
-    for step in range(10):
-        handle.update(zo.step_seed(1, step), 0.01)
-    for name, value in stored().items():
-        if name in index:  # 16 bits: outside the index every bit is as it was
-            rest = torch.ones(value.numel(), dtype=torch.bool)
-            rest[index[name]] = False
-            assert bitwise(value.flatten()[rest], before[name].flatten()[rest])
-            assert not bitwise(value, before[name])
-        else:
-            assert bitwise(value, before[name]) != name.endswith(".values"), name
-
-
-def test_small_updates_add_up_in_the_values():
-    """An update of 1e-6, lost in bf16 weights, arrives in the fp32 values."""
-    model = build("llama", torch.bfloat16)
-    index = index_of(model)
-    handle = model_patch.Patch(model, index)
-    before = {name: v.clone() for name, v in handle.tensors().items()}
-    for _ in range(1000):
-        handle.update(SEED, 1e-6)
-    for number, name in enumerate(sorted(index)):
-        shape = model.get_parameter(name).shape
-        z = zo.gaussian(SEED, number, shape).flatten()[index[name]]
-        moved = handle.tensors()[name] - before[name]
-        torch.testing.assert_close(moved, 1e-3 * z, atol=2e-5, rtol=0.01)
-        held = model.get_parameter(name).detach().flatten()[index[name]]
-        assert bitwise(held, handle.tensors()[name].bfloat16())
-
-
-def test_four_bits_and_sixteen_draw_the_same_noise():
-    """One seed moves the same values by the same amounts, whatever the dense part is kept in."""
-    model = build("llama")
-    index = index_of(model)
-    handles = [
-        model_patch.Patch(m, index)
-        for m in (copy.deepcopy(model), in_four_bits(copy.deepcopy(model), index))
-    ]
-    for handle in handles:
-        handle.update(SEED, 0.1)
-    for name in index:
-        assert bitwise(*(handle.tensors()[name] for handle in handles))
-    report = handles[1].report()
-    assert f"{len(index)} matrices are in 4 bits" in report
-    total = sum(p.numel() for p in model.parameters())
-    assert f"of {total:,} weights move" in report
-    assert handles[0].active_density() == pytest.approx(1 / 37, rel=0.05)
-
-
-def test_an_exception_inside_a_probe_leaves_the_16_bit_weight():
-    """The k places, scratch inside a probe, hold their values again when the model fails."""
-    model = build("llama")
-    before = [p.detach().clone() for p in model.parameters()]
-    handle = model_patch.Patch(model, index_of(model))
-    act = model.model.layers[1].mlp.act_fn
-    act.forward = lambda x: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        handle.losses(batch(), loss_fn, SEED)
-    del act.forward
-    assert all(bitwise(a, p.detach()) for a, p in zip(before, model.parameters(), strict=True))
-    handle.losses(batch(), loss_fn, SEED)
-
-
-def test_an_index_of_another_model_is_refused():
-    """Places beyond a matrix, or a matrix that is not there, never write anywhere."""
-    model = build("llama")
-    with pytest.raises(UserError, match="layers.9.mlp.up_proj.weight is no contiguous parameter"):
-        model_patch.Patch(model, {"model.layers.9.mlp.up_proj.weight": torch.arange(3)})
-    name = "model.layers.0.mlp.up_proj.weight"
-    with pytest.raises(UserError, match="from 0 to 1535"):
-        model_patch.Patch(model, {name: torch.tensor([1, 1536])})
+def test_the_bytes_per_weight_are_those_of_the_docstring():
+    """0.5159 bytes per weight in 4 bits, beside 8 bytes of position and 4 of value per place."""
+    _, part = split_one(some_weight(512, 512), torch.arange(0, 512 * 512, 1000))
+    scales = part.state.absmax.nbytes + part.state.state2.absmax.nbytes
+    assert (part.codes.nbytes + scales) / 512**2 == pytest.approx(0.5159, abs=1e-4)
+    assert part.places.nbytes == 8 * len(part.places)
+    assert part.sparse.values.nbytes == 4 * len(part.places)
 
 
 @pytest.mark.parametrize(
     "places",
     [
-        torch.ones(1536, dtype=torch.bool),  # a mask as [S] has it
+        torch.ones(1536, dtype=torch.bool),  # a mask as [S] has it: places 0 and 1 would move
         torch.ones(48, 32, dtype=torch.bool),
         torch.rand(1536),  # scores
         torch.tensor([3, 2]),
         torch.tensor([2, 2]),
         torch.tensor([-1, 2]),
+        torch.tensor([1, 1536]),
         torch.tensor([9, 2], dtype=torch.uint8),
         torch.tensor([], dtype=torch.int32),
     ],
 )
 def test_what_is_no_index_is_refused(places):
-    """A boolean mask taken for positions would move places 0 and 1, and nothing would say so."""
+    """A mask, scores, places in disorder or beyond the matrix: one line that names the matrix."""
     model, name = build("llama"), "model.layers.0.mlp.up_proj.weight"
-    with pytest.raises(UserError, match="an index is"):
-        model_patch.Patch(model, {name: places})
-    with pytest.raises(UserError, match="an index is"):
-        quant.DenseSparseLinear(model.get_parameter(name), places)
+    with pytest.raises(ValueError, match=f"^{name}: an index is .*") as error:
+        quant.DenseSparse({name: places}).split(model, name)
+    assert "\n" not in str(error.value)
 
 
-def test_four_bits_keep_to_the_index_that_they_were_made_with():
-    """Another index, or a rule, would be ignored by 4-bit layers: refused."""
-    model, name = build("llama"), "model.layers.0.mlp.up_proj.weight"
-    quant.quantise(model, name, model.get_parameter(name), torch.arange(9), False)
-    with pytest.raises(UserError, match="quantised with another index"):
-        model_patch.Patch(model, {name: torch.arange(1, 10)})
-    with pytest.raises(UserError, match="only the places of an index move"):
-        model_patch.Patch(model, masks.SmallWeights(0.25))
-    model_patch.Patch(model, {name: torch.arange(9)}).remove()
+def test_what_cannot_be_quantised_is_one_line():
+    """Blocks that are not full, NaN, and bits that there are not: refused with a name or value."""
+    with pytest.raises(ValueError, match=r"^weight does not fill blocks of 64; --bits 16 keeps it"):
+        split_one(some_weight(7, 9), torch.tensor([1]))
+    split_one(some_weight(7, 9), torch.tensor([1]), bits=16)
+    weight = some_weight()
+    weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="^weight holds NaN or infinity"):
+        split_one(weight, torch.tensor([1]))
+    with pytest.raises(ValueError, match="bits 8: 4, or 16"):
+        quant.DenseSparse({}, bits=8)
 
 
-def test_the_literal_step_helper_is_algorithm_1_too():
-    """`models.literal_step`, which other tests compare with, moves by the same rule."""
+# ------------------------------------------------------------------ loading, and back
+
+
+@pytest.mark.parametrize("name", ["opt", "llama-tied", "gpt2", "gpt-neox", "phi3", "mixtral"])
+def test_loading_splits_matrix_by_matrix(name, tmp_path):
+    """Split as it is read, once each, a model is the one split after loading, Conv1D too."""
+    build(name).save_pretrained(tmp_path, max_shard_size="20KB")  # several files
+    whole = loading.load_model(str(tmp_path), device="cpu")
+    index, seen, inputs = index_of(whole), [], batch()
+    here = quant.DenseSparse(index)
+
+    def take(model, matrix, weight):
+        assert torch.equal(weight, whole.get_parameter(matrix))
+        seen.append(matrix)
+        here.split(model, matrix, weight)
+
+    got = loading.load_model(str(tmp_path), device="cpu", split=take, index=index)
+    assert sorted(seen) == sorted(index)
+    assert all(part.codes.numel() for part in here.parts.values())
+    assert got.num_parameters() < whole.num_parameters()  # no full matrix is left
+    there = split(whole, 4, index)
+    assert torch.equal(here.values, there.values)
+    assert loss_of(got, inputs) == loss_of(whole, inputs)
+    losses = [Patch(m, s).losses(inputs, loss_fn, SEED) for m, s in ((got, here), (whole, there))]
+    assert losses[0] == losses[1]
+
+
+def test_what_splitting_refuses_ends_loading_with_its_own_line(tmp_path):
+    """The message of a refused matrix is the whole message, not transformers' account of it."""
+    build("llama").save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    index = {name: torch.tensor([3])}
+
+    def refuse(model, matrix, weight):
+        raise ValueError(f"{matrix} is not what it was")
+
+    beyond = quant.DenseSparse({name: torch.tensor([5000])}).split
+    for take, line in ((refuse, " is not what it was$"), (beyond, ": an index is .* below 1536$")):
+        with pytest.raises(ValueError, match=f"^{name}{line}"):
+            loading.load_model(str(tmp_path), device="cpu", split=take, index=index)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("name", ["llama-tied", "opt", "gpt2"])
+def test_join_gives_an_ordinary_model(name, bits, tmp_path):
+    """The weights it stood for, under their old names: it computes the same, saves and reloads."""
+    from transformers import AutoModelForCausalLM
+
+    model, fresh, inputs = build(name), build(name), batch()
+    sparse = split(model, bits)
+    patch = Patch(model, sparse)
+    patch.update(SEED, 0.05)
+    patch.remove()
+    want, copied = loss_of(model, inputs), copy.deepcopy(model)
+    quant.join(model)
+    assert loss_of(model, inputs) == want == loss_of(copied, inputs)
+    found, plain = dict(model.named_parameters()), dict(fresh.named_parameters())
+    assert found.keys() == plain.keys()
+    for (n, module), (m, other) in zip(model.named_modules(), fresh.named_modules(), strict=True):
+        assert (n, type(module)) == (m, type(other))
+    for n, p in found.items():
+        moved = not torch.equal(p, plain[n])
+        assert p.shape == plain[n].shape and moved == (n in sparse.index)
+        if bits == 16 and moved:
+            assert int((p != plain[n]).sum()) == len(sparse.index[n])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loss_of(again, inputs) == want
+    Patch(model, masks.Everything()).losses(inputs, loss_fn, SEED)  # it can move otherwise now
+    quant.join(copied)
+    assert loss_of(copied, inputs) == want
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_tied_matrices_are_split_and_joined_as_one(bits):
+    """Two layers with one matrix read the same values, in a probe too, and are tied afterwards."""
+    model = nn.ModuleList([nn.Linear(64, 8, bias=False), nn.Linear(64, 8)]).eval()
+    model[1].weight = model[0].weight
+    before = model[0].weight.detach().clone()
+    sparse = split(model, bits, {"0.weight": torch.tensor([3, 70, 200])})
+    patch = Patch(model, sparse)
+    with torch.no_grad(), patch.probe(SEED, 0.1):
+        assert torch.equal(model[0].weight, model[1].weight)
+        differ = (model[0].weight != before).flatten()
+    assert differ[sparse.index["0.weight"]].all() and (bits == 4 or differ.sum() == 3)
+    patch.update(SEED, 0.1)
+    quant.join(model)
+    assert model[0].weight is model[1].weight and isinstance(model[0].weight, nn.Parameter)
+    assert torch.equal(model[0].weight.flatten()[sparse.index["0.weight"]], sparse.values)
+    assert sorted(dict(model.named_parameters())) == ["0.weight", "1.bias"]
+
+
+# ------------------------------------------------------------------ what moves
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_probes_change_nothing_and_updates_the_values_alone(bits, dtype):
+    """30 probes leave every bit; 10 updates change the values, no matrix, code or scale."""
+    model, inputs = build("llama", dtype), batch()
+    sparse = split(model, bits)
+
+    def stored():
+        found = values(model.named_parameters())
+        for name, part in sparse.parts.items():
+            found[f"{name} places"] = part.places.clone()
+            if bits == 4:
+                found[f"{name} codes"] = part.codes.clone()
+                found[f"{name} scales"] = part.state.absmax.clone()
+        return found
+
+    before, start = stored(), sparse.values.clone()
+    if bits == 16:
+        plain = values(build("llama", dtype).named_parameters())
+        for name in sparse.index:
+            path, _, attribute = name.rpartition(".")
+            assert bitwise(plain[name], before[f"{path}.parametrizations.{attribute}.original"])
+    patch = Patch(model, sparse, eps=EPS)
+    for step in range(30):
+        plus, minus = patch.losses(inputs, loss_fn, zo.step_seed(1, step))
+        assert torch.isfinite(plus) and plus != minus
+    assert bitwise(start, sparse.values)
+    for step in range(10):
+        patch.update(zo.step_seed(1, step), 0.01)
+    assert (start != sparse.values).all()
+    after = stored()
+    assert after.keys() == before.keys()
+    assert all(bitwise(after[name], before[name]) for name in before)
+
+
+def test_small_updates_add_up_in_the_values():
+    """An update of 1e-6, lost in bf16 weights, arrives in fp32, and the layer reads it rounded."""
+    model = build("llama", torch.bfloat16)
+    sparse = split(model, 16)
+    patch, before = Patch(model, sparse), sparse.values.clone()
+    for _ in range(1000):
+        patch.update(SEED, 1e-6)
+    z = zo.gaussian(SEED, 0, before.shape)
+    torch.testing.assert_close(sparse.values - before, 1e-3 * z, atol=2e-5, rtol=0.01)
+    for name, places in sparse.index.items():
+        path, _, attribute = name.rpartition(".")
+        read = getattr(model.get_submodule(path), attribute).flatten()[places.long()]
+        assert bitwise(read, sparse.values[sparse.slices[name]].bfloat16())
+
+
+def test_four_bits_and_sixteen_draw_the_same_noise():
+    """One seed moves the same values by the same amounts, whatever the dense part is kept in."""
+    index, vectors = index_of(build("llama")), []
+    for bits in (4, 16):
+        model = build("llama")
+        total = sum(p.numel() for p in model.parameters())
+        sparse = split(model, bits, dict(reversed(index.items())))  # in any order
+        patch = Patch(model, sparse)
+        patch.update(SEED, 0.1)
+        vectors.append(sparse.values)
+        k, linears = len(sparse.values), masks.decoder_linears(build("llama"))
+        assert patch.active_density() == k / sum(w.numel() for w in linears.values())
+        assert str(patch) == (
+            f"{k:,} of {total:,} weights move, in {len(index)} tensors; "
+            f"the rest of {len(index)} matrices is in {bits} bits"
+        )
+    assert bitwise(*vectors)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_an_exception_inside_a_probe_leaves_the_values(bits):
+    """The layers read `values` again when the model has failed in the middle."""
+    model, inputs = build("llama"), batch()
+    patch = Patch(model, split(model, bits), eps=EPS)
+    plain, want = loss_of(model, inputs), patch.losses(inputs, loss_fn, SEED)
+    hook = model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patch.losses(inputs, loss_fn, SEED)
+    hook.remove()
+    assert loss_of(model, inputs) == plain
+    assert patch.losses(inputs, loss_fn, SEED) == want
+
+
+def test_a_matrix_that_no_forward_reads_is_named():
+    """Values that only noise would move are an error with the matrix's name."""
     model = build("llama")
-    plus, minus, grad = literal_step(
-        model, lambda theta: [torch.ones_like(t) > 0 for t in theta], batch(), lr=0, eps=EPS, seed=1
-    )
-    assert grad == pytest.approx((plus - minus) / (2 * EPS))
+    model.spare = nn.Linear(64, 4).eval()
+    sparse = split(model, 4, {"spare.weight": torch.tensor([5]), **index_of(model)})
+    with pytest.raises(ValueError, match=r"no forward reads spare\.weight \(1 such"):
+        Patch(model, sparse).losses(batch(), loss_fn, SEED)

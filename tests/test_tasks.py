@@ -1,34 +1,28 @@
 """tasks.py against MeZO's way, taken literally: one candidate at a time, no padding, all logits."""
 
 import copy
+import functools
 import json
-from dataclasses import astuple, replace
-from pathlib import Path
+from dataclasses import astuple
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from conftest import SHARED
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import VOCAB, build
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import scoring
+import masks
+import model_patch
 import tasks
-from scoring import collate, encode
-from tasks import Example, UserError, load_examples
+import train
+from harness.config import Config
+from tasks import Example, collate, encode, load_examples
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
 WORDS = (
     "the a cat dog sat ran was is great terrible red so because I he it on mat Yes No Maybe"
 ).split()
@@ -41,7 +35,7 @@ def shared(*parts):
     return path
 
 
-def word_tokenizer(pattern=r"\n|\w+|[^\w\s]", extra=(), bos=True, eos=False, pad=False):
+def word_tokenizer(pattern=r"\n|\w+|[^\w\s]", extra=(), bos=True, eos=False):
     """One id per match of pattern, spaces dropped: the tokenizer of tiny/."""
     words = ["<unk>", "<s>", "</s>", *WORDS, *".,?!\"'\n", *extra]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
@@ -51,62 +45,17 @@ def word_tokenizer(pattern=r"\n|\w+|[^\w\s]", extra=(), bos=True, eos=False, pad
     core.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        eos_token="</s>",
-        bos_token="<s>",
-        pad_token="<unk>" if pad else None,
-    )
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 TOKENIZER = word_tokenizer()
-VOCAB = 48
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that handing work to a second thread costs more than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+built = functools.cache(build)
 
 
 @pytest.fixture(scope="module")
 def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def opt():
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        word_embed_proj_dim=32,
-        init_std=0.3,
-    )
-    return OPTForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
-    return GPT2LMHeadModel(config).eval()
+    return built("llama")
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +161,8 @@ def test_every_label_name_means_its_index():
 
 def test_copa_and_multirc_details():
     """COPA lower-cases the first word only, but not "I"; a MultiRC passage holds many examples."""
-    row = {
-        "premise": "He fell. ",
-        "question": "effect",
-        "choice1": "I Saw him.",
-        "label": 0,
-        "choice2": "THE Car came.",
-    }
+    row = {"premise": "He fell. ", "question": "effect", "label": 0}
+    row |= {"choice1": "I Saw him.", "choice2": "THE Car came."}
     (e,) = tasks.TASKS["copa"].to_examples(row)
     assert astuple(e) == ("He fell so", (" I Saw him.", " the Car came."), 0)
     answers = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
@@ -227,39 +171,14 @@ def test_copa_and_multirc_details():
     assert [e.label for e in many] == [0, 1, 0, 1] and len({e.prompt for e in many}) == 4
 
 
-def test_prompts_of_real_files():
-    """The first row of each real file gives the prompt one reads off it by eye."""
-    root = shared("data", "superglue")
-
-    def first(name, folder=root):
-        return tasks._from_file(
-            folder / tasks.TASKS[name].folder / tasks.TASKS[name].files[0],
-            tasks.TASKS[name].to_examples,
-            "",
-        )[0]
-
-    assert astuple(first("rte")) == (
-        "No Weapons of Mass Destruction Found in Iraq Yet.\nDoes this mean that "
-        '"Weapons of Mass Destruction Found in Iraq." is true? Yes or No?\n',
-        ("Yes", "No"),
-        1,
-    )
-    assert astuple(first("wic")) == (
-        'Does the word "place" have the same meaning in these two sentences? Yes, No?\n'
-        "Do you want to come over to my place later?\n"
-        "A political system with no place for the less prominent groups.\n",
-        ("No", "Yes"),
-        0,
-    )
-    assert astuple(first("copa")) == (
-        "My body cast a shadow over the grass because",
-        (" the sun was rising.", " the grass was cut."),
-        0,
-    )
-    assert first("multirc").prompt.endswith('". Is that correct? Yes or No?\n')
+def test_real_files_give_the_prompts_one_reads_off_them():
+    """Rows of SST-2's and COPA's files, by eye."""
     sst2 = load_examples("sst2", data_dir=shared("data", "sst2"), num_validation=0, num_train=10000)
     hide = Example("hide new secretions from the parental units It was", (" terrible", " great"), 0)
     assert hide in sst2.train and len(sst2.train) == 10000 and len(sst2.test) == 872
+    copa = load_examples("copa", data_dir=shared("data", "superglue"), num_validation=0)
+    options = (" the sun was rising.", " the grass was cut.")
+    assert Example("My body cast a shadow over the grass because", options, 0) in copa.train
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -281,10 +200,8 @@ def write(path, rows):
 
 
 def own(n, options=("No", "Yes"), start=0):
-    return [
-        {"prompt": f"q{i}\n", "options": list(options), "label": i % 2}
-        for i in range(start, start + n)
-    ]
+    numbers = range(start, start + n)
+    return [{"prompt": f"q{i}\n", "options": options, "label": i % 2} for i in numbers]
 
 
 @pytest.mark.parametrize("name, n, left", [("wsc", 554, 54), ("cb", 250, 150), ("copa", 400, 300)])
@@ -316,7 +233,7 @@ def test_split_is_mezos(tmp_path):
     assert torch.equal(before[0], torch.get_rng_state())  # the global generators are left alone
     assert (before[1] == np.random.get_state()[1]).all()
     other = load_examples("wic", data_dir=tmp_path, **sizes, seed=8)
-    assert other.train != data.train and other.fingerprint != data.fingerprint
+    assert other.train != data.train
 
 
 def test_real_data_dir_splits():
@@ -325,15 +242,12 @@ def test_real_data_dir_splits():
     for name, sizes in (("rte", (1000, 500, 277)), ("copa", (300, 100, 100))):
         data = load_examples(name, data_dir=root)
         assert (len(data.train), len(data.validation), len(data.test)) == sizes
-        assert data.fingerprint == load_examples(name, data_dir=root).fingerprint
         assert data == load_examples(name, data_dir=data.source)  # the task's own folder will do
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_hub_asks_for_parquet_and_gives_what_the_files_give(monkeypatch, tmp_path, name):
     """The hub's integer-labelled rows lead to the same examples as the official files."""
-    import datasets
-
     official, differs, *_ = GOLDEN[name]
     asked = []
 
@@ -352,13 +266,12 @@ def test_hub_asks_for_parquet_and_gives_what_the_files_give(monkeypatch, tmp_pat
 
 def test_hub_failure_is_one_line_with_the_ways_out(monkeypatch):
     """Offline or gated: the error names the repository, the login, and the files to use instead."""
-    import datasets
 
     def refuse(*args, **kwargs):
         raise ConnectionError("Couldn't reach\nthe hub\n")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError) as e:
+    with pytest.raises(ValueError) as e:
         load_examples("rte")
     for part in ("aps/super_glue", "ConnectionError", "hf auth login", "--data-dir", "RTE/"):
         assert part in str(e.value)
@@ -383,35 +296,22 @@ def test_own_files(tmp_path):
     assert len(load_examples(**files, num_validation=3).validation) == 3
     write(held, own(4) + own(4, options=("No", "Yes", "Maybe")))
     assert not load_examples(**files).classification
-
-
-def test_fingerprint_sees_every_field(tmp_path):
-    """A changed label, option, prompt or order changes the fingerprint; nothing else does."""
-    test = write(tmp_path / "test.jsonl", own(3))
-
-    def fingerprint(rows, name="train.jsonl"):
-        return load_examples(train_file=write(tmp_path / name, rows), test_file=test).fingerprint
-
-    base = fingerprint(own(6))
-    assert base == fingerprint(own(6), "renamed.jsonl") and len(base) == 16
-    changed = [own(6) for _ in range(4)]
-    changed[0][3]["label"] = 0
-    changed[1][3]["options"] = ["No", "Yes!"]
-    changed[2][3]["prompt"] += " "
-    changed[3].reverse()
-    assert len({base, *map(fingerprint, changed)}) == 5
+    write(held, own(4, options=("No ", "Yes")))  # a space at an option's end is none
+    data = load_examples(**files)
+    assert data.classification and data.score == "all"
 
 
 GOOD = '{"prompt": "q", "options": ["a", "b"], "label": 0}\n'
 BAD_LINES = {
     "not json": ("{oops}", "not JSON"),
-    "a list": ("[1, 2]", "object"),
+    "a list": ("[1, 2]", r"is not a line \{"),
     "no label": ('{"prompt": "q", "options": ["a", "b"]}', "no field 'label'"),
     "label too big": ('{"prompt": "q", "options": ["a", "b"], "label": 2}', "label 2 .* 0 to 1"),
     "label negative": ('{"prompt": "q", "options": ["a", "b"], "label": -1}', "label -1"),
     "label text": ('{"prompt": "q", "options": ["a", "b"], "label": "a"}', "label 'a' .*integer"),
     "label bool": ('{"prompt": "q", "options": ["a", "b"], "label": true}', "label True"),
     "options text": ('{"prompt": "q", "options": "ab", "label": 0}', "options 'ab'"),
+    "options number": ('{"prompt": "q", "options": 2, "label": 0}', "options 2 must be a list"),
     "options null": ('{"prompt": "q", "options": null, "label": 0}', "options None"),
     "option number": ('{"prompt": "q", "options": ["a", {}], "label": 0}', "different texts"),
     "one option": ('{"prompt": "q", "options": ["a"], "label": 0}', "2 or more"),
@@ -419,7 +319,8 @@ BAD_LINES = {
     "equal options": ('{"prompt": "q", "options": ["a", "a"], "label": 0}', "different"),
     "empty prompt": ('{"prompt": " ", "options": ["a", "b"], "label": 0}', "prompt ' '"),
     "prompt number": ('{"prompt": 3, "options": ["a", "b"], "label": 0}', "prompt 3"),
-    "not utf-8": (b'{"prompt": "\xff"}', "decode"),
+    "not utf-8": (b'{"prompt": "\xff"}', "not UTF-8"),
+    "half an emoji": ('{"prompt": "\\ud83d", "options": ["a", "b"], "label": 0}', "surrogates"),
 }
 
 
@@ -429,9 +330,9 @@ def test_bad_lines_are_named(tmp_path, line, message):
     path = tmp_path / "train.jsonl"
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b"\n" + GOOD.encode() * 2 + line)
-    with pytest.raises(UserError, match=message) as e:
+    with pytest.raises(ValueError, match=message) as e:
         load_examples(train_file=path, test_file=path)
-    assert f"{path}:4 " in str(e.value) and "\n" not in str(e.value)
+    assert f"{path}:4 is not" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_bad_requests_are_named(tmp_path):
@@ -440,8 +341,7 @@ def test_bad_requests_are_named(tmp_path):
     write(tmp_path / "RTE" / "train.jsonl", fake_rows("rte", 3))
     (tmp_path / "empty.jsonl").write_text("\n \n")
     for kwargs, message in (
-        ({"task": "rta"}, "unknown task 'rta': did you mean rte.*sst2, rte, cb"),
-        ({"task": "zzzzzz"}, "unknown task 'zzzzzz': tasks are"),
+        ({"task": "rta"}, "unknown task 'rta': tasks are sst2, rte, cb"),
         ({"task": "rte", "train_file": good}, "give a task"),
         ({"train_file": good}, "--test-file"),
         ({}, "give a task"),
@@ -458,10 +358,9 @@ def test_bad_requests_are_named(tmp_path):
         ({"train_file": good, "test_file": good, "num_test": 0}, "num_test 0"),
         ({"train_file": good, "test_file": good, "num_validation": 3}, "leaves nothing to train"),
     ):
-        with pytest.raises(UserError, match=message) as e:
+        with pytest.raises(ValueError, match=message) as e:
             load_examples(**kwargs)
         assert "\n" not in str(e.value)
-    assert isinstance(e.value, ValueError)
 
 
 def test_sst2_tsv(tmp_path):
@@ -474,10 +373,13 @@ def test_sst2_tsv(tmp_path):
     assert {e.prompt for e in data.train} == {'"so bad It was', 'fine"ly It was'}
     for line, message in (("a\tb\t0", "3 tab"), ("a", "1 tab"), ("a\t3", "label '3'")):
         path.write_text(f"sentence\tlabel\nok \t0\n{line}\n")
-        with pytest.raises(UserError, match=f"dev.tsv:3 .*{message}"):
+        with pytest.raises(ValueError, match=f"dev.tsv:3 .*{message}"):
             load_examples("sst2", data_dir=tmp_path, num_validation=0)
     path.write_text("sentence\tlabel\n")
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(ValueError, match="empty"):
+        load_examples("sst2", data_dir=tmp_path)
+    path.write_text("sentence\tlabel\nnaïf \t0\n", encoding="latin-1")
+    with pytest.raises(ValueError, match="dev.tsv:2 is not UTF-8"):
         load_examples("sst2", data_dir=tmp_path)
 
 
@@ -499,7 +401,7 @@ def test_demonstrations():
     assert tasks.with_demonstrations(Example("B?\n", ("x", "y"), 0), []).prompt == "B?\n"
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31), st.integers(0, 200))
 def test_batches_are_a_pure_function_of_the_step(n, size, seed, step):
     """Within an epoch no example comes twice; any step can be asked first; too few: all of them."""
@@ -511,18 +413,17 @@ def test_batches_are_a_pure_function_of_the_step(n, size, seed, step):
     epoch = [tasks.batches(n, size, seed, step - step % per_epoch + i) for i in range(per_epoch)]
     flat = sum(epoch, [])
     assert len(set(flat)) == len(flat) == per_epoch * size and set(flat) <= set(range(n))
-    tasks._epoch_order.cache_clear()
     assert got == epoch[step % per_epoch] == tasks.batches(n, size, seed, step)
 
 
 def test_epochs_and_seeds_differ():
-    """Another epoch or another seed is another order."""
-    orders = [
-        sum([tasks.batches(64, 16, seed, 4 * epoch + i) for i in range(4)], [])
+    """Another epoch or another seed is another order of the same examples."""
+    orders = {
+        (seed, epoch): sum([tasks.batches(64, 16, seed, 4 * epoch + i) for i in range(4)], [])
         for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2]) == list(range(64))
-    assert orders[0] != orders[1] and orders[0] != orders[2] and orders[1] != orders[2]
+    }
+    assert all(sorted(order) == list(range(64)) for order in orders.values())
+    assert len(set(map(tuple, orders.values()))) == 3
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -539,20 +440,6 @@ def test_llama2_tokens_are_mezos(llama2):
         for (ids, length), option in zip(encode(llama2, e), e.options, strict=True):
             assert ids == llama2.encode((e.prompt + option).strip(" "))
             assert length == len(ids) - count(llama2, e.prompt.strip(" ")) > 0
-
-
-def test_llama2_label_words_are_single_tokens(llama2):
-    """Yes, No after a newline and " great", " terrible" are one piece each, and read back right."""
-    for example, pieces in (
-        (Example("true?\n", ("Yes", "No"), 0), ["Yes", "No"]),
-        (Example("a film It was", (" terrible", " great"), 0), ["▁terrible", "▁great"]),
-    ):
-        encoded = encode(llama2, example)
-        assert row_texts(llama2, encoded) == [[p] for p in pieces]
-        for (ids, length), option in zip(encoded, example.options, strict=True):
-            assert length == 1 and llama2.decode(ids[-1:]).strip() == option.strip()
-            assert llama2.decode(ids[1:]) == example.prompt + option
-    assert collate(llama2, [example]).input_ids[0, -1] == llama2.convert_tokens_to_ids("▁was")
 
 
 def test_pieces_with_the_space_at_their_end(stories):
@@ -574,7 +461,7 @@ def test_dropped_characters(stories):
         assert row_texts(tokenizer, yes_no) == [["Y", "es"], ["N", "o"]]
         was = encode(tokenizer, Example(f"{odd} . It was", (" great", " terrible"), 0))
         assert row_texts(tokenizer, was) == [["gre", "at"], ["ter", "ri", "ble"]]
-    with pytest.raises(UserError, match="option ' 🙂' .* 0 of"):
+    with pytest.raises(ValueError, match="option ' 🙂' .* 0 of"):
         encode(tokenizer, Example("It was", (" 🙂", " great"), 0))
 
 
@@ -615,7 +502,7 @@ def test_truncation_drops_the_beginning_but_bos(bos):
             assert length == n and len(ids) == min(max_length, len(whole))
             assert ids[bos:] == whole[bos:][-len(ids) + bos :] and ids[:bos] == whole[:bos]
     for max_length in (0, 1, 2, 3):
-        with pytest.raises(UserError, match="' it was great' of .*max_length="):
+        with pytest.raises(ValueError, match="' it was great' of .*max_length="):
             encode(tokenizer, example, max_length)
 
 
@@ -625,12 +512,12 @@ def test_encoding_errors():
     class Slow:
         is_fast = False
 
-    with pytest.raises(UserError, match="Slow has no character spans"):
+    with pytest.raises(ValueError, match="Slow has no character spans"):
         encode(Slow(), Example("a", ("b", "c"), 0))
     letters = word_tokenizer(r"[a-z]+")
-    with pytest.raises(UserError, match=r"option ' 42' of \.\.\.'it was' has 0 of"):
+    with pytest.raises(ValueError, match=r"option ' 42' of \.\.\.'it was' has 0 of"):
         encode(letters, Example("it was", (" 42", " red"), 0))
-    with pytest.raises(UserError, match="1 before it"):
+    with pytest.raises(ValueError, match="1 before it"):
         encode(word_tokenizer(bos=False), Example("", ("red", "great"), 0))
     assert encode(TOKENIZER, Example("", ("red", " great"), 0))[0][1] == 1  # BOS is enough
 
@@ -658,14 +545,14 @@ MULTI = [
 ]
 
 
-@pytest.mark.parametrize("model", ["llama", "opt", "gpt2"])
-@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+@settings(deadline=None, derandomize=True, max_examples=12)
 @given(examples=st.lists(an_example(), min_size=1, max_size=4))
-def test_scores_are_mezos(request, model, examples):
+def test_scores_are_mezos(name, examples):
     """Batched, padded and shared rows give each option the score MeZO gets from it alone."""
-    model = request.getfixturevalue(model)
+    model = built(name)
     batch = collate(TOKENIZER, examples)
-    scores = scoring.option_scores(run(model, batch), batch)
+    scores = tasks.option_scores(run(model, batch), batch)
     assert scores.dtype == torch.float32
     for got, e in zip(scores, examples, strict=True):
         want = torch.tensor(mezo_scores(model, TOKENIZER, e))
@@ -680,17 +567,17 @@ def test_losses_are_mezos(llama, examples):
     logits = run(llama, batch)
     scores = [torch.tensor(mezo_scores(llama, TOKENIZER, e)) for e in examples]
     want = torch.stack([-s.log_softmax(0)[e.label] for s, e in zip(scores, examples, strict=True)])
-    got = scoring.classification_loss(logits, batch)
+    got = tasks.classification_loss(logits, batch)
     assert got.shape == () and abs(got - want.mean()) < 1e-5
     right = [mezo_log_probs(llama, TOKENIZER, e, e.options[e.label]) for e in examples]
-    assert abs(scoring.lm_loss(logits, batch) + torch.cat(right).mean()) < 1e-5
+    assert abs(tasks.lm_loss(logits, batch) + torch.cat(right).mean()) < 1e-5
     best = [int(s.argmax()) == e.label for s, e in zip(scores, examples, strict=True)]
-    assert scoring.correct(logits, batch)[0].tolist() == best
+    assert tasks.correct(logits, batch)[0].tolist() == best
     only = collate(TOKENIZER, examples, score="right")
-    assert abs(scoring.lm_loss(run(llama, only), only) + torch.cat(right).mean()) < 1e-5
+    assert abs(tasks.lm_loss(run(llama, only), only) + torch.cat(right).mean()) < 1e-5
     assert len(only.input_ids) == len(examples) and only.valid.sum() == len(examples)
-    with pytest.raises(UserError, match="all options"):
-        scoring.classification_loss(run(llama, only), only)
+    with pytest.raises(ValueError, match="all options"):
+        tasks.classification_loss(run(llama, only), only)
 
 
 def test_a_score_that_is_not_finite_is_no_right_answer():
@@ -698,22 +585,22 @@ def test_a_score_that_is_not_finite_is_no_right_answer():
     examples = [*YES_NO[:2], Example("it", (" was", " ran", " red"), 0)]
     batch = collate(TOKENIZER, examples)
     logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
-    assert scoring.correct(logits, batch)[1].all()  # an option that two examples lack is no NaN
-    logits[batch.row[batch.slot // batch.num_options == 1]] = torch.nan
-    right, finite = scoring.correct(logits, batch)
+    assert tasks.correct(logits, batch)[1].all()  # an option that two examples lack is no NaN
+    logits[batch.row[batch.slot // 3 == 1]] = torch.nan
+    right, finite = tasks.correct(logits, batch)
     assert finite.tolist() == [True, False, True] and not right[1]
 
 
 def test_examples_are_checked_before_training():
     """Prompts that lose their beginning are counted, an option without room is an error."""
     short, long = Example("a b", (" red", " blue"), 0), Example("a b c a b c", (" red", " blue"), 0)
-    length = max(len(ids) for ids, _ in scoring.encode(TOKENIZER, short))
-    assert scoring.check_examples(TOKENIZER, [short, long, long], length) == 2
-    assert scoring.check_examples(TOKENIZER, [short, long], 100) == 0
-    with pytest.raises(UserError, match="it needs 1, and 1 before it"):
-        scoring.check_examples(TOKENIZER, [short, Example("a", (" b", " a b c a b c"), 0)], length)
-    with pytest.raises(UserError, match="the same to this tokenizer"):
-        scoring.check_examples(TOKENIZER, [Example("a", (" quokka", " wombat"), 0)], length)
+    length = max(len(ids) for ids, _ in tasks.encode(TOKENIZER, short))
+    assert tasks.check_examples(TOKENIZER, [short, long, long], length) == 2
+    assert tasks.check_examples(TOKENIZER, [short, long], 100) == 0
+    with pytest.raises(ValueError, match="it needs 1, and 1 before it"):
+        tasks.check_examples(TOKENIZER, [short, Example("a", (" b", " a b c a b c"), 0)], length)
+    with pytest.raises(ValueError, match="the same to this tokenizer"):
+        tasks.check_examples(TOKENIZER, [Example("a", (" quokka", " wombat"), 0)], length)
 
 
 def test_the_score_is_a_mean_not_a_sum():
@@ -721,53 +608,36 @@ def test_the_score_is_a_mean_not_a_sum():
     batch = collate(TOKENIZER, [Example("it", (" was red so great", " ran"), 0)])
     logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
     logits[batch.row, batch.position, batch.token] = torch.tensor([3.0] * 4 + [2.0])
-    log_probs = scoring._log_probs(logits, batch)
+    log_probs = tasks._log_probs(logits, batch)
     assert log_probs[:4].sum() < log_probs[4]  # the sum prefers the short one
-    assert scoring.correct(logits, batch)[0].all()
-    torch.testing.assert_close(scoring.option_scores(logits, batch)[0, 0], log_probs[0])
+    assert tasks.correct(logits, batch)[0].all()
+    torch.testing.assert_close(tasks.option_scores(logits, batch)[0, 0], log_probs[0])
 
 
 def test_one_row_where_inputs_are_equal():
     """Yes/No costs one row an example and one position; other options have rows of their own."""
     batch = collate(TOKENIZER, YES_NO)
-    assert len(batch.input_ids) == 3 and batch.keep == 1 and batch.num_options == 2
+    assert len(batch.input_ids) == 3 and batch.keep == 1
     assert batch.row.tolist() == [0, 0, 1, 1, 2, 2]
     batch = collate(TOKENIZER, YES_NO + MULTI)
-    assert len(batch.input_ids) == 3 + 2 + 3 and batch.keep == 6 and batch.num_options == 3
+    assert len(batch.input_ids) == 3 + 2 + 3 and batch.keep == 6
     assert batch.valid.tolist() == [[1, 1, 0]] * 3 + [[1, 1, 0], [1, 1, 1]]
     assert len(collate(TOKENIZER, [YES_NO[0]] * 2).input_ids) == 2  # examples never share
 
 
-def test_shared_rows_equal_rows_of_their_own(llama):
-    """One row for Yes and No gives the scores that a row for each gives."""
-    batch = collate(TOKENIZER, YES_NO)
-    apart = replace(
-        batch,
-        **{
-            name: getattr(batch, name)[batch.row]
-            for name in ("input_ids", "attention_mask", "position_ids")
-        },
-        row=torch.arange(len(batch.row)),
-    )
-    one = scoring.option_scores(run(llama, batch), batch)
-    torch.testing.assert_close(one, scoring.option_scores(run(llama, apart), apart))
-
-
 def test_layout_of_a_batch():
-    """Left-padded to a multiple of 8, positions from 0 at BOS, int64; EOS pads if need be."""
+    """Left-padded to a multiple of 8 with a token that the model knows, positions from 0 at BOS."""
     batch = collate(TOKENIZER, YES_NO + MULTI)
     tensors = batch.input_ids, batch.attention_mask, batch.position_ids
     for x in tensors:
         assert x.dtype == torch.int64 and x.shape == batch.input_ids.shape and x.shape[1] % 8 == 0
     for ids, mask, position in zip(*tensors, strict=True):
         pad = int((mask == 0).sum())
-        assert (mask[pad:] == 1).all() and ids[pad] == 1 and (ids[:pad] == 2).all()
+        assert (mask[pad:] == 1).all() and (ids[: pad + 1] == 1).all()
         assert position.tolist() == [0] * pad + list(range(len(mask) - pad))
-    assert TOKENIZER.pad_token is None  # the tokenizer is not changed
-    padded = collate(word_tokenizer(pad=True), YES_NO)
-    assert padded.input_ids[1, 0] == 0 and batch.weight.dtype == torch.float32
-    assert batch.labels.tolist() == [e.label for e in YES_NO + MULTI] and batch.num_examples == 5
-    with pytest.raises(UserError, match="'best' must be 'all' or 'right'"):
+    assert batch.weight.dtype == torch.float32
+    assert batch.labels.tolist() == [e.label for e in YES_NO + MULTI]
+    with pytest.raises(ValueError, match="'best' must be 'all' or 'right'"):
         collate(TOKENIZER, YES_NO, score="best")
 
 
@@ -778,11 +648,9 @@ def test_only_the_last_positions_are_needed(llama):
     full = llama(**batch.inputs(llama) | {"logits_to_keep": 0}).logits.detach()
     assert kept.shape[1] == batch.keep < full.shape[1]
     assert torch.equal(
-        scoring.option_scores(full[:, -batch.keep :], batch), scoring.option_scores(full, batch)
+        tasks.option_scores(full[:, -batch.keep :], batch), tasks.option_scores(full, batch)
     )
-    torch.testing.assert_close(
-        scoring.option_scores(kept, batch), scoring.option_scores(full, batch)
-    )
+    torch.testing.assert_close(tasks.option_scores(kept, batch), tasks.option_scores(full, batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -790,46 +658,33 @@ def test_half_logits_make_an_fp32_loss(llama, dtype):
     """Half-precision logits give the loss of their fp32 copies, not that of a half log-softmax."""
     batch = collate(TOKENIZER, YES_NO + MULTI)
     half = run(llama, batch).to(dtype)
-    for loss in (scoring.classification_loss, scoring.lm_loss):
+    for loss in (tasks.classification_loss, tasks.lm_loss):
         assert loss(half, batch).dtype == torch.float32
         assert abs(loss(half, batch) - loss(half.float(), batch)) < 1e-6
     coarse = half.log_softmax(-1)[batch.row, batch.position, batch.token].float()
-    fine = scoring._log_probs(half, batch)
+    fine = tasks._log_probs(half, batch)
     assert 1e-5 < (coarse - fine).abs().max() < 0.1
-
-
-def test_two_halves_of_a_doubled_batch(llama):
-    """The losses depend on (logits, batch) alone: halves of [x; x] give the loss of x, twice."""
-    batch = collate(TOKENIZER, YES_NO + MULTI)
-    inputs = batch.inputs(llama)
-    doubled = {k: torch.cat([v, v]) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    with torch.no_grad():
-        both = llama(**inputs | doubled).logits.chunk(2)
-    for half in both:
-        for loss in (scoring.classification_loss, scoring.lm_loss):
-            torch.testing.assert_close(loss(half, batch), loss(run(llama, batch), batch))
 
 
 def test_a_missing_or_impossible_option_spoils_nothing():
     """-inf for one option's token, or an option that an example lacks, leaves the others finite."""
     batch = collate(TOKENIZER, MULTI)
     logits = torch.randn(len(batch.input_ids), batch.keep, VOCAB)
-    want = scoring.option_scores(logits, batch)
+    want = tasks.option_scores(logits, batch)
     assert torch.isinf(want).tolist() == [[False, False, True], [False] * 3]
     wrong = int((batch.slot == 1 * 3 + 1).nonzero()[0])  # example 1, option 1; option 0 is right
     logits[batch.row[wrong], batch.position[wrong], batch.token[wrong]] = -torch.inf
-    scores = scoring.option_scores(logits, batch)
+    scores = tasks.option_scores(logits, batch)
     assert scores[1, 1] == -torch.inf and torch.equal(scores[0], want[0])
-    for loss in (scoring.classification_loss, scoring.lm_loss):
+    for loss in (tasks.classification_loss, tasks.lm_loss):
         assert loss(logits, batch).isfinite()
 
 
 def test_a_batch_moves_whole():
-    """`to` moves every tensor and nothing else."""
+    """Every tensor is made on the device that was asked for."""
     batch = collate(TOKENIZER, YES_NO, device="meta")
     tensors = [v for v in vars(batch).values() if isinstance(v, torch.Tensor)]
     assert len(tensors) == 10 and all(t.device.type == "meta" for t in tensors)
-    assert (batch.keep, batch.num_examples, batch.num_options) == (1, 3, 2)
 
 
 @pytest.mark.parametrize("name", ["sst2", "copa", "rte"])
@@ -839,7 +694,7 @@ def test_real_model_on_real_text(stories, name):
     folder = shared("data", "sst2" if name == "sst2" else "superglue")
     examples = load_examples(name, data_dir=folder, num_test=4).test
     batch = collate(tokenizer, examples, max_length=500)
-    scores = scoring.option_scores(run(model, batch), batch)
+    scores = tasks.option_scores(run(model, batch), batch)
     for got, e in zip(scores, examples, strict=True):
         for s, option in zip(got, e.options, strict=True):
             text, word = (e.prompt + option).strip(" "), option.strip(" ")
@@ -860,5 +715,149 @@ def test_truncated_batch_is_the_truncated_text(llama):
     assert batch.attention_mask.sum() == 5
     short = Example("it red?\n", ("Yes", "No"), 1)
     want = torch.tensor([mezo_scores(llama, TOKENIZER, short)])
-    got = scoring.option_scores(run(llama, batch), batch)
+    got = tasks.option_scores(run(llama, batch), batch)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+# --- what a step and an evaluation are made of ----------------------------------------------------
+
+
+@pytest.mark.parametrize("score, micro", [("all", 1), ("all", 3), ("right", 1), ("right", 3)])
+def test_micro_batches_are_the_whole_batch_to_rounding(score, micro):
+    """Options of unequal length, where a mean of means would be another number, for both losses."""
+    patch = model_patch.Patch(build("llama"), masks.Everything(), eps=1e-3)
+    examples = [
+        Example("a cat ?", (" red", " it was so great"), 1),
+        *(Example(f"{w} dog ?", (" red", " it was so great"), 0) for w in WORDS[:6]),
+    ]
+
+    def both(size):
+        how = {"score": score, "micro_batch": size, "max_length": 64, "device": "cpu"}
+        batches = list(tasks.minibatch(examples, TOKENIZER, **how))
+        assert [len(b.labels) for b in batches] == [size] * (7 // size) + [7 % size] * (
+            7 % size > 0
+        )
+        return train.losses(patch, batches, 5)
+
+    assert both(micro) == pytest.approx(both(7), rel=1e-6)
+
+
+def test_a_forward_gets_only_what_it_names(llama):
+    """Ids and mask always, also where forward has no names; positions and the rest by name."""
+    batch = collate(TOKENIZER, YES_NO)
+
+    class Model:
+        def __init__(self, forward):
+            self.forward = forward
+
+    always = {"input_ids", "attention_mask"}
+    assert set(batch.inputs(Model(lambda *args, **kwargs: 0))) == always
+    assert set(batch.inputs(Model(lambda input_ids, position_ids: 0))) == always | {"position_ids"}
+    assert batch.inputs(llama)["logits_to_keep"] == batch.keep
+
+
+def test_accuracy_counts_every_example_once(llama):
+    """Sorted and batched as one likes, as many are right as one at a time; NaN is never right."""
+    alone = [int(np.argmax(mezo_scores(llama, TOKENIZER, e))) == e.label for e in YES_NO + MULTI]
+    for size in (1, 2, 16):
+        right, broken = tasks.count_right(llama, TOKENIZER, YES_NO + MULTI, batch_size=size)
+        assert (right, broken) == (sum(alone), 0)
+    spoilt = copy.deepcopy(llama)
+    spoilt.lm_head.weight.data.fill_(torch.nan)
+    assert tasks.count_right(spoilt, TOKENIZER, YES_NO + MULTI).tolist() == [0, 5]
+    assert str(tasks.Accuracy(0.5, 100)) == "0.500 ± 0.050 (n = 100)"
+    assert "3 of them" in str(tasks.Accuracy(0.5, 100, 3))
+
+
+@pytest.mark.parametrize("classification", [True, False])
+def test_the_loss_that_scores_weights_is_that_of_training(llama, classification):
+    """task_losses gives each example the very loss that a step of train.py gives it."""
+    data = tasks.Data(YES_NO + MULTI, [], [], classification, "")
+    patch = model_patch.Patch(build("llama"), masks.Everything(), eps=1e-9)
+    losses = tasks.task_losses(TOKENIZER, data.train, data.score)
+    how = {"score": data.score, "micro_batch": 1, "max_length": 64, "device": "cpu"}
+    for loss, batch in zip(losses, tasks.minibatch(data.train, TOKENIZER, **how), strict=True):
+        want, _ = train.losses(patch, [batch], 0)
+        assert loss(llama).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_the_loss_of_a_text_is_that_of_transformers(llama):
+    """text_losses is the model's own language-model loss."""
+    windows = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+    for loss, row in zip(tasks.text_losses(windows), windows, strict=True):
+        want = llama(input_ids=row[None], labels=row[None]).loss
+        torch.testing.assert_close(loss(llama), want)
+
+
+def test_the_tiny_data_is_found_from_anywhere(tmp_path, monkeypatch):
+    """The offline default lies beside the code, not in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    data = tasks.load(Config(task="copa", data_dir="tiny/data", num_train=7, num_test=5))
+    assert (len(data.train), len(data.validation), len(data.test)) == (7, 100, 5)
+    assert not data.classification and data.score == "right"
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def letters(text, verbose):
+    """A tokenizer of one token per letter."""
+    return {"input_ids": [ord(c) for c in text]}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(2, 9), st.integers(0, 99))
+def test_windows_come_from_documents_long_enough(samples, length, seed):
+    """Each window is a piece of one long document, every document before any comes twice."""
+    texts = [chr(97 + i) * (length - 1) for i in range(5)]
+    texts += [chr(65 + i) + chr(91 + i) * 12 * length for i in range(6)]
+    windows = tasks.text_windows(letters, texts, samples, length, seed)
+    assert windows.shape == (samples, length)
+    strings = ["".join(map(chr, w)) for w in windows.tolist()]
+    owners = [next(i for i, text in enumerate(texts) if w in text) for w in strings]
+    assert min(owners) >= 5 and len(set(owners)) == min(samples, 6)
+    assert torch.equal(windows, tasks.text_windows(letters, texts, samples, length, seed))
+
+
+def test_short_documents_are_joined():
+    """Where the long documents do not suffice, windows come from all of them in a row."""
+    texts = ["abc", "defg", "hij", "klmnopqrst"]
+    windows = tasks.text_windows(letters, texts, 50, 8, 0)
+    assert len({"".join(map(chr, w)) for w in windows.tolist()}) > 3
+    with pytest.raises(ValueError, match="has 20 tokens, less than one sample of --length 21"):
+        tasks.text_windows(letters, texts, 1, 21, 0)
+    with pytest.raises(ValueError, match="has 0 tokens"):
+        tasks.text_windows(letters, [], 1, 21, 0)
+    assert tasks.text_windows(letters, texts, 2, 20, 0).shape == (2, 20)
+
+
+def test_texts_of_every_form(tmp_path):
+    """.txt is divided at blank lines, .jsonl has one {"text"} per line, U+2028 divides nothing."""
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
+    assert tasks.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo", "three\n"]
+    rows = [{"text": "one\u2028two"}, {"text": "", "url": "x"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert tasks.read_texts(str(tmp_path / "b.jsonl")) == ["one\u2028two", ""]
+    for line in ("{", "[]", '{"texts": ""}', '{"text": 3}', '{"text": "\\ud83d"}'):
+        (tmp_path / "c.jsonl").write_text(lines[1] + "\n" + line + "\n")
+        with pytest.raises(ValueError, match="c.jsonl:2 is not a line"):
+            tasks.read_texts(str(tmp_path / "c.jsonl"))
+    (tmp_path / "d.txt").write_bytes(b"one\n\xff\xfe\x00")
+    with pytest.raises(ValueError, match="d.txt:2 is not UTF-8"):
+        tasks.read_texts(str(tmp_path / "d.txt"))
+    for path in ("nowhere.txt", "", str(tmp_path)):
+        with pytest.raises(ValueError, match="a .txt or .jsonl file that exists"):
+            tasks.read_texts(path)
+
+
+def test_without_a_network_c4_is_an_error_that_says_so(monkeypatch):
+    """The default text is pinned and streamed from the hub; where that fails, --text is the way."""
+
+    def offline(*args, **how):
+        assert how["revision"] == tasks.C4_COMMIT and how["streaming"]
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match="ConnectionError: no network.; give --text FILE"):
+        tasks.read_texts(None)

@@ -1,37 +1,52 @@
-"""train.py and eval.py: the main job on a tiny model and a task of one's own, and bad input."""
+"""train.py and eval.py: what a run writes, what it comes back from, and what is refused."""
 
-import csv
 import json
 import math
-import os
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import kill
+import numpy as np
 import pytest
 import torch
 from models import build
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import errors
 import eval
-import loading
-import make_mask
+import masks
 import model_patch
-import presets
-import record
-import scoring
+import quant
 import tasks
 import train
 import zo
+from harness import config as configs
+from harness import loading, log
+from harness import mask as mask_command
 
-ROOT = Path(train.__file__).resolve().parent
+ROOT = Path(train.__file__).parent
+SENSZOQ = ["--method=senszoq", "--mask-from=task", "--density=0.02", "--lr=0.3"]
+METHODS = [
+    ["--method=mezo", "--lr=1e-3"],
+    ["--method=s-mezo", "--refresh-every=3"],
+    ["--method=s-mezo", "--mask-kind=constant"],
+    ["--method=s-mezo", "--mask-kind=packed", "--dtype=bfloat16"],
+    ["--method=r-mezo", "--density=0.5", "--select=proj"],
+    SENSZOQ,
+    [*SENSZOQ, "--bits=16", "--dtype=bfloat16"],
+]
+
+
+def files(folder):
+    return [f"--{name}-file={folder}/{name}.jsonl" for name in ("train", "test")]
 
 
 def arguments(folder, out, *more):
-    files = [f"--{n}-file={folder}/{n}.jsonl" for n in ("train", "test")]
-    return [f"--model={folder}/model", *files, f"--out={out}", "--lr=1e-3", "--steps=8", *more]
+    """The command line of a run of a second or less; what stands later counts."""
+    few = ["--lr=1e-2", "--steps=8", "--eval-every=4"]
+    return [f"--model={folder}/model", *files(folder), *few, f"--out={out}", *more]
 
 
 def run(folder, out, *more):
@@ -39,69 +54,119 @@ def run(folder, out, *more):
     return json.loads((out / "result.json").read_text())
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def code(main, argv) -> int:
+    """The exit code. Nothing keeps the frames, and with them the lock of a log."""
+    try:
+        main([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
-def weights_of(run_directory, step):
-    config, steps = record.open_run(run_directory)
-    model = eval.rebuild(config, steps[:step], run_directory).model
-    return [p.detach() for p in model.parameters()]
+def refused(main, argv, capsys) -> str:
+    """The one line that a command says which must end with exit code 2."""
+    capsys.readouterr()
+    assert code(main, argv) == 2
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if ": error: " in line]
+    assert "Traceback" not in said and said.rstrip().endswith(line)
+    return line
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--method=s-mezo"],
-        ["--method=s-mezo", "--mask-kind=packed", "--vectors=free"],
-        ["--method=s-mezo", "--refresh-every=3", "--vectors=frozen"],
-        ["--method=mezo"],
-        ["--method=r-mezo", "--density=0.5", "--select=proj"],
-    ],
-    ids=" ".join,
-)
-def test_every_method_trains_and_writes_its_run(folder, tmp_path, flags):
-    """A run writes config, log, metrics, result and curve; the log alone rebuilds the weights."""
-    out = tmp_path / "run"
-    result = run(folder, out, *flags, "--save-model", "--eval-every=4", "--log-every=2")
-    names = {p.name for p in out.iterdir()}
-    assert names == {
-        "config.json", "steps.csv", "metrics.jsonl", "result.json", "curve.png", "model"
-    }  # fmt: skip
-    metrics = lines(out / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [2, 4, 6, 8]
-    assert all(math.isfinite(m["loss"]) and 0 < m["active_density"] <= 1 for m in metrics)
-    assert [m["step"] for m in metrics if "validation_accuracy" in m] == [4, 8]
-    assert result["best_step"] in (0, 4, 8)
-    for name in ("zero_shot", "last", "best"):
-        found = result[name]
-        assert 0 <= found["accuracy"] <= 1 and found["n"] == 40
-    for key in ("seed", "torch", "transformers", "hardware", "peak_memory_bytes", "seconds"):
-        assert key in result, key
-    saved = AutoModelForCausalLM.from_pretrained(out / "model")
-    rebuilt = weights_of(out, result["best_step"])
-    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), rebuilt, strict=True))
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_log_rebuilds_the_last_weights_to_the_bit(folder, tmp_path, monkeypatch):
-    """(seed, −η g) per step, replayed on the original model, is the trained model."""
-    seen = {}
-    original = train.train
+def steps_of(directory):
+    return log.StepLog(directory).steps
 
-    def spy(config, log, path, tokenizer, data, handle, group):
-        original(config, log, path, tokenizer, data, handle, group)
-        seen["weights"] = [p.detach().clone() for p in handle.model.parameters()]
+
+def moving(model):
+    """The weights of a model: of a split one its values, else all."""
+    parts = [m for m in model.modules() if isinstance(m, quant.Parts)]
+    return [parts[0].sparse.values] if parts else [p.detach() for p in model.parameters()]
+
+
+def rebuilt(directory, steps=None):
+    """Those of a run after its first `steps` steps, by its log."""
+    config = configs.load(directory, {})
+    tokenizer, _ = loading.load_tokenizer(config.model)
+    logged = steps_of(directory)[:steps]
+    return moving(train.rebuild(config, directory, tokenizer, tasks.load(config), logged))
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """After a run of train.main: its last weights, as they were in memory."""
+    original, weights = train.train, []
+
+    def spy(config, patch, *arguments):
+        original(config, patch, *arguments)
+        weights[:] = [w.held[0].detach().clone() for w in patch.weights]
+        weights.extend([patch.sparse.values.clone()] if patch.sparse else [])
 
     monkeypatch.setattr(train, "train", spy)
-    run(folder, tmp_path / "run", "--refresh-every=3")
-    rebuilt = weights_of(tmp_path / "run", 8)
-    assert all(torch.equal(a, b) for a, b in zip(seen["weights"], rebuilt, strict=True))
-    start = build("llama-tied")
-    assert not torch.equal(next(start.parameters()), rebuilt[0])
+    return weights
 
 
-def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(folder, tmp_path):
-    """Same seed: the same log to the last digit; another seed: another log."""
+@pytest.fixture(scope="module")
+def base(folder, tmp_path_factory):
+    """A finished run of S-MeZO, the task it is of, and copies of its model that were changed."""
+    base = tmp_path_factory.mktemp("base")
+    run(folder, base / "run", "--refresh-every=3")
+    for name in ("late", "nan"):
+        shutil.copytree(folder / "model", base / name)
+        tensors = load_file(base / name / "model.safetensors")
+        tensors["model.norm.weight"][-1] += 1 if name == "late" else math.nan
+        save_file(tensors, base / name / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(folder / "model", base / "other")
+    build("llama-tied", seed=5).save_pretrained(base / "other")
+    text = (folder / "train.jsonl").read_text()
+    flipped = text.replace('"label": 0', '"label": 2').replace('"label": 1', '"label": 0')
+    (base / "flipped.jsonl").write_text(flipped.replace('"label": 2', '"label": 1'))
+    return base
+
+
+@pytest.fixture
+def ready(base, tmp_path):
+    """A copy of that run, to be changed."""
+    return Path(shutil.copytree(base / "run", tmp_path / "ready"))
+
+
+# ------------------------------------------------------------------ what a run is
+
+
+@pytest.mark.parametrize("flags", METHODS, ids=" ".join)
+def test_the_log_rebuilds_the_last_weights_to_the_bit(flags, folder, tmp_path, trained):
+    """A run of every method is whole, and its log gives its last weights to the bit."""
+    out = tmp_path / "run"
+    result = run(folder, out, *flags)
+    names = {"config.json", "steps.csv", "result.json", "curve.png"}
+    assert {p.name for p in out.iterdir()} - {"mask.safetensors"} == names
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    found = log.StepLog(out)
+    lines = [found.start, *found.steps]
+    assert [line.step for line in lines] == list(range(9))
+    assert [line.step for line in lines if line.validation is not None] == [0, 4, 8]
+    assert all(0 < line.active_density <= 1 for line in lines[::4])
+    assert result["best_step"] in (0, 4, 8)
+    for name in ("zero_shot", "last", "best"):
+        assert 0 <= result[name]["value"] <= 1 and result[name]["n"] == 40
+    assert {"hardware", "torch", "transformers", "seconds"} <= result.keys()
+    end = rebuilt(out)
+    if "--select=proj" in flags:  # only those have a place in the patch
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        end = [w for w, (n, _) in zip(end, model.named_parameters(), strict=True) if "proj" in n]
+    assert equal(trained, end)
+    assert not any(torch.equal(a, b) for a, b in zip(end, rebuilt(out, 0), strict=False))
+
+
+def test_one_seed_is_one_run(folder, tmp_path):
+    """Runs of one seed have the same log to the last digit, and runs of two do not."""
     logs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(len(logs))  # the global generator must not matter
@@ -111,483 +176,480 @@ def test_two_runs_with_one_seed_are_equal_and_with_two_are_not(folder, tmp_path)
 
 
 def test_the_log_is_minus_lr_times_proj_grad_and_a_fresh_seed(folder, tmp_path):
-    """a = −η · proj_grad, and step t has the seed step_seed(seed, t)."""
-    run(folder, tmp_path / "run", "--log-every=1", "--seed=5")
-    _, steps = record.open_run(tmp_path / "run")
-    for (t, seed, a, _, _), m in zip(steps, lines(tmp_path / "run" / "metrics.jsonl"), strict=True):
-        assert seed == zo.step_seed(5, t)
-        assert a == pytest.approx(-1e-3 * m["projected_grad"], rel=1e-6)
+    """A line's a is −η times the slope of its own losses, and its seed that of the step."""
+    run(folder, tmp_path / "run", "--seed=5")
+    for step in steps_of(tmp_path / "run"):
+        assert step.seed == zo.step_seed(5, step.step - 1)
+        slope = (step.loss_plus - step.loss_minus) / (2 * 1e-3)
+        assert step.a == float(np.float32(-1e-2 * slope))
 
 
-def test_the_recorded_loss_curve(folder, tmp_path):
-    """Ten steps of S-MeZO give the recorded losses: the cheapest alarm for a changed loop."""
-    run(folder, tmp_path / "run", "--steps=10", "--lr=1e-2", "--log-every=1", "--vectors=free")
-    found = [m["loss"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
-    assert found == pytest.approx(RECORDED, rel=2e-4)
-
-
-def test_mezo_learns_the_task(folder, tmp_path):
-    """300 steps of MeZO bring the training loss well below that of a coin."""
-    run(folder, tmp_path / "run", "--steps=300", "--method=mezo", "--lr=1e-2", "--eval-every=300")
-    losses = [m["loss"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
+def test_training_learns(folder, tmp_path):
+    """60 steps of MeZO bring the training loss well below that of a coin."""
+    flags = ["--steps=60", "--eval-every=60", "--lr=2e-3", "--num-test=1", "--num-validation=1"]
+    run(folder, tmp_path / "run", "--method=mezo", *flags)
+    losses = [step.loss_plus for step in steps_of(tmp_path / "run")]
     assert sum(losses[-20:]) / 20 < 0.75 * sum(losses[:5]) / 5
 
 
-def test_the_best_step_is_chosen_by_validation_accuracy(folder, tmp_path, monkeypatch):
-    """Never by test accuracy: a scripted validation decides, and its weights are tested."""
-    script = iter([0.5, 0.6, 0.9, 0.4, 0.8])  # at steps 0, 2, 4, 6, 8
-    original = eval.accuracy
+def test_validation_chooses_the_weights_that_are_tested(folder, tmp_path, monkeypatch, capsys):
+    """Result and eval.py take the step with the best validation accuracy, the first of equals."""
+    script = iter([0.5, 0.6, 0.9, 0.9, 0.8])  # at steps 0, 2, 4, 6, 8
+    original = train.accuracy
 
-    def scripted(model, tokenizer, examples, **sizes):
+    def scripted(config, model, tokenizer, examples):
         if len(examples) == 30:  # the validation examples: a third of 90
-            return eval.Accuracy(next(script), 30)
-        return original(model, tokenizer, examples, **sizes)
+            return tasks.Accuracy(next(script), 30)
+        return original(config, model, tokenizer, examples)
 
-    monkeypatch.setattr(eval, "accuracy", scripted)
-    assert run(folder, tmp_path / "run", "--eval-every=2")["best_step"] == 4
-
-
-def test_eval_gives_the_numbers_of_the_run(folder, tmp_path, capsys):
-    """eval.py on the run directory prints what result.json says, to the last example."""
-    result = run(folder, tmp_path / "run", "--lr=1e-2", "--steps=20")
+    monkeypatch.setattr(train, "accuracy", scripted)
+    result = run(folder, tmp_path / "run", "--eval-every=2")
+    assert result["best_step"] == 4
     capsys.readouterr()
-    for step in ("best", "last"):
-        eval.main([f"--run={tmp_path / 'run'}", f"--step={step}"])
-        value = result[step]["accuracy"]
-        error = result[step]["standard_error"]
-        assert f"test accuracy {value:.3f} ± {error:.3f} (n = 40)" in capsys.readouterr().out
-    files = [f"--{n}-file={folder}/{n}.jsonl" for n in ("train", "test")]
-    eval.main([f"--model={folder}/model", *files])
-    assert f"accuracy {result['zero_shot']['accuracy']:.3f}" in capsys.readouterr().out
-    eval.main([f"--model={folder}/model", *files, "--shots=4", "--split=validation"])
-    assert "4 shots" in capsys.readouterr().out
+    eval.main([f"--run={tmp_path}/run"])
+    assert f"after 4 steps, {folder}" in (line := capsys.readouterr().out)
+    assert f"accuracy {result['best']['value']:.3f} ±" in line
 
 
-def test_a_loss_that_is_not_finite_never_touches_the_weights(folder, tmp_path, monkeypatch):
-    """NaN losses are skipped, counted and logged as a = NaN; twenty in a row end the run."""
-    original, calls = train.scoring.classification_loss, []
+def test_a_loss_that_is_not_finite_never_touches_the_weights(
+    folder, tmp_path, monkeypatch, trained, capsys
+):
+    """A step whose loss is NaN or infinite is logged and moves nothing; twenty in a row end it."""
+    original, calls = tasks.classification_loss, []
 
     def sometimes(logits, batch):
-        calls.append(1)
-        loss = original(logits, batch)
-        return loss * float("nan") if len(calls) in (3, 4, 8) else loss
+        calls.append(1)  # two for the look before training, then two for each step
+        bad = {5: math.nan, 6: math.nan, 10: math.inf}
+        return original(logits, batch) * bad.get(len(calls), 1)
 
-    monkeypatch.setattr(train.scoring, "classification_loss", sometimes)
-    assert run(folder, tmp_path / "a")["skipped"] == 2  # calls 3 and 4 are one step
-    a = [float(row[2]) for row in list(csv.reader(open(tmp_path / "a" / "steps.csv")))[1:]]
-    assert [i for i, value in enumerate(a) if math.isnan(value)] == [1, 3]
-    monkeypatch.setattr(train.scoring, "classification_loss", lambda *_: torch.tensor(torch.nan))
-    assert exit_code(arguments(folder, tmp_path / "b", "--steps=40")) == 2
-    assert (tmp_path / "b" / "steps.csv").read_text().count("\n") == 20  # header and 19 steps
-
-
-def test_the_log_of_an_interrupted_run_can_be_evaluated(folder, tmp_path, monkeypatch, capsys):
-    """Ctrl-C keeps the steps so far and says how to use them; a torn last line is left out."""
-    original, calls = model_patch.Patch.update, []
-
-    def interrupted(self, seed, a):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        original(self, seed, a)
-
-    monkeypatch.setattr(model_patch.Patch, "update", interrupted)
-    assert exit_code(arguments(folder, tmp_path / "run")) == 130
-    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
-    monkeypatch.undo()
-    with open(tmp_path / "run" / "steps.csv", "a") as file:
-        file.write("5,12,0.0")  # no newline: the process died while writing
-    assert len(record.open_run(tmp_path / "run")[1]) == 5
-    eval.main([f"--run={tmp_path / 'run'}", "--step=last"])
-    assert "after 5 steps" in capsys.readouterr().out
+    monkeypatch.setattr(tasks, "classification_loss", sometimes)
+    assert run(folder, tmp_path / "a")["skipped"] == 2
+    steps = steps_of(tmp_path / "a")
+    assert [s.step for s in steps if not math.isfinite(s.a)] == [2, 4]
+    kept = [s for s in steps if math.isfinite(s.a)]
+    monkeypatch.setattr(tasks, "classification_loss", original)
+    assert equal(trained, rebuilt(tmp_path / "a"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    patch = model_patch.Patch(model, masks.SmallWeights(0.25))
+    for step in kept:
+        patch.update(step.seed, step.a)
+    patch.remove()
+    assert equal(trained, moving(model))
+    monkeypatch.setattr(tasks, "classification_loss", lambda *_: torch.tensor(math.nan))
+    error = refused(train.main, arguments(folder, tmp_path / "b", "--steps=40"), capsys)
+    assert "20 losses in a row were not finite" in error
+    assert len(steps_of(tmp_path / "b")) == 19
 
 
-def test_a_run_that_failed_before_its_first_step_gives_its_name_back(folder, tmp_path, capsys):
-    """A wrong --select costs the error alone: the next command may use the same --out."""
-    assert exit_code(arguments(folder, tmp_path / "run", "--select=nothing-like-this")) == 2
-    assert not (tmp_path / "run").exists()
-    run(folder, tmp_path / "run", "--select=proj")
-    (tmp_path / "early").mkdir()
-    (tmp_path / "early" / "config.json").write_text("{}")
-    assert exit_code([f"--run={tmp_path / 'early'}", "--step=last"], eval.main) == 2
-    assert "before its first step" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "left",
-    [
-        {"config.json": "{}"},
-        {"config.json.tmp": "{"},
-        {"config.json": "{}", "mask.safetensors": "…", "mask.safetensors.tmp": "…"},
-        {"config.json": json.dumps({"mask_from": "text"}), "mask.safetensors.tmp": "…"},
-        {"config.json": "{}", "steps.csv": "step,seed", "metrics.jsonl": ""},
-    ],
-    ids=",".join,
-)
-def test_what_was_killed_before_its_first_step_is_taken_over(left, folder, tmp_path):
-    """The same command again: nothing was lost, so nothing is in the way; what lives is."""
-    out = tmp_path / "run"
-    out.mkdir()
-    for name, text in left.items():
-        (out / name).write_text(text)
-    lock = record.lock(out)  # as if it had not been killed, but were still loading
-    assert exit_code(arguments(folder, out)) == 2
-    assert {p.name: p.read_text() for p in out.iterdir()} == left
-    os.close(lock)
-    run(folder, out)
-    (out / "config.json").write_text("{}")  # a result beside it: no longer its beginning
-    assert exit_code(arguments(folder, out)) == 2 and (out / "result.json").exists()
-
-
-def test_a_mask_made_for_a_run_that_was_killed_before_its_first_step_is_kept(tmp_path, capsys):
-    """It may be hours of work: nobody takes its directory over, and the error says its use."""
-    name, run = "tiny-rte-senszoq-seed0", tmp_path / "run"
-    run.mkdir()
-    record.write_json(run / "config.json", {"mask_from": "text"})
-    (run / record.MASK).write_text("…")
-    with pytest.raises(errors.UserError, match=f"--mask {run / record.MASK} is a mask"):
-        record.make_run_directory(str(run), name)
-    assert (run / record.MASK).read_text() == "…"
-    with pytest.raises(errors.UserError, match="stopped before its first step.* with --mask"):
-        record.open_run(run)
-
-
-def test_a_directory_that_goes_away_meanwhile_is_made_again(tmp_path, monkeypatch):
-    """Another process gives its name back between two of our calls: nobody owns half of it."""
-    original, out = record.lock, tmp_path / "run"
-
-    def slow(run):
-        held = original(run)
-        if not calls:
-            run.rmdir()  # ours is the lock of a directory that is gone
-            run.mkdir()
-        calls.append(held)
-        return held
-
-    calls = []
-    monkeypatch.setattr(record, "lock", slow)
-    run, held = record.make_run_directory(str(out), "name")
-    assert len(calls) == 2 and os.path.samestat(os.fstat(held), run.stat())
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_mask_is_kept_from_the_moment_that_it_is_whole(number, folder, tmp_path, monkeypatch):
-    """A signal right after it was written: hours of work may be in it."""
-    flags = [f"--model={folder}/model", f"--train-file={folder}/train.jsonl", "--mask-from=task"]
-    flags += [f"--test-file={folder}/test.jsonl", "--method=sensitive", "--density=0.01"]
-    monkeypatch.setattr(make_mask.gc, "collect", lambda: os.kill(os.getpid(), number))
-    out = tmp_path / "run"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup … &
-    try:
-        assert exit_code([*flags, f"--out={out}", "--steps=3"]) == 128 + number
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert [p.name for p in out.iterdir()] == [record.MASK]
-
-
-def test_scores_that_are_not_finite_are_no_accuracy(folder, tmp_path, capsys, monkeypatch):
-    """Where none is finite a run does not begin; where some are not they are wrong, and counted."""
-    original = scoring.option_scores
+def test_scores_that_are_not_finite_are_wrong(folder, monkeypatch, capsys):
+    """An example without finite scores counts as wrong and is counted; only such is an error."""
+    original = tasks.option_scores
 
     def broken(logits, batch):
         scores = original(logits, batch)
-        scores[:which] = torch.nan
+        scores[:which] = math.nan
         return scores
 
-    monkeypatch.setattr(scoring, "option_scores", broken)
-    which = None
-    assert exit_code(arguments(folder, tmp_path / "run")) == 2
-    assert "no log-probability of any example is finite" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    which = 1  # of every batch
-    files = [f"--{n}-file={folder}/{n}.jsonl" for n in ("train", "test")]
-    eval.main([f"--model={folder}/model", *files, "--batch-size=10"])
+    monkeypatch.setattr(tasks, "option_scores", broken)
+    argv, which = [f"--model={folder}/model", *files(folder), "--batch-size=10"], 1
+    eval.main(argv)
     assert "(n = 40, 4 of them without finite scores)" in capsys.readouterr().out
+    which = None
+    assert "no log-probability of any example is finite" in refused(eval.main, argv, capsys)
 
 
-@pytest.mark.parametrize("what", ["file", "base model", "folder"])
-def test_a_checkpoint_is_never_written_over_something(what, folder, tmp_path, capsys):
-    """--save into the base model would lose its weights, and every run on them."""
-    run(folder, tmp_path / "run")
-    save = {"file": tmp_path / "a", "base model": folder / "model", "folder": tmp_path}[what]
-    (tmp_path / "a").write_text("mine")
-    before = sorted(p.name for p in (folder / "model").iterdir())
-    assert exit_code([f"--run={tmp_path / 'run'}", "--step=last", f"--save={save}"], eval.main) == 2
-    assert "already there and not empty" in capsys.readouterr().err
-    assert (tmp_path / "a").read_text() == "mine"
-    assert sorted(p.name for p in (folder / "model").iterdir()) == before
+def test_the_picture_may_fail(folder, tmp_path, monkeypatch, capsys):
+    """Without its picture a run is whole, and a line says why there is none."""
 
+    def fails(*_):
+        raise RuntimeError("no font")
 
-def test_an_option_without_room_is_said_before_the_run_begins(folder, tmp_path, capsys):
-    """Not at step 500, when its batch comes and --resume would fail there again."""
-    text = (folder / "train.jsonl").read_text()
-    late = {"prompt": "a", "options": [" red", " blue" * 40], "label": 0}
-    (tmp_path / "late.jsonl").write_text(text + json.dumps(late) + "\n")
-    argv = [f"--model={folder}/model", f"--train-file={tmp_path}/late.jsonl", "--lr=1e-3"]
-    argv += [f"--test-file={folder}/test.jsonl", f"--out={tmp_path}/run", "--max-length=32"]
-    assert exit_code([*argv, "--steps=1"]) == 2
-    assert "tokens; it needs 1, and 1 before it" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_knows_whether_its_kernels_were_compiled(folder, tmp_path, monkeypatch, capsys):
-    """No compiler: a new run says so in config.json; one that was compiled is not continued."""
-
-    def broken(function, **_):
-        def kernel(*arguments):
-            raise RuntimeError("no C++ compiler")
-
-        return kernel
-
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    run(folder, tmp_path / "with", "--compile=yes")
-    assert record.open_run(tmp_path / "with")[0]["compiled"] is True
-    monkeypatch.setattr(torch, "compile", broken)
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
-        run(folder, tmp_path / "without", "--compile=yes")
-    assert record.open_run(tmp_path / "without")[0]["compiled"] is False
-    with pytest.warns(UserWarning):
-        assert exit_code([f"--run={tmp_path / 'with'}", "--step=last"], eval.main) == 2
-    assert "kernels were compiled, and here that fails" in capsys.readouterr().err
-
-
-def test_a_log_that_was_cut_before_its_best_step_is_refused(folder, tmp_path, capsys):
-    """eval.py never reports a step that it did not replay."""
-    run(folder, tmp_path / "run")
-    log = tmp_path / "run" / "steps.csv"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    (tmp_path / "run" / "result.json").write_text(json.dumps(result | {"best_step": 4}))
-    assert exit_code([f"--run={tmp_path / 'run'}"], eval.main) == 2
-    assert "was best after step 4, but its log has 1" in capsys.readouterr().err
-    assert exit_code([f"--run={tmp_path / 'run'}", "--step=²"], eval.main) == 2
-    assert "--step ²: best, last, or 0 … 1" in capsys.readouterr().err
-
-
-def test_what_fails_after_training_does_not_lose_the_result(folder, tmp_path, monkeypatch):
-    """best_step is on disk before the second model is loaded, so eval.py can go on from there."""
-
-    def no_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(eval, "rebuild", no_memory)
-    script = iter([0.5, 0.9, 0.4])
-    original = eval.accuracy
-    monkeypatch.setattr(
-        eval, "accuracy",
-        lambda m, t, examples, **k: eval.Accuracy(next(script), 30)
-        if len(examples) == 30 else original(m, t, examples, **k),
-    )  # fmt: skip
-    assert exit_code(arguments(folder, tmp_path / "run", "--eval-every=4")) == 2
-    monkeypatch.undo()
-    eval.main([f"--run={tmp_path / 'run'}", f"--save={tmp_path / 'saved'}"])
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    rebuilt = weights_of(tmp_path / "run", 4)
-    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), rebuilt, strict=True))
-
-
-def test_a_run_can_be_evaluated_from_another_folder(folder, tmp_path, monkeypatch, capsys):
-    """Paths in config.json are absolute, the dtype is the one that was used."""
-    monkeypatch.chdir(folder)
-    train.main(["--model=model", "--train-file=train.jsonl", "--test-file=test.jsonl", "--lr=1e-3",
-                "--steps=2", f"--out={tmp_path / 'run'}"])  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    eval.main([f"--run={tmp_path / 'run'}", "--device=cpu"])
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "float32"
-
-
-def test_a_run_of_the_offline_default_can_be_evaluated(tmp_path, monkeypatch, capsys):
-    """`train.py` without model or data, then `eval.py --run`: the README's two commands."""
-    monkeypatch.chdir(ROOT)
-    train.main(["--steps=2", "--num-test=20", "--num-validation=10", f"--out={tmp_path / 'run'}"])
-    capsys.readouterr()
-    monkeypatch.chdir(tmp_path)
-    eval.main([f"--run={tmp_path / 'run'}", "--step=last"])
-    assert "after 2 steps" in capsys.readouterr().out
-
-
-def test_a_prompt_longer_than_the_models_positions_is_cut(folder):
-    """--max-length is bounded by what the model can number."""
-    assert loading.usable_length(2048, build("gpt2").config) == 64
-    assert loading.usable_length(32, build("gpt2").config) == 32
-
-
-# ------------------------------------------------------------------ settings
-
-
-def exit_code(argv, main=train.main):
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    return caught.value.code
-
-
-def test_presets_are_the_papers_tables():
-    """Table 8's sparsities become densities; grids, steps and ε are [S]'s; the user's word wins."""
-    found = presets.fill_in(train.Config(task="rte"), "llama")
-    assert found["density"] == (0.25, "[S] Table 8: sparsity 0.75 on rte")
-    assert found["steps"][0] == 20_000 and found["lr"][0] in (1e-6, 2e-6, 3e-6, 4e-6, 5e-6)
-    assert presets.fill_in(train.Config(task="boolq"), "mistral")["density"][0] == 0.4
-    assert presets.fill_in(train.Config(method="mezo"), "llama")["lr"][0] in (5e-7, 1e-6, 2e-6)
-    assert "lr" not in presets.fill_in(train.Config(lr=1.0), "llama")
-    assert train.Config().eps == 1e-3 and train.Config().batch_size == 16
-
-
-def test_settings_and_their_sources_are_printed_first(folder, tmp_path, capsys):
-    """The first lines show each value that was not a default, and where it came from."""
-    run(folder, tmp_path / "run")
+    monkeypatch.setattr(log, "draw_curve", fails)
+    assert run(folder, tmp_path / "run").keys() >= {"last", "best"}
     out = capsys.readouterr().out
-    assert "lr             0.001                    you" in out
-    assert "density        0.25" in out and "[S]" in out
-    assert "weights move" in out
+    assert "no curve.png: RuntimeError: no font" in out and "test accuracy, last weights" in out
 
 
-def test_the_default_run_directory_has_a_name_of_its_own(folder, tmp_path, monkeypatch):
-    """Without --out runs are numbered, never overwritten."""
-    monkeypatch.chdir(tmp_path)
-    name = train.run_name(train.Config(model="some/llama", task="rte", seed=3))
-    made = [record.make_run_directory(None, name) for _ in range(2)]
-    names = ["runs/llama-rte-s-mezo-seed3", "runs/llama-rte-s-mezo-seed3-2"]
-    assert [run.as_posix() for run, _ in made] == names
-    os.close(made[0][1])  # killed before its first step: its name is free again
-    assert record.make_run_directory(None, name)[0].as_posix() == names[0]
-    for run in names:
-        record.give_up(Path(run))
-    assert not Path("runs").exists()
+def test_the_picture_is_drawn_wherever_it_may_be(base, tmp_path):
+    """Another backend in the environment and dollars in a path are no obstacle to the picture."""
+    run = shutil.copytree(base / "run", tmp_path / "a$b$c")
+    (run / "curve.png").unlink()
+    program = "import sys, pathlib; from harness import log; where = pathlib.Path(sys.argv[1]); "
+    program += "log.draw_curve(log.StepLog(where), f'{where}/$x_', 0.5)"
+    environment = {"MPLBACKEND": "module://nonsense", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", program, str(run)]
+    subprocess.run(command, cwd=ROOT, check=True, env=environment)
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-BAD = {  # what the user types: what the one line must say
-    "--task=rtee": "did you mean rte",
-    "--task=nonsense": "sst2, rte, cb, boolq",
-    "--method=adam": "invalid choice: 'adam'",
-    "--density=0": "above 0 and at most 1",
-    "--density=1.5": "sparsity 0.75 is --density 0.25",
-    "--density=nan": "above 0 and at most 1",
-    "--lr=-1": "must be positive",
-    "--lr=nan": "must be positive",
-    "--lr=fast": "invalid float value",
-    "--eps=0": "must be positive",
-    "--steps=0": "must be positive",
-    "--steps=99999999": "from 1 to",
-    "--seed=-1": "from 0 to",
-    "--batch-size=0": "at least 1",
-    "--num-train=0": "at least 1",
-    "--num-validation=-3": "at least 0",
-    "--method=mezo --density=0.3": "mezo moves all",
-    "--method=mezo --mask-kind=packed": "is for s-mezo, not for mezo",
-    "--method=s-mezo --mask=packed": "are for sensitive and senszoq, not for s-mezo",
-    "--mask-kind=file": "invalid choice",
-    "--mask-kind=packed --refresh-every=5": "only the dynamic mask",
-    "--select=(": "no regular expression",
-    "--select=nothing": "no parameter moves: none matches 'nothing'",
-    "--method=senszoq --text=no.txt": "a .txt or .jsonl file that exists",
-    "--device-map=auto": "sees no GPU",
-    "--vectors=some": "invalid choice",
-    "--dtype=int8": "invalid choice",
-    "--unknown-flag=1": "unrecognized arguments",
-    "--model={folder}/model": "give --task",
-    "--task=rte --train-file={folder}/train.jsonl": "or both files (--train-file",
-    "--data-dir=/nowhere": "no file",
-    "--model=/no/such/folder --task=rte --data-dir={data}": "does not exist",
-    "--model={data} --task=rte --data-dir={data}": "without config.json",
-    "--model=no-such-org/no-such-model --task=rte --data-dir={data}": "hf auth login",
-    "--train-file={folder}/train.jsonl": "--test-file",
-    "--train-file={folder}/none.jsonl --test-file={folder}/test.jsonl": "no file",
-    "--train-file={data}/bad.jsonl --test-file={folder}/test.jsonl": "bad.jsonl:2",
-    "--out={folder} --model={folder}/model --task=rte --data-dir={data}": "not empty",
-    "--out=/proc/nowhere/run --model={folder}/model --task=rte --data-dir={data}": "cannot write",
+def test_the_papers_values_and_their_sources(base, folder, capsys, tmp_path):
+    """What the user leaves out comes from the papers' tables, and is printed with its source."""
+
+    def filled(family, **said):
+        config = train.Config(model="x", **said)
+        return config, configs.fill_in(config, family)
+
+    config, sources = filled("llama", task="rte")
+    assert (config.density, config.steps, config.eps) == (0.25, 20_000, 1e-3)
+    assert sources["density"] == "[S] Table 8: sparsity 0.75 on rte"
+    assert config.lr in (1e-6, 2e-6, 3e-6, 4e-6, 5e-6) and "[S] Table 6" in sources["lr"]
+    assert config.batch_size == 16 and config.eval_every == 2_000
+    assert filled("mistral", task="boolq")[0].density == 0.4
+    assert filled("llama", method="mezo", task="rte")[0].density == 1
+    config, sources = filled("opt", method="senszoq", task="rte", lr=1.0)
+    assert (config.density, config.bits, config.lr) == (0.001, 4, 1.0) and "lr" not in sources
+    run(folder, tmp_path / "run", "--steps=1")
+    rows = [line.split(None, 2) for line in capsys.readouterr().out.splitlines()[:12]]
+    assert ["lr", "0.01", "you"] in [[w.strip() for w in row] for row in rows]
+    assert any(row[:2] == ["density", "0.25"] and "[S]" in row[2] for row in rows)
+
+
+# ------------------------------------------------------------------ going on with a run
+
+
+@pytest.mark.parametrize("flags", [["--refresh-every=3"], SENSZOQ], ids=["s-mezo", "senszoq"])
+@pytest.mark.parametrize("last", [0, 5])
+def test_a_torn_last_line_is_dropped(flags, last, folder, tmp_path, trained):
+    """From a log with a torn last line a run goes on to the same bytes and the same weights."""
+    run(folder, tmp_path / "whole", *flags)
+    weights = [w.clone() for w in trained]
+    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    whole = (cut / "steps.csv").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (cut / "steps.csv").write_bytes(b"".join(lines[: last + 2]) + lines[last + 2][:-5])
+    before = json.loads((cut / "result.json").read_text())
+    train.main([f"--resume={cut}"])
+    assert (cut / "steps.csv").read_bytes() == whole
+    assert equal(trained, weights)
+    after = json.loads((cut / "result.json").read_text())
+    for name in ("zero_shot", "last", "best", "best_step", "skipped"):
+        assert after[name] == before[name]
+
+
+def test_more_steps_are_what_a_longer_run_would_have_done(folder, ready, tmp_path):
+    """--resume with --steps ends as a run that was asked for them at once."""
+    run(folder, tmp_path / "long", "--refresh-every=3", "--steps=12")
+    train.main([f"--resume={ready}", "--steps=12"])
+    assert (ready / "steps.csv").read_bytes() == (tmp_path / "long" / "steps.csv").read_bytes()
+    assert json.loads((ready / "config.json").read_text())["steps"] == 12
+
+
+CHANGES = {
+    "rate": ["--lr=2e-2"],
+    "eps": ["--eps=2e-3"],
+    "seed": ["--seed=1"],
+    "method": ["--method=r-mezo", "--refresh-every=0"],
+    "density": ["--density=0.5"],
+    "batch": ["--batch-size=8"],
+    "model": ["--model={base}/other"],
+    "a late value of the model": ["--model={base}/late"],
+    "draw of the data": ["--data-seed=1"],
+    "labels": ["--train-file={base}/flipped.jsonl"],
 }
 
 
-@pytest.mark.parametrize("typed", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(typed, folder, tmp_path, capsys, monkeypatch):
-    """Each mistake fails before a model is loaded, names the value and says what is allowed."""
+@pytest.mark.parametrize("what", CHANGES)
+def test_resume_refuses_what_is_not_the_runs_own(what, base, ready, capsys):
+    """Changed settings, model or data are one line that says the difference; no file changes."""
+    before = contents(ready)
+    flags = [flag.format(base=base) for flag in CHANGES[what]]
+    error = refused(train.main, [f"--resume={ready}", "--steps=12", *flags], capsys)
+    assert "step 8 does not come out as it was logged" in error and "has changed" in error
+    step = steps_of(ready)[-1]
+    assert repr(step.a) in error and repr(step.loss_plus) in error
+    assert contents(ready) == before
 
-    def never(*args, **kwargs):
-        raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(loading, "load_model", never)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    data = tmp_path / "data"
-    (data / "RTE").mkdir(parents=True)
-    row = json.dumps({"premise": "p", "hypothesis": "h", "label": "entailment"}) + "\n"
-    for name in ("train", "val"):
-        (data / "RTE" / f"{name}.jsonl").write_text(row * 600)
-    (data / "bad.jsonl").write_text((folder / "train.jsonl").read_text().split("\n")[0] + "\n{oops")
-    argv = [word.format(folder=folder, data=data) for word in typed.split()]
-    assert exit_code(argv) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert BAD[typed] in error[-1], error
-    assert "Traceback" not in "".join(error)
-    assert len(error) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["data"]  # nothing is left behind
+def test_a_run_of_q_does_not_go_on_with_another_mask(folder, tmp_path, capsys):
+    """A run's mask that was replaced by another of its size is noticed as any change is."""
+    out = tmp_path / "run"
+    run(folder, out, *SENSZOQ)
+    (out / "mask.safetensors").unlink()
+    make = [f"--model={folder}/model", "--kind=random", "--density=0.02"]
+    mask_command.main([*make, f"--out={out}/mask.safetensors"])
+    before = contents(out)
+    for main, argv in ((train.main, [f"--resume={out}"]), (eval.main, [f"--run={out}"])):
+        error = refused(main, [*argv, *(["--step=last"] if main is eval.main else [])], capsys)
+        assert "does not come out as it was logged" in error
+    assert contents(out) == before
+
+
+def test_rounding_is_said_and_no_obstacle(ready, monkeypatch, capsys):
+    """Losses that differ by a millionth are another machine's, and the run goes on with them."""
+    original = train.losses
+
+    def rounded(patch, batches, seed):
+        plus, minus = original(patch, batches, seed)
+        return plus * (1 + 1e-6), minus
+
+    monkeypatch.setattr(train, "losses", rounded)
+    train.main([f"--resume={ready}", "--steps=10"])
+    assert "comes out as it was logged but for rounding" in capsys.readouterr().out
+    assert len(steps_of(ready)) == 10
+
+
+def test_a_run_goes_on_in_smaller_parts(ready, capsys):
+    """--resume with --micro-batch, after memory was full, goes on with the same steps."""
+    before = (ready / "steps.csv").read_text()
+    train.main([f"--resume={ready}", "--micro-batch=3", "--steps=10"])
+    assert (ready / "steps.csv").read_text().startswith(before)
+    assert json.loads((ready / "config.json").read_text())["micro_batch"] == 3
+
+
+def test_ctrl_c_says_how_to_go_on(folder, ready, tmp_path, monkeypatch, capsys):
+    """A stopped run says the command that goes on with it, and that gives the unstopped run."""
+    original, calls = model_patch.Patch.update, []
+
+    def interrupted(self, seed, a):
+        calls.append(original(self, seed, a))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_patch.Patch, "update", interrupted)
+    assert code(train.main, arguments(folder, tmp_path / "run", "--refresh-every=3")) == 130
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith(f"stopped; python train.py --resume {tmp_path}/run goes on")
+    monkeypatch.undo()
+    assert len(steps_of(tmp_path / "run")) == 5
+    train.main([f"--resume={tmp_path}/run"])
+    assert (tmp_path / "run/steps.csv").read_bytes() == (ready / "steps.csv").read_bytes()
+
+
+def test_a_directory_that_is_no_run_is_left_alone(folder, tmp_path, capsys):
+    """--resume of a folder without config.json, and --out of one with files, delete nothing."""
+    (tmp_path / "steps.csv").write_text("mine")
+    for argv, message in (
+        ([f"--resume={tmp_path}"], "is no run directory"),
+        ([f"--resume={tmp_path}/none"], "is no run directory"),
+        (arguments(folder, tmp_path), "is not empty"),
+    ):
+        assert message in refused(train.main, argv, capsys)
+        assert contents(tmp_path) == {"steps.csv": b"mine"}
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "file, spoil, message",
     [
-        (["--run=/nowhere"], "no run directory"),
-        (["--run={run}", "--task=rte"], "leave out --task"),
-        (["--run={run}", "--step=9"], "best, last, or 0 … 8"),
-        (["--step=3"], "needs --run"),
-        (["--shots=-1"], "at least 0"),
-        (["--model={folder}/model", "--train-file={folder}/train.jsonl",
-          "--test-file={folder}/test.jsonl", "--shots=500"], "60 training examples"),
-    ],
-)  # fmt: skip
-def test_eval_refuses_in_one_line(argv, message, folder, tmp_path, capsys):
-    """eval.py's mistakes, too, are one line and exit code 2."""
-    if "{run}" in argv[0]:
-        run(folder, tmp_path / "run")
-    argv = [a.format(run=tmp_path / "run", folder=folder) for a in argv]
-    assert exit_code(argv, eval.main) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert message in error[-1]
-
-
-def test_a_run_is_refused_on_another_base_model_or_other_data(folder, tmp_path, capsys):
-    """Replaying a log on weights or data that are not the run's own is an error."""
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    run(copy, tmp_path / "run")
-    build("llama-tied", seed=5).save_pretrained(copy / "model")
-    assert exit_code([f"--run={tmp_path / 'run'}"], eval.main) == 2
-    assert "not the model" in capsys.readouterr().err
-    build("llama-tied").save_pretrained(copy / "model")
-    rows = (copy / "test.jsonl").read_text()
-    (copy / "test.jsonl").write_text(rows.replace('"label": 1', '"label": 0', 1))
-    assert exit_code([f"--run={tmp_path / 'run'}"], eval.main) == 2
-    assert "have changed" in capsys.readouterr().err
-    log = tmp_path / "run" / "steps.csv"
-    log.write_text(log.read_text().replace("3,3,", "x,3,", 1))
-    assert exit_code([f"--run={tmp_path / 'run'}"], eval.main) == 2
-    assert "steps.csv: line 5" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train.py --density=2",
-        "eval.py --shots=-1",
-        "masks.py --samples=0 --out=no/mask",
-        "make_mask.py --samples=0 --out=no/mask",
+        ("config.json", lambda text: text[:99], "is torn or of another version"),
+        ("config.json", lambda text: text.replace('"lr"', '"rate"'), "is torn or of another"),
+        ("steps.csv", lambda text: text.replace("\n3,", "\n4,", 1), "line 5 is '4,"),
+        ("steps.csv", lambda text: text.replace("\n3,", "\n3,,", 1), "number of columns"),
+        ("steps.csv", lambda text: text.replace("\n3,", "\n\0\n3,", 1), "line 5 is"),
     ],
 )
-def test_bad_flags_fail_before_transformers_is_imported(command):
-    """A bad flag costs torch's import and no more."""
-    code = """if True:
-        import runpy, sys
-        sys.argv = sys.argv[1:]
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            print(stop.code, "transformers" in sys.modules)
-    """
-    argv = [sys.executable, "-c", code, *command.split()]
-    found = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-    assert found.stdout.split() == ["2", "False"], found.stderr
+def test_files_that_were_edited_are_one_line(file, spoil, message, ready, capsys):
+    """A run with an edited file is refused and stays as it is."""
+    (ready / file).write_text(spoil((ready / file).read_text()))
+    before = contents(ready)
+    for main, argv in ((train.main, [f"--resume={ready}"]), (eval.main, [f"--run={ready}"])):
+        assert message in refused(main, argv, capsys)
+    assert contents(ready) == before
+
+
+def test_two_processes_do_not_train_one_run(ready, capsys):
+    """While a run is being trained, no other process writes its log."""
+    held = log.StepLog(ready, write=True)
+    before = contents(ready)
+    error = refused(train.main, [f"--resume={ready}", "--steps=12"], capsys)
+    assert "is being trained by another process" in error and contents(ready) == before
+    held.file.close()
+    assert code(train.main, [f"--resume={ready}", "--steps=9"]) == 0
+
+
+def test_a_start_that_fails_can_be_put_right(folder, tmp_path, capsys):
+    """What only the loaded model shows to be wrong is changed by a flag beside --resume."""
+    argv = arguments(folder, tmp_path / "run", "--select=nothing")
+    error = refused(train.main, argv, capsys)
+    assert "nothing moves: no parameter's name matches 'nothing'" in error
+    assert error.endswith(f"python train.py --resume {tmp_path}/run goes on")
+    train.main([f"--resume={tmp_path}/run", "--select=proj"])
+    assert len(steps_of(tmp_path / "run")) == 8
+
+
+def test_kill_9_at_random_moments(folder, tmp_path):
+    """Killed between and inside its writes, a run ends as if it had been left alone."""
+    killed, finished = kill.kill_often(folder, tmp_path, kills=5, seed=1)
+    assert killed == 5 and finished >= 1
+
+
+# ------------------------------------------------------------------ masks of [Q]
+
+
+def test_a_run_brings_its_own_mask(folder, tmp_path, capsys):
+    """A mask made from a text is the command's, and --mask with that file gives the same run."""
+    text, file = tmp_path / "text.txt", tmp_path / "mask.safetensors"
+    text.write_text("\n\n".join("red blue a b c d . red e f g blue ?" for _ in range(60)))
+    made = [f"--text={text}", "--density=0.02"]
+    run(folder, tmp_path / "a", "--method=senszoq", "--lr=0.3", *made)
+    mask_command.main([f"--model={folder}/model", *made, f"--out={file}"])
+    index, again = (masks.load(path)[0] for path in (tmp_path / "a/mask.safetensors", file))
+    assert equal(index.values(), again.values())
+    run(folder, tmp_path / "b", "--method=senszoq", "--lr=0.3", f"--mask={file}")
+    assert (tmp_path / "b/mask.safetensors").read_bytes() == file.read_bytes()
+    assert (tmp_path / "a/steps.csv").read_bytes() == (tmp_path / "b/steps.csv").read_bytes()
+    assert "density        0.02" in capsys.readouterr().out
+    text.unlink(), file.unlink()  # each run has an own copy
+    for name in ("a", "b"):
+        train.main([f"--resume={tmp_path}/{name}", "--steps=9"])
+        assert len(steps_of(tmp_path / name)) == 9
+
+
+# ------------------------------------------------------------------ eval.py
+
+
+@pytest.mark.parametrize(
+    "flags", [[], SENSZOQ, [*SENSZOQ, "--bits=16"]], ids=["s-mezo", "senszoq", "16"]
+)
+def test_eval_gives_the_numbers_of_the_run(flags, folder, tmp_path, capsys):
+    """A run at its best, last or any step answers as it did, and so does its saved checkpoint."""
+    out = tmp_path / "run"
+    result = run(folder, out, *flags)
+
+    def accuracy(*argv):
+        capsys.readouterr()
+        eval.main([str(word) for word in argv])
+        return capsys.readouterr().out.split("accuracy ")[1].split()[0]
+
+    for step, name in (("best", "best"), ("last", "last"), (result["best_step"], "best")):
+        assert accuracy(f"--run={out}", f"--step={step}") == f"{result[name]['value']:.3f}"
+    start = accuracy(f"--model={folder}/model", *files(folder))
+    assert start == f"{result['zero_shot']['value']:.3f}"
+    saved = tmp_path / "saved"
+    last = accuracy(f"--run={out}", "--step=last", f"--save={saved}")
+    assert accuracy(f"--model={saved}", *files(folder)) == last == f"{result['last']['value']:.3f}"
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    if not flags:
+        assert equal(moving(model), rebuilt(out))
+    for name, places in masks.load(out / "mask.safetensors")[0].items() if flags else ():
+        theirs = model.get_parameter(name).detach().flatten()[places.long()]
+        assert torch.isin(theirs, rebuilt(out)[0]).all()
+
+
+def test_eval_refuses_another_base_model(base, ready, capsys):
+    """A log replayed on another model, or on one with a late value changed, is an error."""
+    for name in ("other", "late"):
+        argv = [f"--run={ready}", "--step=last", f"--model={base}/{name}"]
+        assert "does not come out as it was logged" in refused(eval.main, argv, capsys)
+
+
+def test_eval_of_solved_examples_and_of_validation(folder, capsys):
+    """--shots puts solved examples before the prompt, and --split names the part."""
+    flags = ["--shots=4", "--split=validation"]
+    eval.main([f"--model={folder}/model", *files(folder), *flags])
+    out = capsys.readouterr().out
+    assert "4 shots" in out and "validation accuracy" in out and "(n = 30)" in out
+
+
+def test_runs_are_evaluated_from_any_folder(tmp_path, monkeypatch, capsys):
+    """A run of the offline default, or of relative paths, is one from another folder, too."""
+    monkeypatch.chdir(ROOT)
+    few = ["--steps=2", "--num-test=20", "--num-validation=10", "--num-train=30"]
+    train.main([*few, f"--out={tmp_path}/run"])
+    monkeypatch.chdir(tmp_path)
+    eval.main(["--run=run", "--step=last"])
+    assert "after 2 steps" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ bad input
+
+BAD = {  # what the user types: what the one line must say
+    "--task=rtee": "unknown task 'rtee': tasks are sst2, rte, cb, boolq",
+    "--method=adam": "invalid choice: 'adam'",
+    "--density=0": "above 0 and at most 1",
+    "--density=1.5": "the paper's sparsity 0.75 is density 0.25",
+    "--density=nan": "above 0 and at most 1",
+    "--lr=nan": "--lr nan: above 0 and finite",
+    "--lr=fast": "invalid float value",
+    "--eps=0": "above 0 and finite",
+    "--steps=0": "--steps 0: from 1 to",
+    "--steps=99999999999": "from 1 to",
+    "--seed=-1": "--seed -1: from 0 to",
+    "--batch-size=0": "--batch-size 0: from 1",
+    "--micro-batch=0": "--micro-batch 0: from 1",
+    "--method=mezo --density=0.3": "mezo moves all",
+    "--method=mezo --mask-kind=packed": "is for --method s-mezo, not for mezo",
+    "--mask=some": "--mask is for --method senszoq, not for s-mezo",
+    "--bits=4": "--bits is for --method senszoq",
+    "--mask-kind=packed --refresh-every=5": "a constant mask has none",
+    "--method=senszoq --select=proj": "its mask says what moves",
+    "--method=senszoq --mask=x --mask-from=task": "brings its own source",
+    "--method=senszoq --mask=nowhere": "no mask file nowhere",
+    "--method=senszoq --mask={folder}/train.jsonl": "is no complete mask file",
+    "--method=senszoq --mask={data}/mask.safetensors": "is a mask of another model",
+    "--select=(": "no regular expression",
+    "--dtype=int8": "invalid choice",
+    "--device=tpu": "auto, cpu, cuda or cuda:N",
+    "--device=cuda": "this torch sees no GPU",
+    "--unknown-flag=1": "unrecognized arguments",
+    "--model={folder}/model": "no task: give --task",
+    "--task=rte --train-file={folder}/train.jsonl": "give a task",
+    "--task=rte --data-dir=/nowhere": "no file",
+    "--model=/no/such/folder --task=rte --data-dir={tiny}": "does not exist",
+    "--model={data} --task=rte --data-dir={tiny}": "has no config.json",
+    "--model=no-such-org/no-such-model --task=rte --data-dir={tiny}": "hf auth login",
+    "--train-file={folder}/train.jsonl": "give a task",
+    "--train-file={folder}/none.jsonl --test-file={folder}/test.jsonl": "no file",
+    "--train-file={data}/torn.jsonl --test-file={folder}/test.jsonl": "torn.jsonl:2",
+    "--model={folder}/model --train-file={data}/late.jsonl --test-file={folder}/test.jsonl":
+        "it needs 1, and 1 before it",
+    "--out={folder}": "is not empty",
+    "--out=/proc/nowhere/run": "No such file or directory",
+    "eval --step=3 --run=/nowhere": "is no run directory",
+    "eval --split=train": "test or validation",
+    "eval --shots=-1": "--shots -1: from 0 to",
+    "eval --run=/nowhere --shots=2": "a run has none",
+    "eval --save={folder}": "is not empty",
+    "eval --run={ready} --step=9": "best, last, or 0 … 8, as logged",
+    "eval --run={ready} --step=²": "best, last, or 0 … 8, as logged",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", BAD)
+def test_bad_input_is_one_line(typed, folder, ready, tmp_path, capsys, monkeypatch):
+    """A mistake is one line and exit code 2 before a model is loaded, and nothing is left of it."""
+    if typed == "--device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (data := tmp_path / "data").mkdir()
+    row = {"prompt": "a", "options": [" red", " blue" * 70], "label": 0}
+    text = (folder / "train.jsonl").read_text()
+    (data / "torn.jsonl").write_text(text.split("\n")[0] + "\n{oops")
+    (data / "late.jsonl").write_text(text + json.dumps(row) + "\n")
+    weights = masks.decoder_linears(build("llama-tied"))
+    masks.save(data / "mask.safetensors", masks.largest(weights, 0.01), weights, {"density": 0.01})
+    named = {"folder": folder, "data": data, "ready": ready, "tiny": ROOT / "tiny/data"}
+    argv = [word.format(**named) for word in typed.removeprefix("eval ").split()]
+    main = eval.main if typed.startswith("eval ") else train.main
+    out = [] if main is eval.main or "--out" in typed else ["--out=new"]
+    before = contents(tmp_path)
+    assert BAD[typed] in refused(main, [*argv, *out], capsys)
+    assert contents(tmp_path) == before and not Path("new").exists()
+
+
+def test_a_mask_and_another_density_do_not_go_together(folder, tmp_path, capsys):
+    """The density of a mask is its own, and another one beside --mask is refused."""
+    weights = masks.decoder_linears(AutoModelForCausalLM.from_pretrained(folder / "model"))
+    file = tmp_path / "mask.safetensors"
+    masks.save(file, masks.largest(weights, 0.01), weights, {"density": 0.01})
+    flags = ["--method=senszoq", f"--mask={file}", "--density=0.1"]
+    assert "is 0.01" in refused(train.main, arguments(folder, tmp_path / "run", *flags), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [["--method=mezo"], [*SENSZOQ, "--bits=4"]], ids=" ".join)
+def test_a_model_with_nan_is_refused(flags, base, folder, tmp_path, capsys):
+    """A weight that is not finite is named, also where nothing would have read it."""
+    argv = arguments(folder, tmp_path / "run", f"--model={base}/nan", *flags)
+    assert "model.norm.weight holds NaN" in refused(train.main, argv, capsys)
+
+
+def test_runs_have_names_of_their_own(tmp_path, monkeypatch):
+    """Without --out runs are numbered, never overwritten."""
+    monkeypatch.chdir(tmp_path)
+    config = train.Config(model="some/llama", task="rte", seed=3)
+    names = [configs.new_run(config).as_posix() for _ in range(2)]
+    assert names == ["runs/llama-rte-s-mezo-seed3", "runs/llama-rte-s-mezo-seed3-2"]
 
 
 # ------------------------------------------------------------------ real models, real data
@@ -596,53 +658,16 @@ def test_bad_flags_fail_before_transformers_is_imported(command):
 @pytest.mark.parametrize(
     "model, task, flags",
     [
-        ("tinystories656k", "rte", ["--method=s-mezo"]),
         ("tinystories656k", "copa", ["--method=mezo"]),
-        ("stories260K", "wic", ["--method=r-mezo"]),
-        ("stories260K", "multirc", ["--method=s-mezo", "--max-length=512"]),
-        ("tinystories656k", "sst2", ["--method=s-mezo", "--mask-kind=packed"]),
+        ("stories260K", "rte", ["--method=s-mezo", "--max-length=128"]),
+        ("tinystories656k", "sst2", ["--method=senszoq", "--mask-from=task", "--density=0.01"]),
     ],
 )
 def test_real_models_on_real_tasks(shared, tmp_path, model, task, flags):
-    """The main job runs on real weights and official files: every task, every method."""
+    """The main job runs on real weights and official files."""
     data = shared / "data" / ("sst2" if task == "sst2" else "superglue")
-    sizes = ["--num-train=40", "--num-validation=8", "--num-test=8", "--max-length=256"]
-    train.main([
-        f"--model={shared}/models/{model}", f"--task={task}", f"--data-dir={data}", "--steps=3",
-        "--batch-size=4", "--lr=1e-5", f"--out={tmp_path / 'run'}", *sizes, *flags,
-    ])  # fmt: skip
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    few = ["--num-train=40", "--num-validation=8", "--num-test=8", "--steps=3", "--batch-size=4"]
+    argv = [f"--model={shared}/models/{model}", f"--task={task}", f"--data-dir={data}", *few]
+    train.main([*argv, "--lr=1e-5", f"--out={tmp_path}/run", *flags])
+    result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["skipped"] == 0 and result["last"]["n"] == 8
-
-
-def test_the_loss_falls_on_real_sst2(shared, tmp_path):
-    """120 steps of MeZO on tinystories656k: the training loss falls by more than a tenth."""
-    train.main([
-        f"--model={shared}/models/tinystories656k", "--task=sst2", "--method=mezo",
-        f"--data-dir={shared}/data/sst2", "--steps=120", "--lr=1e-4", "--batch-size=16",
-        "--num-validation=8", "--num-test=8", "--eval-every=120", "--log-every=1",
-        f"--out={tmp_path / 'run'}",
-    ])  # fmt: skip
-    losses = [m["loss"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
-    assert sum(losses[-20:]) / 20 < 0.9 * sum(losses[:20]) / 20
-
-
-def test_tasks_know_the_right_number_of_validation_examples():
-    """Trap 13 reaches the command line: --num-validation is 500, for CB and COPA 100."""
-    assert {name: task.num_validation for name, task in tasks.TASKS.items()} == {
-        **dict.fromkeys(tasks.TASKS, 500), "cb": 100, "copa": 100
-    }  # fmt: skip
-
-
-RECORDED = [
-    0.820256,
-    0.80863,
-    0.718511,
-    0.722888,
-    0.742094,
-    0.744811,
-    0.709274,
-    0.813635,
-    0.714099,
-    0.640776,
-]

@@ -21,19 +21,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TASKS = ("sst2", "rte", "boolq", "copa")
+IN_16 = "--method=senszoq --bits=16"
 METHODS = {  # row: (flags, grid of learning rates)
     "MeZO": ("--method=mezo", (3e-4, 1e-3, 3e-3)),
     "S-MeZO": ("--method=s-mezo", (3e-3, 1e-2, 3e-2, 1e-1)),
-    "S-MeZO, norms free": ("--method=s-mezo --vectors=free", (3e-3, 1e-2, 3e-2, 1e-1)),
     "R-MeZO": ("--method=r-mezo", (1e-3, 3e-3, 1e-2)),
     "norm weights only": ("--method=mezo --select=norm", (1e-2, 3e-2, 1e-1, 3e-1)),
     "SensZOQ, 0.1 % in 4 bits": ("--method=senszoq --mask=sensitive-0.001", (3e-2, 1e-1, 3e-1, 1)),
-    "the same in 16 bits": ("--method=sensitive --mask=sensitive-0.001", (3e-2, 1e-1, 3e-1, 1)),
-    "0.1 % largest": ("--method=sensitive --mask=largest-0.001", (1e-1, 3e-1, 1, 3)),
-    "0.1 % random": ("--method=sensitive --mask=random-0.001", (3e-1, 1, 3, 10)),
-    "1 % sensitive": ("--method=sensitive --mask=sensitive-0.01", (1e-2, 3e-2, 1e-1, 3e-1)),
-    "1 % largest": ("--method=sensitive --mask=largest-0.01", (3e-2, 1e-1, 3e-1, 1)),
-    "1 % random": ("--method=sensitive --mask=random-0.01", (3e-2, 1e-1, 3e-1, 1)),
+    "the same in 16 bits": (f"{IN_16} --mask=sensitive-0.001", (3e-2, 1e-1, 3e-1, 1)),
+    "0.1 % largest": (f"{IN_16} --mask=largest-0.001", (1e-1, 3e-1, 1, 3)),
+    "0.1 % random": (f"{IN_16} --mask=random-0.001", (3e-1, 1, 3, 10)),
+    "1 % sensitive": (f"{IN_16} --mask=sensitive-0.01", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "1 % largest": (f"{IN_16} --mask=largest-0.01", (3e-2, 1e-1, 3e-1, 1)),
+    "1 % random": (f"{IN_16} --mask=random-0.01", (3e-2, 1e-1, 3e-1, 1)),
 }
 
 
@@ -46,40 +46,41 @@ def quietly(function, *arguments) -> str:
 
 
 def mask_file(path: Path, seed: int) -> None:
-    """kind-density.safetensors by masks.py; sensitive: of the pre-training text, 100 windows."""
-    import make_mask
+    """kind-density.safetensors by harness.mask; sensitive: of the pre-training text."""
+    from harness import mask
 
     kind, density = path.stem.split("-")
     flags = [f"--kind={kind}", f"--density={density}", f"--out={path}"]
     flags += ["--length=64"] if kind == "sensitive" else [f"--seed={seed}"]  # documents have 70
-    quietly(make_mask.main, flags)
+    quietly(mask.main, flags)
 
 
 def train_once(job) -> dict:
-    """One run of train.py: (flags, lr, seed, steps, n) to what the tables need of it; its loss is
-    the mean of the last n lines of metrics.jsonl."""
+    """One run of train.py: (flags, lr, seed, steps, n) to what the tables need of it. Its loss is
+    the mean of the last n steps."""
     import torch
 
     import train
+    from harness.log import StepLog
 
     torch.set_num_threads(1)
-    flags, lr, seed, steps, last = job
+    flags, lr, seed, steps, n = job
     with tempfile.TemporaryDirectory() as folder:
         if flags[-1].startswith("--mask="):
             mask = Path(folder, flags[-1].removeprefix("--mask=") + ".safetensors")
             mask_file(mask, seed)
             flags = [*flags[:-1], f"--mask={mask}"]
-        common = [f"--lr={lr}", f"--seed={seed}", f"--steps={steps}", f"--out={folder}/run"]
+        run = Path(folder, "run")
+        common = [f"--lr={lr}", f"--seed={seed}", f"--steps={steps}", f"--out={run}"]
         common += [f"--eval-every={steps}", "--compile=yes"]
         quietly(train.main, [*flags, *common])
-        result = json.loads(Path(folder, "run", "result.json").read_text())
-        text = Path(folder, "run", "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+        result = json.loads((run / "result.json").read_text())
+        log = StepLog(run)
     return {
-        "test": result["last"]["accuracy"],
-        "validation": lines[-1]["validation_accuracy"],
-        "loss": statistics.mean(line["loss"] for line in lines[-last:]),
-        "active": lines[-1]["active_density"],
+        "test": result["last"]["value"],
+        "validation": log.steps[-1].validation,
+        "loss": statistics.mean((s.loss_plus + s.loss_minus) / 2 for s in log.steps[-n:]),
+        "active": log.steps[-1].active_density,
     }
 
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import loading
-import make_mask
-import sensitivity
+import masks
 import tasks
+from harness import config, loading
 
 TASKS = ("sst2", "rte", "boolq", "copa")
 DENSITIES = (1e-3, 1e-2, 1e-1)
@@ -41,23 +40,22 @@ def main() -> None:
         "--length", type=int, default=64, help="tokens of a text; documents have 70"
     )
     args = parser.parse_args()
-    folder = loading.locate("tiny/data")
-    model_name = loading.Settings.model
-    tokenizer, _ = loading.load_tokenizer(model_name)
-    model = loading.load_model(model_name, device="cpu")
-    weights = sensitivity.decoder_linears(model)
+    folder = config.HERE / "tiny/data"
+    tokenizer, _ = loading.load_tokenizer(config.TINY)
+    model = loading.load_model(config.TINY, device="cpu")
+    weights = masks.decoder_linears(model)
 
     losses = {}
     for name in ("c4", "other"):
-        texts = make_mask.read_texts(f"{folder}/{name}.jsonl")
-        windows = make_mask.text_windows(tokenizer, texts, args.samples, args.length, seed=0)
-        losses[name] = make_mask.text_losses(windows)
+        texts = tasks.read_texts(f"{folder}/{name}.jsonl")
+        windows = tasks.text_windows(tokenizer, texts, args.samples, args.length, seed=0)
+        losses[name] = tasks.text_losses(windows)
     for name in TASKS:
         data = tasks.load_examples(name, data_dir=folder, num_train=args.samples)
-        losses[name] = make_mask.task_losses(tokenizer, data.train, data.classification)
+        losses[name] = tasks.task_losses(tokenizer, data.train, data.score)
     fisher, mean = (
-        {name: sensitivity.fisher(model, part, statistic=s) for name, part in losses.items()}
-        for s in sensitivity.STATISTICS
+        {name: masks.fisher(model, part, statistic=s) for name, part in losses.items()}
+        for s in ("per-sample", "of-mean")
     )
 
     head = [f"{density:g}" for density in DENSITIES]
@@ -66,34 +64,25 @@ def main() -> None:
         cells = []
         for scores in (fisher, mean):
             for density in DENSITIES:
-                found = sensitivity.concentration(scores[name], density).values()
+                found = masks.concentration(scores[name], density).values()
                 cells.append(f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}")
         rows.append([name, *cells])
     both = [f"{kind}, {density}" for kind in ("Fisher", "mean gradient") for density in head]
     print(table(["concentration", *both], rows))
 
     for density in DENSITIES:
-        own = {name: sensitivity.sensitive(scores, density) for name, scores in fisher.items()}
-        seeds = [sensitivity.random_index(weights, density, seed) for seed in range(5)]
-        size = {
-            "largest": sensitivity.largest(weights, density),
-            "smallest": sensitivity.smallest(weights, density),
-        }
+        own = {name: masks.sensitive(scores, density) for name, scores in fisher.items()}
+        seeds = [masks.random_index(weights, density, seed) for seed in range(5)]
         rows = []
         for name in TASKS:
-            columns = [
-                [own["c4"]],
-                [own["other"]],
-                [own[name]],
-                seeds,
-                *([m] for m in size.values()),
-            ]
+            columns = [[own["c4"]], [own["other"]], [own[name]], seeds]
+            columns += [[masks.largest(weights, density)], [masks.smallest(weights, density)]]
             cells = []
             for column in columns:
-                c = statistics.mean(sensitivity.coverage(mean[name], m) for m in column)
-                o = statistics.mean(sensitivity.overlap(m, own[name]) for m in column)
+                c = statistics.mean(masks.coverage(mean[name], m) for m in column)
+                o = statistics.mean(masks.overlap(m, own[name]) for m in column)
                 cells.append(f"{c:.3f} ({o:.3f})")
-            best = sensitivity.coverage(mean[name], sensitivity.sensitive(mean[name], density))
+            best = masks.coverage(mean[name], masks.sensitive(mean[name], density))
             rows.append([name, *cells, f"{best:.3f}"])
         d, k = sum(w.numel() for w in weights.values()), sum(map(len, own["c4"].values()))
         title = f"coverage (overlap), density {density:g}, k = {k}, chance {k / d:.4f}"

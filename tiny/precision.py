@@ -15,6 +15,8 @@ Flags that are not its own go to train.py.
 
 import argparse
 import ast
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -34,33 +36,21 @@ KINDS = (  # dtype, rounding
 )
 
 
-def probes(method: str, dtype: str, common: list[str], count: int):
-    """(patch, seed, projected gradient) of `count` steps on batches of the task; θ is not moved."""
-    import loading
-    import masks
-    import scoring
-    import tasks
+def probes(method: str, lr: float, dtype: str, flags: list[str], count: int):
+    """(patch, step) for each of the first `count` steps of a run; θ is not moved."""
     import train
-    import zo
-    from model_patch import Patch
+    from harness import config as configs
 
-    config = train.Config(**vars(loading.make_parser(train.Config, "").parse_args(common)))
-    loading.check(config)
-    data = loading.load_data(config)
-    tokenizer, _ = loading.load_tokenizer(config.model)
-    model = loading.load_model(config.model, dtype, "cpu")
-    handle = Patch(model, masks.make_rule(method, 0.25), eps=config.eps, rounding="nearest")
-    for step in range(count):
-        chosen = tasks.batches(len(data.train), config.batch_size, 0, step)
-        examples = [data.train[i] for i in chosen]
-        score = "all" if data.classification else "right"
-        batch = scoring.collate(tokenizer, examples, score=score)
-        seed = zo.step_seed(0, step)
-        losses = handle.losses(batch.inputs(model), batch.loss, seed)
-        yield handle, seed, zo.projected_grad(*losses, handle.eps).item()
+    given = configs.parse(configs.Config, "", [*flags, "--rounding=nearest", "--compile=no"])
+    config = configs.Config(**given | {"method": method, "lr": lr, "dtype": dtype})
+    with contextlib.redirect_stdout(io.StringIO()):
+        tokenizer, data = train.prepare(config)
+        _, patch = train.open_model(config, Path(), train.what_moves(config, Path(), data))
+    for t in range(count):
+        yield patch, train.take_step(config, patch, tokenizer, data, t)
 
 
-def heard(method: str, lr: float, dtype: str, common: list[str]) -> list[float]:
+def heard(method: str, lr: float, dtype: str, flags: list[str]) -> list[float]:
     """Share of weights inside the mask that one update changes, by quartile of |θ| in its tensor.
 
     Ten updates to nearest, each from the original weights.
@@ -68,25 +58,26 @@ def heard(method: str, lr: float, dtype: str, common: list[str]) -> list[float]:
     import torch
 
     changed, inside = torch.zeros(4), torch.zeros(4)
-    for handle, seed, g in probes(method, dtype, common, 10):
-        original = {name: flat.clone() for name, flat in handle.tensors().items()}
-        handle.update(seed, -lr * g)
-        for p in handle.moving:
-            was, index = original[p.name], torch.arange(p.flat.numel())
+    for patch, step in probes(method, lr, dtype, flags, 10):
+        thetas = [weight.held[0].detach().view(-1) for weight in patch.weights]
+        originals = [theta.clone() for theta in thetas]
+        patch.update(step.seed, step.a)
+        for weight, theta, was in zip(patch.weights, thetas, originals, strict=True):
+            index = torch.arange(was.numel(), dtype=torch.int32)
             quarter = was.float().abs().argsort().argsort() * 4 // len(was)
-            mask = p.rule.mask(was, index, p.state)
+            mask = patch.rule.mask(was, index, weight.state)
             inside += torch.bincount(quarter[mask], minlength=4)
-            changed += torch.bincount(quarter[mask & (was != p.flat)], minlength=4)
-        handle.load(original)
+            changed += torch.bincount(quarter[mask & (was != theta)], minlength=4)
+            theta.copy_(was)
     few = inside.sum() / 100  # a quarter with hardly a weight inside the mask says nothing
     return [
         (c / n).item() if n > few else float("nan") for c, n in zip(changed, inside, strict=True)
     ]
 
 
-def slopes(method: str, dtype: str, common: list[str]) -> list[float]:
+def slopes(method: str, dtype: str, flags: list[str]) -> list[float]:
     """The projected gradients of 40 first steps, in `dtype`."""
-    return [g for _, _, g in probes(method, dtype, common, 40)]
+    return [-step.a for _, step in probes(method, 1.0, dtype, flags, 40)]  # at a rate of 1
 
 
 def main() -> None:
@@ -130,7 +121,7 @@ def main() -> None:
             jobs = []
             for (dtype, rounding), seed in keys:
                 flags = [f"--method={method}", f"--dtype={dtype}", f"--rounding={rounding}"]
-                jobs.append(([*common, *flags, "--log-every=100"], lr, seed, args.steps, 1))
+                jobs.append(([*common, *flags], lr, seed, args.steps, 100))
             ended = pool.map(train_once, jobs)  # in order, so that a row is printed when it is done
             for kind in KINDS:
                 runs = [next(ended) for _ in range(args.seeds)]

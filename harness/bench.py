@@ -1,0 +1,350 @@
+"""What a step costs: R and peak memory.   python -m harness.bench --shape 134m --json FILE
+
+R is the time of one training step over the time of two plain forward passes of the same model on
+the same batch, timed in turn in one process. Two losses need two passes, so the floor is 1; only a
+batch too small to fill the cores can go below. Published: MeZO 3.3, Sparse-MeZO in place 4.35
+(GRZO's profile of Llama-3-8B on A100s). Weights are random: their values cost nothing.
+
+    row                     one step is
+    two forwards            L(θ; B) twice, no noise: the unit
+    MeZO, in place          Algorithm 1 with torch.randn as MeZO runs it: draw, add; four sweeps
+    S-MeZO, in place        the same times a boolean mask, made once and untimed: a lower bound
+    mezo … r-mezo           model_patch.py: mask and noise inside forward
+    senszoq                 [Q]: 0.1 % moves, at random places, the rest in 16 (or 32) bits
+    4 bits: two forwards    the unit of the next row: the model with its linears in NF4
+    4 bits: senszoq         [Q] as published
+    LoRA, Adam              first order, for [S]'s Table 3: loss.backward() on the same batch
+
+Memory is the peak during the row, all of it. GPU: the allocator's. CPU: resident memory above the
+interpreter's own.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import masks
+import quant
+import zo
+from harness import loading
+from harness.config import one_line_errors
+from model_patch import Patch
+
+LR, EPS, DENSITY, SENSITIVE = 1e-6, 1e-3, 0.25, 0.001
+SHAPES = {  # name: (model type, hidden, intermediate, layers, heads, key-value heads, vocabulary)
+    "tiny": ("llama", 96, 256, 3, 3, 3, 192),
+    "134m": ("llama", 768, 2048, 12, 12, 12, 32000),
+    "1b": ("llama", 2048, 5632, 22, 32, 4, 32000),
+    "7b": ("llama", 4096, 11008, 32, 32, 32, 32000),
+    "13b": ("llama", 5120, 13824, 40, 40, 40, 32000),
+    "30b": ("llama", 6656, 17920, 60, 52, 52, 32000),
+    "opt-13b": ("opt", 5120, 20480, 40, 40, 40, 50272),
+    "opt-30b": ("opt", 7168, 28672, 48, 56, 56, 50272),
+    "opt-66b": ("opt", 9216, 36864, 64, 72, 72, 50272),
+}
+
+
+# ------------------------------------------------------------------ models of published shapes
+
+
+def build(shape: str, dtype: torch.dtype, device: str, sparse: quant.DenseSparse | None = None):
+    """A causal LM of this shape with random weights, never twice in memory.
+
+    With `sparse`, one linear after the other is drawn, split and dropped.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    kind, hidden, inner, layers, heads, kv, vocabulary = SHAPES[shape]
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,  # OPT's
+        intermediate_size=inner,
+        ffn_dim=inner,  # OPT's name for it
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+    )
+    with torch.device(device), init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # on the meta device each use had a tensor of its own
+
+    @torch.no_grad()
+    def draw(like):
+        drawn = torch.empty(like.shape, dtype=dtype, device=device)
+        return drawn.normal_(0, 0.02) if like.dim() > 1 else drawn.fill_(0.5)
+
+    for name in sparse.index if sparse else ():
+        sparse.split(model, name, draw(model.get_parameter(name)))
+    made = {}  # tied weights once
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(draw(parameter), requires_grad=False)
+                module._parameters[name] = made[parameter]
+    return model.eval()
+
+
+def random_places(model) -> dict:
+    """A random 0.1 % of every matrix: which ones does not change the time."""
+    index = {}
+    for number, (name, weight) in enumerate(masks.decoder_linears(model).items()):
+        generator, n = torch.Generator().manual_seed(number), weight.numel()
+        k = max(1, round(SENSITIVE * n))
+        index[name] = torch.randint(n, (k,), generator=generator).unique().int()
+    return index
+
+
+class Subject:
+    """A model, a batch and the loss on it: what every row's step is made of."""
+
+    def __init__(self, args, bits: int | None = None):
+        dtype, self.sparse, self.fused = getattr(torch, args.dtype), None, args.compile
+        if bits is not None:
+            index = random_places(build(args.shape, dtype, "meta"))
+            self.sparse = quant.DenseSparse(index, bits, args.device)
+        self.model = build(args.shape, dtype, args.device, self.sparse if bits == 4 else None)
+        for name in self.sparse.index if bits == 16 else ():
+            self.sparse.split(self.model, name)
+        size = (args.batch, args.tokens)
+        ids = torch.randint(3, self.model.config.vocab_size, size, device=args.device)
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.inputs["logits_to_keep"] = 1
+
+    @staticmethod
+    def loss_of(logits):
+        return -torch.log_softmax(logits[:, -1].float(), -1)[:, 5].mean()
+
+    def loss(self):
+        return self.loss_of(self.model(**self.inputs, use_cache=False).logits)
+
+    @torch.no_grad()
+    def two_forwards(self, number=0):
+        self.loss(), self.loss()
+
+
+# ------------------------------------------------------------------ rows
+
+
+@contextmanager
+def two_forwards(subject: Subject):
+    """The unit against itself: its spread is the measurement's."""
+    yield subject.two_forwards
+
+
+def in_place(masked: bool):
+    """Algorithm 1 as MeZO's trainer runs it: reseed, draw z, rewrite θ; four times per step."""
+
+    @contextmanager
+    def row(subject: Subject):
+        stored = {}
+        if masked:
+            for name, p in subject.model.named_parameters():
+                stored[name] = masks.get_mask(p, masks.threshold(p, DENSITY))
+
+        def perturb(seed: int, a: float) -> None:
+            torch.manual_seed(seed)
+            for name, p in subject.model.named_parameters():
+                z = torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
+                p.data = p.data + a * (z * stored[name] if masked else z)
+
+        @torch.no_grad()
+        def step(number: int) -> None:
+            perturb(number, EPS)
+            loss_plus = subject.loss()
+            perturb(number, -2 * EPS)
+            loss_minus = subject.loss()
+            perturb(number, EPS)
+            perturb(number, -LR * float(zo.projected_grad(loss_plus, loss_minus, EPS)))
+
+        yield step
+
+    return row
+
+
+def patched(rule: masks.Rule | None = None):
+    """One step through model_patch.py, by a rule or, without one, of [Q]'s values."""
+
+    @contextmanager
+    def row(subject: Subject):
+        moves = rule or subject.sparse
+        patch = Patch(subject.model, moves, eps=EPS, fused=subject.fused)
+
+        def step(number: int) -> None:
+            seed = zo.step_seed(0, number)
+            plus, minus = patch.losses(subject.inputs, subject.loss_of, seed)
+            patch.update(seed, -LR * zo.projected_grad(plus, minus, EPS).item())
+
+        try:
+            yield step
+        finally:  # also where it does not fit
+            patch.remove()
+
+    return row
+
+
+@contextmanager
+def adam(subject: Subject):
+    """First order: every weight, loss.backward(), torch's Adam."""
+    for p in subject.model.parameters():
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(subject.model.parameters(), lr=LR)
+    try:
+        yield lambda number: (optimizer.zero_grad(), subject.loss().backward(), optimizer.step())
+    finally:
+        subject.model.zero_grad()
+        for p in subject.model.parameters():
+            p.requires_grad_(False)
+
+
+@contextmanager
+def lora(subject: Subject, rank: int = 8):
+    """First order: adapters of rank 8 on q_proj and v_proj, W x + B A x; Adam on A and B."""
+    hooks, adapters = [], []
+
+    def adapt(module, a, b):
+        return module.register_forward_hook(lambda _, args, out: out + (args[0] @ a.T) @ b.T)
+
+    for name, module in subject.model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            like = dict(dtype=module.weight.dtype, device=module.weight.device)
+            a = nn.Parameter(torch.randn(rank, module.in_features, **like) * 0.01)
+            b = nn.Parameter(torch.zeros(module.out_features, rank, **like))
+            adapters += [a, b]
+            hooks.append(adapt(module, a, b))
+    optimizer = torch.optim.Adam(adapters, lr=LR)
+    try:
+        yield lambda number: (optimizer.zero_grad(), subject.loss().backward(), optimizer.step())
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+ROWS = {  # name: (bits of [Q]'s dense part, the row)
+    "two forwards": (None, two_forwards),
+    "MeZO, in place": (None, in_place(masked=False)),
+    "S-MeZO, in place": (None, in_place(masked=True)),
+    "mezo": (None, patched(masks.Everything())),
+    "s-mezo": (None, patched(masks.SmallWeights(DENSITY))),
+    "s-mezo, constant mask": (None, patched(masks.ConstantMask(DENSITY))),
+    "s-mezo, packed mask": (None, patched(masks.PackedMask(DENSITY))),
+    "r-mezo": (None, patched(masks.RandomMask(DENSITY))),
+    "LoRA": (None, lora),
+    "Adam": (None, adam),
+    "senszoq": (16, patched()),
+    "4 bits: two forwards": (4, two_forwards),
+    "4 bits: senszoq": (4, patched()),
+}
+
+
+# ------------------------------------------------------------------ measuring
+
+
+class Peak:
+    """Peak memory since `reset`, in bytes above what there was when this was made."""
+
+    def __init__(self, device: str):
+        self.gpu, self.before = device.startswith("cuda"), 0
+        self.reset()
+        self.before = self.read()  # the interpreter and its libraries: not the model's doing
+
+    def reset(self) -> None:
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not the row's doing
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+
+    def read(self) -> int:
+        if self.gpu:
+            return torch.cuda.max_memory_allocated() - self.before
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 - self.before
+
+
+def timed(function, device: str) -> float:
+    """Seconds of one call, the GPU's queue emptied before and after."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(row, subject: Subject, peak: Peak, args) -> dict:
+    """One row, its steps in turn with two plain forwards of the same model."""
+    with row(subject) as step:
+        if args.device == "cpu":
+            loading.keep_freed_memory()  # as for training
+        timed(lambda: step(0), args.device)  # compiles, allocates
+        timed(subject.two_forwards, args.device)
+        ratios, seconds = [], []
+        for number in range(1, args.rounds + 1):
+            unit = timed(subject.two_forwards, args.device)
+            seconds.append(timed(lambda n=number: step(n), args.device))
+            ratios.append(seconds[-1] / unit)
+        peak.reset()
+        step(args.rounds + 1)
+        found = {"R": statistics.median(ratios), "R_min": min(ratios), "R_max": max(ratios)}
+        return found | {"seconds": statistics.median(seconds), "peak_bytes": peak.read()}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--shape", choices=SHAPES, default="134m")
+    parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
+    parser.add_argument("--tokens", type=int, default=64, help="per row (default 64)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps per row (default 7)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path, help="write everything measured here")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        args.device = loading.choose_device(args.device)
+        if args.json is not None:
+            args.json.touch()  # what cannot be written is said before measuring
+        torch.manual_seed(0)
+        print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}")
+        kept = ("shape", "batch", "tokens", "dtype", "rounds", "compile")
+        found: dict = {name: getattr(args, name) for name in kept} | {"rows": {}}
+        for bits in (None, 16, 4):
+            peak, subject = Peak(args.device), None
+            for name in [name for name in args.rows if ROWS[name][0] == bits]:
+                try:
+                    subject = subject or Subject(args, bits)
+                    row = found["rows"][name] = measure(ROWS[name][1], subject, peak, args)
+                except torch.OutOfMemoryError:
+                    print(f"{name:<24} does not fit")
+                    continue
+                spread = f"({row['R_min']:.2f} – {row['R_max']:.2f})"
+                line = f"{name:<24} R {row['R']:5.2f} {spread:<15} {row['seconds']:9.4f} s"
+                print(f"{line}  peak {row['peak_bytes'] / 1e9:7.3f} GB", flush=True)
+            del subject
+            if args.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+        found["machine"] = loading.machine(torch.device(args.device))
+        print(json.dumps(found["machine"]))
+        if args.json is not None:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""The settings of the three commands, the papers' values for them, and errors in one line.
+
+    Settings     which model, on which examples: all three commands
+    Config       those and how to train: train.py
+    fill_in      what the user did not say: from the papers' tables, else from the defaults
+
+A setting is one field: the command line's flag, the line in config.json, the attribute in the code.
+`transformers.HfArgumentParser` makes the flags; both --batch-size and --batch_size are understood.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+HERE = Path(__file__).resolve().parent.parent
+TINY = "tiny/model"
+
+
+def setting(default, help: str):
+    return field(default=default, metadata={"help": help.replace("%", "%%")})
+
+
+@dataclass
+class Settings:
+    """Which model, on which examples."""
+
+    model: str = setting(TINY, "hub name or local folder")
+    task: str | None = setting(None, "sst2, rte, cb, boolq, wsc, wic, multirc, copa, winogrande")
+    data_dir: str | None = setting(None, "folder with RTE/train.jsonl, …; default the hub")
+    train_file: str | None = setting(None, 'own JSONL of {"prompt", "options", "label"}')
+    validation_file: str | None = setting(None, "the same; default a part of the training file")
+    test_file: str | None = setting(None, "the same; needed beside --train-file")
+    num_train: int = setting(1000, "training examples")
+    num_validation: int | None = setting(None, "validation examples; 500, for CB and COPA 100")
+    num_test: int = setting(1000, "test examples")
+    data_seed: int = setting(0, "which examples are drawn")
+    batch_size: int = setting(16, "examples of one step")
+    max_length: int = setting(2048, "tokens; a longer prompt loses its beginning")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "auto: the checkpoint's own on a GPU, float32 on a CPU"
+    )
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, …")
+    trust_remote_code: bool = setting(False, "let a model from the hub bring its own Python code")
+    traceback: bool = setting(False, "show where an error was raised, not only its line")
+
+
+@dataclass
+class Config(Settings):
+    """Every setting of a run. None is filled in by `fill_in`."""
+
+    method: Literal["s-mezo", "mezo", "r-mezo", "senszoq"] = setting("s-mezo", "what moves")
+    bits: Literal[4, 16] | None = setting(None, "senszoq: of the weights that stand still")
+    density: float | None = setting(None, "share of the weights that move, in (0, 1]")
+    lr: float | None = setting(None, "learning rate η")
+    eps: float = setting(1e-3, "perturbation scale ε")
+    steps: int | None = setting(None, "training steps")
+    seed: int = setting(0, "of noise, random mask and batch order")
+    mask_kind: Literal["dynamic", "constant", "packed"] = setting(
+        "dynamic", "s-mezo: taken at every step; taken once; taken once, a bit per weight"
+    )
+    refresh_every: int = setting(0, "s-mezo: steps between new thresholds; 0: never")
+    mask: str | None = setting(None, "senszoq: a mask file; default: it is made")
+    mask_from: Literal["text", "task"] = setting("text", "senszoq: what a mask is made from")
+    text: str | None = setting(None, "senszoq: .txt or .jsonl for the mask; default C4")
+    groups: int = setting(1, "senszoq: score a part of the matrices at a time, in as many passes")
+    select: str = setting("", "regular expression: only parameters whose name matches move")
+    rounding: Literal["stochastic", "nearest"] = setting(
+        "stochastic", "of updates to 16-bit weights; nearest loses small ones"
+    )
+    eval_every: int | None = setting(None, "steps between validations; default steps / 10")
+    micro_batch: int | None = setting(None, "examples in memory at once; default the whole batch")
+    compile: Literal["auto", "yes", "no"] = setting("auto", "fuse noise, mask and add")
+    out: str | None = setting(None, "run directory; default runs/ and a name")
+
+
+# ------------------------------------------------------------------ the papers' values
+
+TABLE_8 = {  # [S] Table 8: sparsity, the share that is frozen
+    "llama": {"sst2": 0.70, "rte": 0.75, "boolq": 0.80, "wic": 0.80, "multirc": 0.80},
+    "mistral": {"sst2": 0.70, "rte": 0.60, "boolq": 0.60, "wic": 0.70, "multirc": 0.60},
+}
+GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
+    "llama": ("[S] Table 6", {"mezo": 1e-6, "s-mezo": 3e-6, "r-mezo": 3e-6}),
+    "mistral": ("[S] Table 7", {"mezo": 1e-7, "s-mezo": 3e-6, "r-mezo": 3e-6}),
+}
+TINY_RATES = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
+    "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
+    "s-mezo": {"sst2": 3e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
+    "r-mezo": {"sst2": 1e-2, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
+    "senszoq": {"sst2": 1.0, "rte": 1e-1, "boolq": 3e-2, "copa": 3e-1},
+}
+
+
+def fill_in(config: Config, family: str) -> dict[str, str]:
+    """Fill in what the user did not say; {setting: where its value comes from}.
+
+    `family`: the model's type, such as llama or opt.
+    """
+    source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
+    found = {
+        "lr": (rates.get(config.method), f"{source}: of the grid for {config.method}; tune it"),
+        "steps": (20_000, "both papers"),
+        "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
+    }
+    if sparsity := TABLE_8.get(family, {}).get(config.task):
+        density = round(1 - sparsity, 2)
+        found["density"] = density, f"[S] Table 8: sparsity {sparsity} on {config.task}"
+    if config.method == "mezo":
+        found["density"] = 1.0, "MeZO moves every weight"
+    if config.method == "senszoq":
+        found["lr"] = 1e-6, "[Q]'s grid is unknown; its full runs had 1e-7 to 1e-6; tune it"
+        found["density"] = 0.001, "[Q]: 0.1 %"
+        found["bits"] = 4, "[Q] §3.5"
+    if is_tiny(config.model):
+        rates = TINY_RATES[config.method]
+        found["lr"] = min(rates.values()), "lowest of the tiny model's rates; tune it"
+        if config.task in rates and not config.train_file:
+            found["lr"] = rates[config.task], "best of the grid in tiny/compare.py"
+        found["steps"] = 300, "enough for the tiny model"
+    steps = config.steps or found["steps"][0]
+    found["eval_every"] = max(1, steps // 10), "steps / 10"
+    sources = {}
+    for name, (value, source) in found.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+            sources[name] = source
+    return sources
+
+
+def show(config: Config, sources: dict[str, str]) -> None:
+    """Print every value that is not a plain default, with its source."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        said = value != f.default and f.name not in ("task", "data_dir", "out")
+        if f.name in sources or said:
+            print(f"  {f.name:<14} {value!s:<24} {sources.get(f.name, 'you')}")
+
+
+# ------------------------------------------------------------------ what cannot work
+
+
+def check(config: Settings) -> None:
+    """ValueError for a value that cannot work, before loading. The tiny model brings its data."""
+    if is_tiny(config.model) and not config.train_file and not config.test_file:
+        config.task = config.task or "rte"
+        config.data_dir = config.data_dir or "tiny/data"
+    if not (config.task or config.train_file):
+        raise ValueError("no task: give --task, or --train-file and --test-file")
+    least = dict(batch_size=1, max_length=2, num_train=1, num_test=1, num_validation=0, steps=1)
+    least |= dict(eval_every=1, micro_batch=1, refresh_every=0, groups=1, seed=0, data_seed=0)
+    for name, low in least.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value < 1 << 31:
+            raise ValueError(f"{flag(name)} {value}: from {low} to {(1 << 31) - 1}")
+    for name in ("lr", "eps"):
+        value = getattr(config, name, None)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{flag(name)} {value}: above 0 and finite")
+    if isinstance(config, Config):
+        _check_method(config)
+
+
+def _check_method(config: Config) -> None:
+    """ValueError for a setting that the method has no use for: it would be ignored in silence."""
+    import masks
+
+    if config.density is not None:
+        masks.check_density(config.density)
+    try:
+        re.compile(config.select)
+    except re.error as error:
+        raise ValueError(f"--select {config.select}: no regular expression: {error}") from error
+    if config.method == "mezo" and config.density not in (None, 1):
+        raise ValueError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
+    others = {
+        "s-mezo": ("mask_kind", "refresh_every"),
+        "senszoq": ("bits", "mask", "mask_from", "text", "groups"),
+    }
+    defaults = {f.name: f.default for f in fields(config)}
+    for method, names in others.items():
+        for name in names:
+            if method != config.method and getattr(config, name) != defaults[name]:
+                raise ValueError(f"{flag(name)} is for --method {method}, not for {config.method}")
+    if config.method == "senszoq" and (config.select or config.rounding != "stochastic"):
+        raise ValueError("--select and --rounding are not for senszoq: its mask says what moves")
+    if config.refresh_every and config.mask_kind != "dynamic":
+        raise ValueError("--refresh-every takes thresholds again; a constant mask has none")
+    if config.mask and (config.text or config.mask_from != "text"):
+        raise ValueError(
+            f"--mask {config.mask} brings its own source; leave out --text, --mask-from"
+        )
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def flag(name: str) -> str:
+    """How a setting is spelt on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(kind: type, description: str, argv=None, **more) -> dict:
+    """{name: value} of what the command line says, and nothing of what it does not.
+
+    `more`: {name: (type, help)} of flags that are no settings.
+    """
+    from transformers import HfArgumentParser  # a second
+
+    class Parser(HfArgumentParser):
+        def error(self, message):  # one line, as all of ours are, and not the whole usage
+            self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+
+    parser = Parser(kind, description=description, allow_abbrev=False)
+    for name, (type_, help) in more.items():
+        parser.add_argument(flag(name), type=type_, help=help)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what is not said stays out
+    return vars(parser.parse_args(argv))
+
+
+@contextmanager
+def one_line_errors(hint=lambda: ""):
+    """What a user can put right is one line and exit code 2, no traceback.
+
+    `hint()` is said after the error. --traceback shows where it was raised.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from tqdm import tqdm
+
+    def end_bars():  # so that what is said has a line of its own
+        for bar in list(tqdm._instances):
+            bar.close()
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # "±" in ASCII
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        end_bars()
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            line += "; try a smaller --micro-batch, --batch-size or --max-length"
+        print(f"{Path(sys.argv[0]).name}: error: {line}{hint()}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        end_bars()
+        print(f"{Path(sys.argv[0]).name}: stopped{hint()}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# ------------------------------------------------------------------ a run's directory
+
+
+def locate(name: str) -> str:
+    """The offline default lies beside the code, wherever the program is started."""
+    return str(HERE / name) if name.startswith("tiny/") and not Path(name).exists() else name
+
+
+def is_tiny(model: str) -> bool:
+    """Is it the offline default, by whatever path? It brings data and a text of its own."""
+    return Path(locate(model)).resolve() == HERE / TINY
+
+
+def new_run(config: Config) -> Path:
+    """An empty directory: --out, or runs/ and a name that is free."""
+    if config.out is not None:
+        run = Path(config.out)
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ValueError(f"--out {run} is not empty; choose another, or --resume {run}")
+        run.mkdir(parents=True, exist_ok=True)
+        return run
+    data = Path(config.train_file).stem if config.train_file else config.task
+    name = f"{Path(config.model).name}-{data}-{config.method}-seed{config.seed}"
+    for number in range(1, 10_000):
+        run = Path("runs", name + (f"-{number}" if number > 1 else ""))
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            continue
+    raise ValueError(f"runs/ holds 9,999 runs of {name}; name one with --out")
+
+
+def save(run: Path, config: Config) -> None:
+    """config.json: every setting, with absolute paths, so that it can be replayed from anywhere."""
+    kept = asdict(config)
+    for name in ("model", "data_dir", "train_file", "validation_file", "test_file", "text"):
+        if kept[name] and Path(locate(kept[name])).exists():
+            kept[name] = str(Path(locate(kept[name])).resolve())
+    write_json(run / "config.json", kept)
+
+
+def load(run: Path, changes: dict) -> Config:
+    """The settings of a run, with what the command line says now over them."""
+    try:
+        kept = json.loads((run / "config.json").read_text())
+        return Config(**kept | changes)
+    except FileNotFoundError as error:
+        raise ValueError(f"{run} is no run directory: it has no config.json") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all: written beside, synced and renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

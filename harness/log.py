@@ -1,0 +1,177 @@
+"""One line per finished step. The file is the run's record, its picture and its checkpoint.
+
+    step,seed,a,loss_plus,loss_minus,validation,active_density
+
+`a` is −η · proj_grad. Validation accuracy and active density stand where they were taken. Line 0 is
+the model before training. The original weights and one (seed, a) per step rebuild the weights: a
+20,000-step run is a megabyte.
+
+A line is appended when everything of its step is done, so `kill -9` leaves at worst a torn last
+line, which does not count. Whoever goes on with a run takes its last logged step again (`compare`).
+If another number comes out, it is not the run's model, data or settings.
+"""
+
+import fcntl
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+HEADER = "step,seed,a,loss_plus,loss_minus,validation,active_density"
+
+
+class Step(NamedTuple):
+    """One line. A step whose `a` is not finite moved nothing."""
+
+    step: int
+    seed: int | None = None
+    a: float | None = None
+    loss_plus: float | None = None
+    loss_minus: float | None = None
+    validation: float | None = None
+    active_density: float | None = None
+
+    def line(self) -> str:
+        return ",".join("" if x is None else repr(x) for x in self)
+
+    @classmethod
+    def of(cls, line: str) -> "Step":
+        numbers = [float(x) if x else None for x in line.split(",")]
+        if len(numbers) != len(cls._fields):
+            raise ValueError("it has another number of columns")
+        step, seed = (int(x) if x else None for x in line.split(",")[:2])
+        return cls(step, seed, *numbers[2:])
+
+
+class StepLog:
+    """steps.csv: `start` is line 0, `steps` the finished ones. Without a run it is in memory."""
+
+    def __init__(self, run: Path | None, write: bool = False):
+        self.run, self.file, self.start, self.steps = run, None, None, []
+        if run is None:
+            return
+        path = run / "steps.csv"
+        if write:
+            self.file = open(path, "a+b", buffering=0)
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(f"{run} is being trained by another process right now") from error
+        text = path.read_bytes() if path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]  # a line without its end was torn by a kill
+        if write:
+            self.file.truncate(len(whole))
+            if not whole:
+                self._append(HEADER)
+        for number, line in enumerate(whole.decode(errors="replace").splitlines()[1:]):
+            try:
+                step = Step.of(line)
+                if step.step != number:
+                    raise ValueError(f"step {number} should stand there")
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number + 2} is {line[:60]!r}: {error}") from error
+            self._count(step)
+
+    def _count(self, step: Step) -> None:
+        if step.step == 0:
+            self.start = step
+        else:
+            self.steps.append(step)
+
+    def _append(self, line: str) -> None:
+        if self.file is not None:  # unbuffered: what a killed process has written is written
+            self.file.write(line.encode() + b"\n")
+
+    def append(self, step: Step) -> None:
+        """The step exists once its line does."""
+        self._append(step.line())
+        self._count(step)
+        if step.validation is not None and self.file is not None:
+            os.fsync(self.file.fileno())  # a power failure costs at most what came after
+
+    def best_step(self) -> int:
+        """The first with the highest validation accuracy, the start included; else the last."""
+        taken = [s for s in (self.start, *self.steps) if s and s.validation is not None]
+        return max(taken, key=lambda s: s.validation).step if taken else len(self.steps)
+
+    def skipped(self) -> int:
+        """How many steps moved nothing, as a loss was not finite."""
+        return sum(not math.isfinite(step.a) for step in self.steps)
+
+
+def compare(logged: Step, again: Step, dtype: str, run) -> None:
+    """A logged step beside the same step taken again: equal, equal to rounding, or an error.
+
+    ValueError where model, data or settings are not those that the run began with.
+    """
+    if again[:5] == logged[:5] or repr(again[:5]) == repr(logged[:5]):  # NaN is NaN
+        return
+    same = again.seed == logged.seed
+    tolerance = 2e-2 if dtype == "bfloat16" else 3e-3 if dtype == "float16" else 1e-4
+    for ours, theirs in (
+        (again.loss_plus, logged.loss_plus),
+        (again.loss_minus, logged.loss_minus),
+    ):
+        same &= math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance / 10)
+    # the log's own losses give the log's own a, unless --lr or --eps is another one
+    slopes = [s.loss_plus - s.loss_minus for s in (logged, again)]
+    if same and all(slopes) and math.isfinite(logged.a):
+        rates = [step.a / slope for step, slope in zip((logged, again), slopes, strict=True)]
+        same &= math.isclose(*rates, rel_tol=1e-5)
+    if not same:
+        raise ValueError(
+            f"{run}: step {logged.step} does not come out as it was logged: l⁺ "
+            f"{again.loss_plus!r}, not {logged.loss_plus!r}; a {again.a!r}, not {logged.a!r}. "
+            "The model, the data, the mask or a setting has changed"
+        )
+    print(
+        f"  step {logged.step} comes out as it was logged but for rounding: from here on the run "
+        "has the bits of this machine, dtype or --micro-batch"
+    )
+
+
+class Progress:
+    """The progress bar: loss, accuracy, time left."""
+
+    def __init__(self, log: StepLog, steps: int, quiet: bool):
+        self.bar = tqdm(total=steps, initial=len(log.steps), unit="step", disable=quiet)
+        self.mean = None
+        self.shown = {}
+
+    def update(self, step: Step) -> None:
+        if math.isfinite(step.a):
+            loss = (step.loss_plus + step.loss_minus) / 2
+            self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
+            self.shown["loss"] = f"{self.mean:.4f}"
+        if step.validation is not None:
+            self.shown["validation"] = f"{step.validation:.3f}"
+        if step.active_density is not None:
+            self.shown["active"] = f"{step.active_density:.1%}"
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update()
+
+
+def draw_curve(log: StepLog, title: str, zero_shot: float | None) -> None:
+    """curve.png: training loss, validation accuracy and active density against steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # whatever MPLBACKEND says
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    finite = [s for s in log.steps if math.isfinite(s.a)]
+    left.plot([s.step for s in finite], [(s.loss_plus + s.loss_minus) / 2 for s in finite], lw=0.7)
+    left.set(xlabel="step", ylabel="training loss")
+    left.set_title(title, parse_math=False)
+    taken = [s for s in (log.start, *log.steps) if s and s.active_density is not None]
+    checked = [s for s in taken if s.validation is not None]
+    right.plot([s.step for s in checked], [s.validation for s in checked], ".-", label="validation")
+    right.plot(
+        [s.step for s in taken], [s.active_density for s in taken], ":", label="active density"
+    )
+    if zero_shot is not None:
+        right.axhline(zero_shot, color="gray", lw=0.8, label="zero-shot, test")
+    right.set(xlabel="step", ylabel="accuracy, share", ylim=(0, 1.02))
+    right.legend()
+    FigureCanvasAgg(figure).print_png(str(log.run / "curve.png"))

@@ -1,0 +1,102 @@
+"""[Q]'s mask, made once for any number of runs.
+
+    python -m harness.mask --model M --text FILE --out mask.safetensors
+    python -m harness.mask --model M --task rte --mask-from task --out mask.safetensors
+
+Scoring 7B takes 40 GB where training takes 4, so it is often done on another machine. train.py
+comes through `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import masks
+import tasks
+from harness import config as configs
+from harness import loading
+from harness.config import Settings, setting
+
+
+@dataclass
+class MaskConfig(Settings):
+    """What a mask is made of; the names shared with train.py's Config mean the same."""
+
+    out: str | None = setting(None, "new file, such as mask.safetensors")
+    density: float = setting(0.001, "share of each matrix")
+    kind: Literal["sensitive", "random", "largest", "smallest"] = setting("sensitive", "of mask")
+    mask_from: Literal["text", "task"] = setting("text", "what the losses are of")
+    text: str | None = setting(None, '.txt or .jsonl of {"text": …}; default C4')
+    statistic: Literal["per-sample", "of-mean"] = setting("per-sample", "see masks.fisher")
+    samples: int = setting(100, "texts or examples")
+    length: int = setting(512, "tokens of a text")
+    seed: int = setting(0, "of the texts drawn and of --kind random")
+    groups: int = setting(1, "score 1/n of the matrices at a time, in n passes")
+
+
+def make(config, path, examples=None) -> None:
+    """The mask of `config` (a MaskConfig, or a run's Config) into the file `path`.
+
+    `examples`: the training examples of a run, for --mask-from task.
+    """
+    settings = MaskConfig(**{
+        name: getattr(config, name) for name in MaskConfig.__dataclass_fields__
+        if hasattr(config, name) and name != "out"
+    })  # fmt: skip
+    device, scored = loading.choose_device(settings.device), settings.kind == "sensitive"
+    about = {name: getattr(settings, name) for name in ("model", "kind", "density", "seed")}
+    tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
+    shapes = masks.decoder_linears(loading.skeleton(model_config, settings.trust_remote_code))
+    masks.how_many(shapes, settings.density)  # what cannot be is said before a model is loaded
+    if scored and settings.mask_from == "text":
+        if settings.text is None and configs.is_tiny(settings.model):
+            settings.text = configs.locate("tiny/data/c4.jsonl")
+        length = loading.usable_length(settings.length, model_config)
+        texts = tasks.read_texts(settings.text)
+        windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
+        losses = tasks.text_losses(windows)
+        about |= {"source": settings.text or tasks.C4, "length": length}
+    elif scored:
+        longest = loading.usable_length(settings.max_length, model_config)
+        examples, score = examples
+        losses = tasks.task_losses(tokenizer, examples[: settings.samples], score, longest)
+        about |= {"source": settings.task or settings.train_file}
+    dtype = settings.dtype
+    if scored and dtype == "auto" and device != "cpu":
+        dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
+    model = loading.load_model(settings.model, dtype, device, settings.trust_remote_code)
+    weights = masks.decoder_linears(model)
+    if scored:
+        about |= {"statistic": settings.statistic, "samples": len(losses)}
+        index = masks.sensitive_index(
+            model, tqdm(losses, "scoring", unit=" samples"), settings.density,
+            groups=settings.groups, statistic=settings.statistic,
+        )  # fmt: skip
+    elif settings.kind == "random":
+        index = masks.random_index(weights, settings.density, settings.seed)
+    else:
+        by_size = masks.largest if settings.kind == "largest" else masks.smallest
+        index = by_size(weights, settings.density)
+    masks.save(path, index, weights, about | {"torch": str(torch.__version__)})
+
+
+def main(argv=None) -> None:
+    with configs.one_line_errors():
+        config = MaskConfig(**configs.parse(MaskConfig, __doc__.split("\n")[0], argv))
+        if config.out is None or Path(config.out).exists():
+            raise ValueError(f"--out {config.out}: a new file, such as mask.safetensors")
+        examples = None
+        if config.mask_from == "task" and config.kind == "sensitive":
+            configs.check(config)
+            data = tasks.load(config)
+            examples = data.train, data.score
+        make(config, config.out, examples)
+        index, *_ = masks.load(config.out)
+        print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")
+
+
+if __name__ == "__main__":
+    main()
