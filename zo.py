@@ -269,11 +269,14 @@ def apply(
     result = torch.empty_like(theta) if out is None else out
     flat, into = (t.detach().view(-1).data for t in (theta, result))
     n, half = flat.numel(), (flat.numel() + 1) // 2
+    in_place = into.data_ptr() == flat.data_ptr()
     assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
     fused = fused and n % 2 == 0
     step, kernel = (half, _fused) if fused else (CHUNK, _apply)
     for start in range(0, half, step):
         ends = [(start, min(start + step, half)), (half + start, min(half + start + step, n))]
-        thetas, outs = ([t[a:b].data for a, b in ends] for t in (flat, into))
+        thetas = [flat[a:b].data for a, b in ends]
+        # in place the very same objects: of two that overlap the compiler makes a base, or fails
+        outs = thetas if in_place else [into[a:b].data for a, b in ends]
         kernel(outs, thetas, start, half, shift, stream, mask, state, stochastic)
     return result

@@ -152,8 +152,16 @@ def check(config: Settings) -> None:
         config.data_dir = config.data_dir or "tiny/data"
     if not (config.task or config.train_file):
         raise ValueError("no task: give --task, or --train-file and --test-file")
+    check_numbers(config)
+    if isinstance(config, Config):
+        _check_method(config)
+
+
+def check_numbers(config: Settings) -> None:
+    """ValueError for a number out of its range; names the flag."""
     least = dict(batch_size=1, max_length=2, num_train=1, num_test=1, num_validation=0, steps=1)
     least |= dict(eval_every=1, micro_batch=1, refresh_every=0, groups=1, seed=0, data_seed=0)
+    least |= dict(samples=1, length=2)
     for name, low in least.items():
         value = getattr(config, name, None)
         if value is not None and not low <= value < 1 << 31:
@@ -162,8 +170,6 @@ def check(config: Settings) -> None:
         value = getattr(config, name, None)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag(name)} {value}: above 0 and finite")
-    if isinstance(config, Config):
-        _check_method(config)
 
 
 def _check_method(config: Config) -> None:

@@ -88,6 +88,9 @@ def main(argv=None) -> None:
         config = MaskConfig(**configs.parse(MaskConfig, __doc__.split("\n")[0], argv))
         if config.out is None or Path(config.out).exists():
             raise ValueError(f"--out {config.out}: a new file, such as mask.safetensors")
+        if not Path(config.out).absolute().parent.is_dir():
+            raise ValueError(f"--out {config.out}: in a folder that exists")
+        configs.check_numbers(config)
         examples = None
         if config.mask_from == "task" and config.kind == "sensitive":
             configs.check(config)
