@@ -214,14 +214,14 @@ def test_the_masks_are_taken_once_from_unperturbed_weights():
 
 
 def test_a_step_goes_downhill():
-    """On a bowl, ten steps lower the loss: the update has the right sign."""
+    """On a bowl, thirty steps lower the loss: the update has the right sign."""
     theta = [torch.full((50,), 2.0, dtype=torch.float64)]
 
     def loss():
         return theta[0].square().sum() / 2
 
     before, everything = float(loss()), [torch.ones(50, dtype=torch.bool)]
-    for seed in range(10):
+    for seed in range(30):
         zo.sparse_mezo_step(theta, loss, lambda _: everything, lr=0.01, eps=1e-3, seed=seed)
     assert float(loss()) < 0.9 * before
 
@@ -282,10 +282,7 @@ def test_a_loop_compiled_for_few_weights_runs_on_all_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_the_fused_loop_is_the_eager_one(dtype):
-    """It changes z by its last bits and never the mask, with whole vectors and with what is left.
-
-    16-bit weights are rounded stochastically, by the same bits.
-    """
+    """Only z's last bits differ, in vectors and what is left of them, and after rounding."""
     for n in (30, 1000, 8198, 4 * zo.CHUNK + 6):
         theta = weight(n, dtype)
         want, got = (move(theta, stochastic=True, fused=fused) for fused in (False, True))
