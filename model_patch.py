@@ -160,9 +160,9 @@ class Patch:
             fits = buffer.dtype == like.dtype and buffer.numel() >= like.numel()
             if fits and holders(buffer) == alone:
                 return buffer[: like.numel()].view(like.shape)
-        free = [pair for pair in self.buffers if holders(pair[0]) > pair[1]]
+        held = [pair for pair in self.buffers if holders(pair[0]) > pair[1]]  # the others are small
         buffer = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-        self.buffers = [*free, (buffer, holders(buffer))]
+        self.buffers = [*held, (buffer, holders(buffer))]
         return buffer.view(like.shape)
 
     # ------------------------------------------------------------------ probes
