@@ -305,6 +305,8 @@ def fisher(model, losses, *, statistic="per-sample", weights=None, device=None) 
     tokens, by count: 13.5 + 25.9 + 0.3 + under 1 GB. `sensitive_index(groups=8)` makes of the 25.9
     3.2, in eight passes. ValueError where a gradient is missing or not finite.
     """
+    if statistic not in ("per-sample", "of-mean"):
+        raise ValueError(f"statistic {statistic!r}: per-sample or of-mean")
     weights = decoder_linears(model) if weights is None else weights
     scores = {
         name: torch.zeros(w.shape, dtype=torch.float32, device=device or w.device)

@@ -91,6 +91,8 @@ def main(argv=None) -> None:
         if not Path(config.out).absolute().parent.is_dir():
             raise ValueError(f"--out {config.out}: in a folder that exists")
         configs.check_numbers(config)
+        if config.kind != "sensitive" and (config.text or config.mask_from != "text"):
+            raise ValueError(f"--kind {config.kind} scores nothing: leave out --text, --mask-from")
         examples = None
         if config.mask_from == "task" and config.kind == "sensitive":
             configs.check(config)

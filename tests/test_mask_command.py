@@ -110,6 +110,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
         (["--mask-from=task"], "no task: give --task"),
         (["--mask-from=task", "--task=ret"], "unknown task 'ret'"),
         (["--kind=tallest"], "invalid choice"),
+        (["--kind=random"], "--kind random scores nothing"),
         (["--device=tpu"], "--device tpu"),
         (["--model={tmp_path}"], "has no config.json"),
         (["--out={tmp_path}/no/where"], "in a folder that exists"),

@@ -315,6 +315,8 @@ def test_a_matrix_that_no_gradient_reaches_is_refused_by_name():
         masks.fisher(model, [planted(g)])
     with pytest.raises(ValueError, match="no gradient reaches"):
         masks.fisher(model, [])
+    with pytest.raises(ValueError, match="per-sample or of-mean"):
+        masks.fisher(model, [planted(g)], statistic="median")
 
 
 @pytest.mark.parametrize("fails", [False, True])
