@@ -221,10 +221,11 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, word0: Tensor, word1
     return rounded.to(dtype)
 
 
-def _apply(outs, thetas, start: int, half: int, shift: Shift, stream, mask, state, stochastic):
+def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochastic):
     """out ← θ + a·m⊙z for the draws from `start` on: (draws,) elements of either half of a tensor.
 
     `outs` and `thetas` are pairs. The second of a pair begins `half` elements after the first.
+    Both numbers are words: Triton would take Python's for 64 bits, and all that follows from them.
     """
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
@@ -278,5 +279,6 @@ def apply(
         thetas = [flat[a:b].data for a, b in ends]
         # in place the very same objects: of two that overlap the compiler makes a base, or fails
         outs = thetas if in_place else [into[a:b].data for a, b in ends]
-        kernel(outs, thetas, start, half, shift, stream, mask, state, stochastic)
+        first, apart = word(start, theta.device), word(half, theta.device)
+        kernel(outs, thetas, first, apart, shift, stream, mask, state, stochastic)
     return result
