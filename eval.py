@@ -14,6 +14,7 @@ pass. The last step is taken again, as train.py does: another model, other data 
 
 from pathlib import Path
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import quant
 import tasks
 import train
@@ -35,7 +36,8 @@ def evaluate(config: Settings, split: str, shots: int):
     if shots:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length):
+    vocabulary = loading.vocabulary(model_config)
+    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
     found = train.accuracy(config, model, tokenizer, examples)
@@ -53,9 +55,10 @@ def evaluate_run(run: Path, step: str, changes: dict, split: str):
         after = int(step)
     data = tasks.load(config)
     tokenizer, _ = loading.load_tokenizer(config.model, config.trust_remote_code)
-    model = train.rebuild(config, run, tokenizer, data, log.steps[:after])
+    model = train.rebuild(config, run, tokenizer, data, log.steps, after)
     found = train.accuracy(config, model, tokenizer, getattr(data, split))
-    return f"{run} after {after} steps, {data.source}: {split} accuracy {found}", model, tokenizer
+    which = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
+    return f"{which}, {data.source}: {split} accuracy {found}", model, tokenizer
 
 
 def main(argv=None) -> None:

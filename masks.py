@@ -66,6 +66,16 @@ def check_density(density: float) -> float:
     return density
 
 
+def check_moves(density: float, weights) -> None:
+    """ValueError where the density takes not one weight of the largest tensor."""
+    largest = max(w.numel() for w in weights)
+    if not round(check_density(density) * largest):
+        raise ValueError(
+            f"density {density:g} takes none of the {largest} weights of the largest tensor, so "
+            f"nothing moves; give {1 / largest:.1g} or more"
+        )
+
+
 # ------------------------------------------------------------------ [S]: Algorithm 3
 
 
@@ -303,7 +313,7 @@ def fisher(model, losses, *, statistic="per-sample", weights=None, device=None) 
     Peak memory: the model, 4 bytes per scored weight, the gradient of one matrix as it comes and in
     fp32, one block's activations, every block's input, the logits. Llama-2-7B in bf16 at 512
     tokens, by count: 13.5 + 25.9 + 0.3 + under 1 GB. `sensitive_index(groups=8)` makes of the 25.9
-    3.2, in eight passes. ValueError where a gradient is missing or not finite.
+    3.2, in eight passes. ValueError where a gradient is not finite.
     """
     if statistic not in ("per-sample", "of-mean"):
         raise ValueError(f"statistic {statistic!r}: per-sample or of-mean")
@@ -324,25 +334,18 @@ def fisher(model, losses, *, statistic="per-sample", weights=None, device=None) 
         for loss in losses:
             loss(model).backward()
             samples += 1
-    for name, score in scores.items():
+    for score in scores.values():
         score /= max(1, samples)
         if statistic == "of-mean":
             score.square_()
-        if not score.any():
-            raise ValueError(f"no gradient reaches {name}: a ranking of zeros means nothing")
     return scores
 
 
 def how_many(weights: dict[str, Tensor], density: float) -> dict[str, int]:
-    """k = round(density · numel) per matrix; ValueError where that leaves no weight to move."""
-    check_density(density)
-    name, least = min(((n, w.numel()) for n, w in weights.items()), key=lambda pair: pair[1])
-    if not round(density * least):
-        raise ValueError(
-            f"density {density:g} takes none of the {least} weights of {name}; the smallest that "
-            f"takes one of every matrix is {0.51 / least:.3g}"
-        )
-    return {name: round(density * w.numel()) for name, w in weights.items()}
+    """k = round(density · numel) per matrix, where that is 1 or more; ValueError if nowhere."""
+    check_moves(density, weights.values())
+    counts = {name: round(density * w.numel()) for name, w in weights.items()}
+    return {name: k for name, k in counts.items() if k}
 
 
 def top(values: Tensor, k: int) -> Tensor:
@@ -355,8 +358,12 @@ def top(values: Tensor, k: int) -> Tensor:
 
 
 def sensitive(scores: dict[str, Tensor], density: float) -> dict[str, Tensor]:
-    """[Q]'s mask: per matrix the k highest scores, as `top` gives them."""
-    return {name: top(scores[name], k) for name, k in how_many(scores, density).items()}
+    """[Q]'s mask: per matrix the k highest scores, as `top` gives them.
+
+    A matrix that no gradient reaches is left out, such as an expert that no token was routed to.
+    """
+    ks = how_many(scores, density)
+    return {name: top(scores[name], k) for name, k in ks.items() if scores[name].any()}
 
 
 def sensitive_index(model, losses, density: float, *, groups: int = 1, **how) -> dict[str, Tensor]:
@@ -368,6 +375,8 @@ def sensitive_index(model, losses, density: float, *, groups: int = 1, **how) ->
     for first in range(0, len(names), size):
         part = {name: weights[name] for name in names[first : first + size]}
         index |= sensitive(fisher(model, losses, weights=part, **how), density)
+    if not index:
+        raise ValueError("no gradient reaches any matrix: the losses do not depend on them")
     return index
 
 
@@ -444,7 +453,7 @@ def save(path, index: dict[str, Tensor], weights: dict[str, Tensor], provenance:
     """
     from safetensors.torch import save_file
 
-    about = {"provenance": provenance, "matrices": signature(weights)}
+    about = {"provenance": provenance, "matrices": signature({n: weights[n] for n in index})}
     save_file(index, f"{path}.tmp", {key: json.dumps(value) for key, value in about.items()})
     os.replace(f"{path}.tmp", path)
 
@@ -483,15 +492,13 @@ def check_places(places: Tensor, numel: int, name: str) -> None:
 
 
 def check_shapes(path, matrices: dict, weights: dict[str, Tensor]) -> None:
-    """ValueError unless a mask's names and shapes are those of `weights`, the `decoder_linears`."""
-    there = {name: about["shape"] for name, about in matrices.items()}
+    """ValueError unless a mask's names and shapes are among `weights`, the `decoder_linears`."""
     here = {name: list(w.shape) for name, w in weights.items()}
-    for name in (*here, *there):
-        if here.get(name) != there.get(name):
-            a, b = there.get(name, "missing"), here.get(name, "missing")
+    for name, about in matrices.items():
+        if about["shape"] != here.get(name):
             raise ValueError(
-                f"{path} is a mask of another model: {name} is {a} there and {b} here; "
-                "make one with python -m harness.mask"
+                f"{path} is a mask of another model: {name} is {about['shape']} there and "
+                f"{here.get(name, 'missing')} here; make one with python -m harness.mask"
             )
 
 

@@ -126,7 +126,8 @@ class Patch:
             self._parametrize(select)
         with torch.no_grad():
             self.total = sum(p.numel() for p in model.parameters())
-        self.total += self.sparse.count_weights() if self.sparse and self.sparse.bits == 4 else 0
+        packed = [p for p in self.sparse.parts.values() if p.bits == 4] if self.sparse else []
+        self.total += sum(part.shape.numel() for part in packed)
 
     def _parametrize(self, select: str) -> None:
         """Give every parameter that moves a `MaskedWeight`, and every module that has it, too."""
@@ -143,6 +144,7 @@ class Patch:
                 raise ValueError(f"{name}: {error}") from error
         if not found:
             raise ValueError(f"nothing moves: no parameter's name matches {select!r}")
+        masks.check_moves(self.rule.density, found)
         self.weights = list(found.values())
         for module in list(self.model.modules()):
             for name, p in list(module._parameters.items()):
@@ -194,9 +196,10 @@ class Patch:
                 losses.append(loss_fn(self.model(**inputs, use_cache=False).logits))
         parts = self.sparse.parts if self.sparse else {w.name: w for w in self.weights}
         if unread := [name for name, part in parts.items() if not part.was_read]:
+            way_out = "its mask cannot be of use" if self.sparse else "leave it out with --select"
             raise ValueError(
                 f"no forward reads {unread[0]} ({len(unread)} such in all), so only noise would "
-                "move it; leave it out with --select"
+                f"move it; {way_out}"
             )
         return losses
 

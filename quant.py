@@ -106,16 +106,15 @@ class DenseSparse:
         masks.check_places(self.index[name], weight.numel(), name)
         if not torch.stack(weight.aminmax()).isfinite().all():  # NaN shows in both
             raise ValueError(f"{name} holds NaN or infinity; get a sound copy of the model")
-        if self.bits == 4 and weight.numel() % BLOCK:
-            raise ValueError(f"{name} does not fill blocks of {BLOCK}; --bits 16 keeps it as it is")
         places = self.index[name].to(weight.device, torch.int64)
         self.values[self.slices[name]] = weight.reshape(-1)[places].float()
         self.parts[name] = part = Parts(self, name, places, weight)
         owners = [(m, n) for m in model.modules() for n, p in m._parameters.items()
                   if p is parameter]  # fmt: skip
-        if self.bits == 4:  # a tensor without elements holds the name
+        if part.bits == 4:  # a tensor without elements holds the name
             parameter = nn.Parameter(weight.new_empty(0), requires_grad=False)
-            parameter._is_hf_initialized = True  # or transformers would draw it after loading
+        elif parameter.is_meta:  # nor has it been loaded
+            parameter = nn.Parameter(weight.clone(), requires_grad=False)
         for owner, n in owners:  # a tied matrix has several
             owner._parameters[n] = parameter
             parametrize.register_parametrization(owner, n, part, unsafe=True)
@@ -134,7 +133,8 @@ class Parts(nn.Module):
         super().__init__()
         self.sparse, self.part, self.places = sparse, sparse.slices[name], places
         self.shape, self.was_read = weight.shape, False
-        if sparse.bits == 4:
+        self.bits = sparse.bits if weight.numel() % BLOCK == 0 else 16  # it fills no blocks
+        if self.bits == 4:
             from bitsandbytes.functional import quantize_4bit  # two seconds, and only this needs it
 
             dense = weight.detach().reshape(-1).clone()
@@ -147,8 +147,8 @@ class Parts(nn.Module):
 
     def dense(self, parameter: Tensor) -> Tensor:
         """The matrix in 16 (or 32) bits, in fresh memory."""
-        if self.sparse.bits == 16:
-            return parameter.detach().clone()
+        if self.bits == 16:
+            return parameter.detach().clone(memory_format=torch.contiguous_format)
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.codes, self.state).view(self.shape)

@@ -34,6 +34,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,6 +57,9 @@ class Example:
     prompt: str
     options: tuple[str, ...]
     label: int  # index of the right option
+
+    def __post_init__(self):
+        "".join([self.prompt, *self.options]).encode()  # ValueError for half an emoji
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,7 @@ class Data:
     test: list[Example]
     classification: bool
     source: str
+    odd: str | None = None  # of own files: the first row whose options are other than the rest's
 
     @property
     def score(self) -> str:
@@ -194,7 +199,7 @@ def load_examples(
     if min(num_train, num_test) < 1 or (num_validation or 0) < 0:
         sizes = f"num_train {num_train}, num_validation {num_validation}, num_test {num_test}"
         raise ValueError(f"{sizes}: give at least 1, 0 and 1")
-    pool = None  # of validation examples, where they have a file of their own
+    odd = pool = None  # pool: of validation examples, where they have a file of their own
     if task is not None and not (train_file or test_file or validation_file):
         spec = get_task(task)
         classification, default, source = spec.classification, spec.num_validation, spec.hub
@@ -210,7 +215,8 @@ def load_examples(
         files = [Path(f) for f in (train_file, test_file, validation_file) if f]
         what = 'a line {"prompt", "options", "label"}'
         train, test, *held = (_from_file(f, _own_example, what) for f in files)
-        classification = len({frozenset(e.options) for e in sum(held, train + test)}) == 1
+        odd = _odd_row(sum(held, train + test))
+        classification = odd is None
         pool = held[0] if held else None
         default = 500 if held else min(500, len(train) // 3)
         source = ", ".join(dict.fromkeys(map(str, files)))
@@ -226,7 +232,7 @@ def load_examples(
         train, validation = _draw(train, num_train, seed), _draw(pool, num_validation, seed)
     if not train:
         raise ValueError(f"{source}: num_validation {num_validation} leaves nothing to train on")
-    return Data(train, validation, _draw(test, num_test, seed), classification, str(source))
+    return Data(train, validation, _draw(test, num_test, seed), classification, str(source), odd)
 
 
 def load(config) -> Data:
@@ -253,8 +259,17 @@ def _own_example(row: dict) -> list[Example]:
         raise ValueError(f"options {options!r} must be a list of 2 or more different texts")
     if type(label) is not int or not 0 <= label < len(options):  # a bool is an int, but no label
         raise ValueError(f"label {label!r} must be an integer from 0 to {len(options) - 1}")
-    "".join([prompt, *options]).encode()  # half an emoji is a ValueError, too
     return [Example(prompt, tuple(o.rstrip(" ") for o in options), label)]  # `encode` strips, too
+
+
+def _odd_row(examples: list[Example]) -> str | None:
+    """What is odd about the first row whose options are not those of most, if there is one."""
+    (usual, count), *others = Counter(frozenset(e.options) for e in examples).most_common()
+    if not others:
+        return None
+    odd = next(e for e in examples if frozenset(e.options) != usual)
+    most = f"{count} of {len(examples)} rows have {sorted(usual)}"
+    return f"{most}, but ...{odd.prompt[-40:]!r} has {list(odd.options)}"
 
 
 def _from_hub(task: Task, split: str) -> list[Example]:
@@ -300,7 +315,7 @@ def _parsed(rows: Iterable[tuple], parse: Callable, what: str) -> list:
     for where, row in rows:
         try:
             found += parse(row)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
             known = {KeyError: f"no field {e}", json.JSONDecodeError: "it is not JSON"}
             raise ValueError(f"{where} is not {what}: {known.get(type(e), e)}") from e
     return found
@@ -386,7 +401,6 @@ class Batch:
 
     input_ids: Tensor  # [R, T] int64, padded on the left, T a multiple of 8
     attention_mask: Tensor  # [R, T] int64
-    position_ids: Tensor  # [R, T] int64; explicit, as models differ in how they count padding
     row: Tensor  # [n] int64
     position: Tensor  # [n] int64, within the last `keep`
     token: Tensor  # [n] int64
@@ -399,10 +413,7 @@ class Batch:
 
     def inputs(self, model) -> dict:
         """What this model's forward takes of the batch; logits only where an option is scored."""
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        more = {"position_ids": self.position_ids, "logits_to_keep": self.keep}
-        known = inspect.signature(model.forward).parameters
-        return inputs | {name: value for name, value in more.items() if name in known}
+        return model_inputs(model, self.input_ids, self.attention_mask, self.keep)
 
     @property
     def count(self) -> int:
@@ -412,6 +423,18 @@ class Batch:
     def loss(self, logits: Tensor) -> Tensor:
         """Scalar, that of training, of logits [R, keep, V]."""
         return (classification_loss if self.score == "all" else lm_loss)(logits, self)
+
+
+def model_inputs(model, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> dict:
+    """What this model's forward takes: ids and mask [R, T]; logits of the last `keep`, 0: of all.
+
+    Positions are explicit where they can be, as models differ in how they count padding.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    more = {"position_ids": positions, "logits_to_keep": keep}
+    known = inspect.signature(model.forward).parameters
+    return inputs | {name: value for name, value in more.items() if name in known}
 
 
 def collate(
@@ -439,8 +462,7 @@ def collate(
     ids = torch.tensor([r[:1] * (T - len(r)) + r for r in rows])  # [R, T]
     mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows])  # [R, T]
     labels = torch.tensor([e.label for e in examples])
-    tensors = (ids, mask, (mask.cumsum(1) - 1).clamp(min=0), row, keep - back, token, slot,
-               1 / length.float(), labels, valid)  # fmt: skip
+    tensors = (ids, mask, row, keep - back, token, slot, 1 / length.float(), labels, valid)
     return Batch(*(x.to(device) for x in tensors), keep, score)
 
 
@@ -513,18 +535,30 @@ def count_right(model, tokenizer, examples, *, batch_size=16, max_length=2048) -
     return counts
 
 
-def check_examples(tokenizer, examples: list[Example], max_length: int) -> int:
+def check_examples(tokenizer, examples: list[Example], max_length: int, vocabulary: int) -> int:
     """How many prompts lose their beginning. ValueError where `encode` would raise it in the midst
-    of training, and where two options are the same tokens: no step would ever see a slope."""
+    of training, where the model's vocabulary lacks a token, and where two options are the same
+    tokens: no step would ever see a slope."""
     cut = 0
     for example in examples:
         whole = encode(tokenizer, example, 1 << 30)
+        check_tokens(tokenizer, [token for ids, _ in whole for token in ids], vocabulary)
         if len({tuple(ids) for ids, _ in whole}) < len(whole):
             raise ValueError(f"two of the options {example.options} are the same to this tokenizer")
         if any(length >= max_length for _, length in whole):
             encode(tokenizer, example, max_length)  # raises
         cut += any(len(ids) > max_length for ids, _ in whole)
     return cut
+
+
+def check_tokens(tokenizer, ids: Iterable[int], vocabulary: int) -> None:
+    """ValueError for a token beyond the model's embedding, which has `vocabulary` rows."""
+    if (largest := max(ids)) >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"the tokenizer makes token {largest} ({token!r}), but the model knows {vocabulary} "
+            "tokens; get model and tokenizer of one version"
+        )
 
 
 def minibatch(

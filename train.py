@@ -20,7 +20,6 @@ run's own, that step would come out differently.
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
 
-import contextlib
 import gc
 import json
 import math
@@ -30,6 +29,7 @@ import time
 import zlib
 from pathlib import Path
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -57,8 +57,9 @@ def train(config: Config, patch, tokenizer, data: tasks.Data, steps: log.StepLog
         in_a_row = 0 if math.isfinite(step.a) else in_a_row + 1  # a loss overflowed: nothing moves
         if in_a_row == 20:
             raise ValueError(
-                f"20 losses in a row were not finite (now l⁺ {step.loss_plus}): --lr {config.lr} "
-                f"or --eps {config.eps} is too high, or float16 overflows (try --dtype bfloat16)"
+                f"20 losses in a row were not finite: --lr {config.lr} or --eps {config.eps} is "
+                "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run "
+                f"{steps.run} evaluates the best step so far, {steps.best_step()}"
             )
         if step.step % config.eval_every == 0 or step.step == config.steps:
             step = evaluated(config, patch, tokenizer, data, step)
@@ -132,12 +133,10 @@ def open_model(config: Config, run: Path, moves) -> tuple:
             masks.check_values(path, matrices, name, weight)
             moves.split(model, name, weight)
 
-        if config.bits == 4:  # each matrix goes into 4 bits as it is read
-            model = loading.load_model(*how, split=split, index=index)
-        else:
-            model = loading.load_model(*how)
-            for name in index:
-                split(model, name, model.get_parameter(name).detach())
+        # in 4 bits a matrix is split as it is read; the others when all are there
+        model = loading.load_model(*how, split=split if config.bits == 4 else None, index=index)
+        for name in index.keys() - moves.parts.keys():
+            split(model, name, model.get_parameter(name).detach())
     fused = loading.compiles(config.compile, movable, device)
     patch = model_patch.Patch(
         model, moves, eps=config.eps, select=config.select, rounding=config.rounding, fused=fused
@@ -147,14 +146,18 @@ def open_model(config: Config, run: Path, moves) -> tuple:
     return model, patch
 
 
-def replay(config: Config, patch, tokenizer, data, steps: list[log.Step], run: Path) -> None:
-    """θ_0 → θ_n by the log's n steps. The last is taken again and must come out as logged."""
-    for number, step in enumerate(tqdm(steps, "replaying", leave=False, delay=5), start=1):
+def replay(config: Config, patch, tokenizer, data, logged: list[log.Step], run, after: int) -> None:
+    """θ_0 → θ_after, by the log. The last step is taken again and must come out as logged.
+
+    Where `after` is 0, the step that is taken again is the first.
+    """
+    checked = max(after, 1)
+    for step in tqdm(logged[:checked], "replaying", leave=False, delay=5):
         patch.refresh(step.step - 1)
-        if number == len(steps):
+        if step.step == checked:
             again = take_step(config, patch, tokenizer, data, step.step - 1)
             log.compare(step, again, str(patch.model.dtype).removeprefix("torch."), run)
-        if math.isfinite(step.a):
+        if step.step <= after and math.isfinite(step.a):
             patch.update(step.seed, step.a)
 
 
@@ -192,13 +195,19 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     data = tasks.load(config)
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config)
+    kind = loading.quantised(model_config)
+    if kind and config.method == "senszoq" and config.bits != 16:
+        raise ValueError(
+            f"--model {config.model} is quantised ({kind}), and senszoq reads 16 bits: unpack it "
+            "with python eval.py --model … --task … --save FOLDER, or use --bits 16"
+        )
     if config.mask:  # a mask of another model is found before this one is loaded
         own = run and run / "mask.safetensors"  # needs the user's file no longer
         path = own if own and own.exists() else config.mask
         _, provenance, matrices = masks.load(path)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
-        masks.check_shapes(path, matrices, masks.decoder_linears(shapes))
         density = provenance["density"]
+        masks.check_shapes(path, matrices, masks.decoder_linears(shapes))
         if config.density not in (None, density):
             raise ValueError(f"--density {config.density}: that of --mask {path} is {density}")
         config.density = density
@@ -207,16 +216,19 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     print(f"  {'data':<14} {data.source}: {sizes}")
     loss = "over the options' scores" if data.classification else "of the right option's tokens"
     print(f"  {'loss':<14} cross-entropy {loss}")
+    if data.odd:
+        print(f"  {'':<14} and not over scores, as options differ: {data.odd}")
     examples = data.train + data.validation + data.test
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length):
+    vocabulary = loading.vocabulary(model_config)
+    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary):
         print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
     return tokenizer, data
 
 
-def rebuild(config: Config, run: Path, tokenizer, data, steps: list[log.Step]):
-    """The model after these steps of a run: an ordinary one, or [Q]'s in dense and sparse parts."""
+def rebuild(config: Config, run: Path, tokenizer, data, logged: list[log.Step], after: int):
+    """The model after a step of a run: an ordinary one, or [Q]'s in dense and sparse parts."""
     model, patch = open_model(config, run, what_moves(config, run, data))
-    replay(config, patch, tokenizer, data, steps, run)
+    replay(config, patch, tokenizer, data, logged, run, after)
     patch.remove()
     return model
 
@@ -248,12 +260,14 @@ def run_to_end(config: Config, run: Path) -> None:
     else:
         if (run / "result.json").exists():
             result = json.loads((run / "result.json").read_text())
-        replay(config, patch, tokenizer, data, steps.steps, run)
+        replay(config, patch, tokenizer, data, steps.steps, run, after=len(steps.steps))
         print(f"  going on after step {len(steps.steps)} of {config.steps}")
         if workers.RANK == 0:
             configs.save(run, config)
     train(config, patch, tokenizer, data, steps)
 
+    if rise := steps.rise():
+        print(f"the training loss rose from {rise[0]:.3g} to {rise[1]:.3g}: try a lower --lr")
     last = accuracy(config, model, tokenizer, data.test)
     print(f"test accuracy, last weights             {last}")
     best, best_step = last, steps.best_step()  # chosen by validation, never by test
@@ -264,7 +278,7 @@ def run_to_end(config: Config, run: Path) -> None:
         patch.remove()
         del model, patch, moves
         gc.collect()  # before the second copy is loaded
-        model = rebuild(config, run, tokenizer, data, steps.steps[:best_step])
+        model = rebuild(config, run, tokenizer, data, steps.steps, best_step)
         best = accuracy(config, model, tokenizer, data.test)
     if data.validation:
         print(f"test accuracy, best validation weights  {best}, after step {best_step}")
@@ -272,7 +286,12 @@ def run_to_end(config: Config, run: Path) -> None:
         run, result | {"best": best._asdict()} | loading.machine(torch.device(model.device))
     )
     if steps.skipped():
-        print(f"{steps.skipped()} steps moved nothing: a loss was not finite")
+        print(f"{steps.skipped()} steps moved nothing, as a loss was not finite: try a lower --lr")
+    if flat := steps.flat():
+        print(
+            f"{flat} steps moved nothing, as l⁺ and l⁻ were the same number: --eps {config.eps} is "
+            "too small for this dtype, or too high a rate broke the weights (try a lower --lr)"
+        )
     print(f"{run}/ holds the run")
     if workers.RANK == 0:
         zero_shot = (result["zero_shot"] or {}).get("value")
@@ -313,10 +332,8 @@ def main(argv=None) -> None:
             run_to_end(config, run)
         finally:
             workers.leave()
-            if made is not None and not (made / "config.json").exists():  # it never began
-                (made / "steps.csv").unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    made.rmdir()
+            if made is not None:
+                log.forget_unbegun(made)
 
 
 if __name__ == "__main__":

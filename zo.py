@@ -239,11 +239,11 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
         out.copy_(value)  # rounds to nearest
 
 
+torch._dynamo.config.recompile_limit = 64  # a loop for each rule and dtype; 8 are too few
 _fused = torch.compile(
     _apply,
     dynamic=True,
     fullgraph=True,
-    recompile_limit=64,  # one loop for each rule and dtype; torch's limit of 8 is an error here
     options={
         "triton.autotune_pointwise": False,  # its trials would copy what is written
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one

@@ -1,1 +1,14 @@
-"""What a long run needs and no paper speaks of: settings, loading, the log, workers, bench."""
+"""What a run needs and no paper speaks of."""
+
+import sys
+
+
+def _one_line(kind, error, trace):
+    """Ctrl-C while the modules are imported, which takes seconds, is no fault to be traced."""
+    if kind is KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _one_line

@@ -1,5 +1,8 @@
 """Tokenizer and model, Hugging Face's, from the hub or a local folder, onto one device.
 
+What would train to meaningless numbers is refused here: a format that cannot be unpacked, weights
+that the checkpoint lacks, a model that is not causal or that minds padding (`check_model`).
+
 A model is loaded straight to its device and dtype. For SensZOQ each matrix of the mask is split as
 it is read: its k values go to the vector that moves, the rest into 4 bits. So one 16-bit matrix is
 in memory at a time, and a 7B model loads in 4 GB.
@@ -10,14 +13,17 @@ import ctypes
 import os
 import platform
 import re
-import resource
 from pathlib import Path
 
 import torch
 
+import tasks
 from harness.config import locate
 
-DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+DTYPES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}  # and their rounding
+UNPACKED = ("fp8", "mxfp4")  # quantised formats that transformers makes plain as it reads them
+# names that older libraries left in checkpoints: buffers, a reward model's head, draft heads
+HARMLESS = re.compile(r"rotary_emb|(attn|attention)\.(masked_)?bias|position_ids|^v_head|\bmtp\b")
 
 
 def choose_device(device: str) -> str:
@@ -32,7 +38,7 @@ def choose_device(device: str) -> str:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """(tokenizer, model configuration). ValueError where there is no such model."""
+    """(tokenizer, model configuration). ValueError where there is no such model, or none to use."""
     from transformers import AutoConfig, AutoTokenizer  # seconds, so not before bad flags fail
 
     folder = Path(name := locate(name))
@@ -40,15 +46,30 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         raise ValueError(f"--model {name} has no config.json; give a folder in Hugging Face format")
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"--model {name} does not exist; give a folder or a hub name")
+    for file in folder.iterdir() if folder.exists() else ():
+        if file.is_file() and file.open("rb").read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file; `git lfs pull` gets it")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code), config
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # gated, misspelt, offline, custom code: each has a type of its own
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"cannot load --model {name} ({why}); check the name, log in with `hf auth login` if "
             "it is gated, or give a local folder"
         ) from error
+    if (kind := quantised(config)) not in (None, *UNPACKED):
+        raise ValueError(
+            f"--model {name} is quantised ({kind}), and a probe cannot move its codes; give the "
+            "16-bit checkpoint that it was made from"
+        )
+    return tokenizer, config
+
+
+def quantised(config) -> str | None:
+    """The format in which a checkpoint's weights are quantised; None: they are plain."""
+    found = getattr(config, "quantization_config", None) or {}
+    return found.get("quant_method", "in a format without a name") if found else None
 
 
 def skeleton(config, trust_remote_code: bool = False):
@@ -62,13 +83,13 @@ def skeleton(config, trust_remote_code: bool = False):
 def load_model(
     name: str, dtype="auto", device="auto", trust_remote_code=False, split=None, index=()
 ) -> torch.nn.Module:
-    """A causal LM in eval mode. ValueError where there is none, or a weight is not finite.
+    """A causal LM in eval mode. ValueError where there is none, or it would compute nonsense.
 
     dtype auto: the checkpoint's own on a GPU, float32 on a CPU. `split(model, name, weight)` is
-    called for each matrix of `index` as it is read, and takes its place.
+    called for a matrix of `index` as it is read, and takes its place, unless others are tied to it.
+    FP8 and MXFP4 checkpoints become plain weights.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device = choose_device(device)
     if ":" in device:
@@ -77,29 +98,83 @@ def load_model(
         dtype = "float32"
     quantiser = None if split is None else _splitter(split, set(index))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+        if packed := quantised(config):
+            config.quantization_config["dequantize"] = True
+        model, read = AutoModelForCausalLM.from_pretrained(
             locate(name),
+            config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             device_map=None if device == "cpu" else {"": device},  # never twice
             quantization_config=quantiser,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # none, torn, no LM
+    except Exception as error:  # none, torn, pickled code, no LM: each has a type of its own
         if quantiser is not None and quantiser.error is not None:
             raise quantiser.error from None
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"cannot load the weights of {name} as a causal LM: {why}") from error
     if quantiser is not None:
         model.hf_quantizer.remove_quantization_config(model)  # our layers are not transformers'
-    for name, weight in model.named_parameters():
-        if weight.dtype in DTYPES and weight.numel():
-            if not torch.stack(weight.detach().aminmax()).isfinite().all():  # NaN shows in both
-                raise ValueError(f"{name} holds NaN or infinity; get a sound copy of the model")
+    if packed:
+        model._weight_conversions = None  # or it would be saved in codes and scales again
+    model.eval()  # OPT has dropout 0.1, which would drown the probes
+    check_model(model, name, read)
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads cost more than they save on matrices this small
-    return model.eval()  # OPT has dropout 0.1, which would drown the probes
+    return model
+
+
+@torch.no_grad()
+def check_model(model, name: str, read: dict) -> None:
+    """ValueError where a model would train, and be scored, to numbers that mean nothing.
+
+    `read`: what transformers says of the checkpoint's names. The rest asks the model itself, with
+    twelve tokens: do logits depend on a later token, or on padding to the left?
+    """
+    left = [key for key in read["unexpected_keys"] if not HARMLESS.search(key)]
+    for keys, what in (
+        (read["missing_keys"], "lacks these weights, which would be drawn at random"),
+        (left, "has weights that this model has no place for"),
+    ):
+        if keys := sorted(keys):
+            raise ValueError(
+                f"the checkpoint {name} {what}: {', '.join(keys[:3])} ({len(keys)} in all); get a "
+                "complete one, whose config.json is its own"
+            )
+    for key, weight in model.named_parameters():
+        if weight.dtype in DTYPES and weight.numel():
+            if not torch.stack(weight.aminmax()).isfinite().all():  # NaN shows in both
+                raise ValueError(f"{key} holds NaN or infinity; get a sound copy of the model")
+
+    def change(a, b):  # of logits, in units of their own spread
+        return float((a.float() - b.float()).abs().max() / a.float().std())
+
+    def as_it_is(ids):
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+    n, padding, rounding = 12, 5, DTYPES[model.dtype]
+    ids = (torch.arange(5, 5 + n) % model.get_input_embeddings().num_embeddings).expand(2, n)
+    ids = ids.to(model.device)
+    other, padded = ids.clone(), torch.cat([ids[:, :1].expand(2, padding), ids], dim=1)
+    other[:, -1] = ids[0, 0]
+    plain = as_it_is(ids)
+    kind = f"{name} ({model.config.model_type})"
+    if (moved := change(plain[:, :-1], as_it_is(other)[:, :-1])) > rounding:
+        raise ValueError(
+            f"{kind} is no causal language model: its logits depend on later tokens ({moved:.1%})"
+        )
+    mask = torch.ones_like(padded)
+    mask[0, :padding] = 0  # row 0 is padded on the left, row 1 is as long without
+    inputs = tasks.model_inputs(model, padded, mask)
+    if (moved := change(plain[0], model(**inputs, use_cache=False).logits[0, padding:])) > rounding:
+        raise ValueError(
+            f"{kind} minds padding: its logits change by {moved:.1%} with {padding} masked tokens "
+            "on the left, so losses of batches would be wrong"
+        )
 
 
 def _splitter(split, names: set):
@@ -144,7 +219,9 @@ def _splitter(split, names: set):
                 return False
 
             def param_needs_quantization(self, model, param_name, **_):
-                return param_name in self.quantization_config.names
+                # what others will be tied to is still looked for after it was read
+                tied = param_name in model.all_tied_weights_keys.values()
+                return param_name in self.quantization_config.names and not tied
 
             def get_quantize_ops(self):
                 return Split(self.quantization_config)
@@ -159,6 +236,11 @@ def _splitter(split, names: set):
                 return self  # so that `error` reaches the caller
 
     return AUTO_QUANTIZATION_CONFIG_MAPPING["dense+sparse"](split, names)
+
+
+def vocabulary(model_config) -> int:
+    """How many tokens the model's embedding has, by its configuration."""
+    return model_config.get_text_config().vocab_size
 
 
 def usable_length(max_length: int, model_config) -> int:
@@ -209,8 +291,12 @@ def machine(device: torch.device) -> dict:
     if device.type == "cuda":
         hardware, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated()
     else:
-        hardware = f"{processor()}, {torch.get_num_threads()} threads"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        hardware, peak = f"{processor()}, {torch.get_num_threads()} threads", None
+        with contextlib.suppress(ImportError):  # Windows
+            import resource
+
+            unit = 1 if platform.system() == "Darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "hardware": hardware,
         "peak_memory_bytes": peak,
@@ -222,6 +308,7 @@ def machine(device: torch.device) -> dict:
 
 def processor() -> str:
     """The name of the CPU, and the widest vectors that torch uses on it."""
-    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    name = found.group(1) if found else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, AttributeError):  # no Linux, or one that does not say
+        name = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()).group(1)
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

@@ -11,7 +11,7 @@ line, which does not count. Whoever goes on with a run takes its last logged ste
 If another number comes out, it is not the run's model, data or settings.
 """
 
-import fcntl
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -56,7 +56,7 @@ class StepLog:
         if write:
             self.file = open(path, "a+b", buffering=0)
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(self.file)
             except OSError as error:
                 raise ValueError(f"{run} is being trained by another process right now") from error
         text = path.read_bytes() if path.exists() else b""
@@ -99,6 +99,41 @@ class StepLog:
     def skipped(self) -> int:
         """How many steps moved nothing, as a loss was not finite."""
         return sum(not math.isfinite(step.a) for step in self.steps)
+
+    def flat(self) -> int:
+        """How many steps moved nothing, as both losses were the same."""
+        return sum(step.a == 0 for step in self.steps)
+
+    def rise(self) -> tuple[float, float] | None:
+        """The first loss and the mean of the last tenth, where that is half as much more."""
+        losses = [(s.loss_plus + s.loss_minus) / 2 for s in self.steps if math.isfinite(s.a)]
+        last = losses[-max(1, len(losses) // 10) :]
+        if not losses or sum(last) / len(last) <= max(1.5 * losses[0], losses[0] + 0.1):
+            return None
+        return losses[0], sum(last) / len(last)
+
+
+def lock(file) -> None:
+    """Hold a file until the process ends. OSError where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows; a byte far behind the end, as locked bytes cannot be read
+        import msvcrt
+
+        file.seek(1 << 30)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def forget_unbegun(run: Path) -> None:
+    """Remove a run that failed before its line 0, unless [Q]'s mask was made already."""
+    if (run / "mask.safetensors").exists() or StepLog(run).start is not None:
+        return
+    for name in ("config.json", "result.json", "steps.csv"):
+        (run / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something of the user's is in it
+        run.rmdir()
 
 
 def compare(logged: Step, again: Step, dtype: str, run) -> None:

@@ -57,6 +57,7 @@ def make(config, path, examples=None) -> None:
         length = loading.usable_length(settings.length, model_config)
         texts = tasks.read_texts(settings.text)
         windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
+        tasks.check_tokens(tokenizer, windows.flatten().tolist(), loading.vocabulary(model_config))
         losses = tasks.text_losses(windows)
         about |= {"source": settings.text or tasks.C4, "length": length}
     elif scored:
@@ -80,6 +81,8 @@ def make(config, path, examples=None) -> None:
     else:
         by_size = masks.largest if settings.kind == "largest" else masks.smallest
         index = by_size(weights, settings.density)
+    if without := len(weights) - len(index):
+        print(f"{without} of {len(weights)} matrices stay still: too small, or without a gradient")
     masks.save(path, index, weights, about | {"torch": str(torch.__version__)})
 
 

@@ -101,7 +101,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
     "flags, message",
     [
         (["--text=nowhere.txt"], "a .txt or .jsonl file that exists"),
-        (["--density=0.0001"], "the smallest that takes one of every"),
+        (["--density=0.0001"], "takes none of the 1536 weights"),
         (["--density=2"], "density 2.0"),
         (["--samples=0"], "--samples 0: from 1"),
         (["--length=1"], "--length 1: from 2"),

@@ -257,7 +257,7 @@ def test_the_statistics_give_different_masks():
     scores = masks.fisher(model, losses)
     assert all(torch.allclose(scores[n], g[n].square()) for n in g)
     with pytest.raises(ValueError, match="no gradient reaches"):
-        masks.fisher(model, losses, statistic="of-mean")
+        masks.sensitive_index(model, losses, 0.05, statistic="of-mean")
 
 
 class Twice(nn.Module):
@@ -305,16 +305,16 @@ def test_a_gradient_that_is_not_finite_is_refused_by_name():
         masks.fisher(model, [planted(g)])
 
 
-def test_a_matrix_that_no_gradient_reaches_is_refused_by_name():
-    """All-zero scores would make the mask the first k weights."""
+def test_a_matrix_that_no_gradient_reaches_is_left_out():
+    """All-zero scores would make the mask the first k weights; if all are zero, there is none."""
     model = build("llama")
     g = gradients_like(model)
     name = "model.layers.0.self_attn.k_proj.weight"
     g[name] *= 0
-    with pytest.raises(ValueError, match=name):
-        masks.fisher(model, [planted(g)])
+    index = masks.sensitive_index(model, [planted(g)], 0.05)
+    assert set(masks.decoder_linears(model)) - set(index) == {name}
     with pytest.raises(ValueError, match="no gradient reaches"):
-        masks.fisher(model, [])
+        masks.sensitive_index(model, [], 0.05)
     with pytest.raises(ValueError, match="per-sample or of-mean"):
         masks.fisher(model, [planted(g)], statistic="median")
 
@@ -419,8 +419,9 @@ def test_every_kind_has_the_same_k_per_matrix(rows, columns, density):
     try:
         k = masks.how_many(weights, density)
     except ValueError:
-        assert not all(round(density * w.numel()) for w in weights.values())
+        assert not any(round(density * w.numel()) for w in weights.values())
         return
+    assert k == {name: n for name, w in weights.items() if (n := round(density * w.numel()))}
     scores = {name: w.square() for name, w in weights.items()}
     for index in (
         masks.sensitive(scores, density),
@@ -437,11 +438,11 @@ def test_every_kind_has_the_same_k_per_matrix(rows, columns, density):
 @pytest.mark.parametrize("numel", [1, 9, 1000, 4096 * 11008])
 def test_a_density_that_takes_nothing_names_the_matrix_and_one_that_works(numel):
     """The smallest density given works, and little less does not."""
-    weights = {"large": torch.empty(10**9, device="meta"), "w": torch.empty(numel, device="meta")}
-    with pytest.raises(ValueError, match="of w; the smallest that takes one .* is ") as error:
+    weights = {"w": torch.empty(numel, device="meta"), "small": torch.empty(1, device="meta")}
+    with pytest.raises(ValueError, match="nothing moves; give .* or more") as error:
         masks.how_many(weights, 0.49 / numel)
-    works = float(str(error.value).split()[-1])
-    assert masks.how_many(weights, works)["w"] == 1 and works * numel < 0.53
+    works = float(str(error.value).split("give ")[1].split()[0])
+    assert masks.how_many(weights, works)["w"] == 1 and works * numel <= 1.5
 
 
 def test_largest_and_smallest_rank_values_not_places():
@@ -563,18 +564,16 @@ def test_a_mask_file_comes_back_and_fits_its_model_in_every_dtype(saved, dtype):
             masks.check_values(path, matrices, name, w + 0.01)
 
 
-@pytest.mark.parametrize("other", ["opt", "shape", "fewer", "more"])
+@pytest.mark.parametrize("other", ["opt", "shape", "fewer"])
 def test_a_mask_of_another_model_is_refused(saved, other):
-    """Other names, another shape, a matrix too few or too many: one line names the matrix."""
+    """Other names, another shape, a matrix that the model lacks: one line names the matrix."""
     model, _, path = saved
     weights = masks.decoder_linears(build("opt") if other == "opt" else model)
-    name = next(iter(weights))
+    name = next(iter(masks.load(path)[2]))
     if other == "shape":
         weights[name] = weights[name].view(16, 64)
     elif other == "fewer":
         del weights[name]
-    elif other == "more":
-        weights[name := "some.weight"] = torch.zeros(2, 2)
     with pytest.raises(ValueError, match=f"^{path} is a mask of another model: {name} is .*$"):
         masks.check_shapes(path, masks.load(path)[2], weights)
 

@@ -173,10 +173,7 @@ def test_what_is_no_index_is_refused(places):
 
 
 def test_what_cannot_be_quantised_is_one_line():
-    """Blocks that are not full, NaN, and bits that there are not: refused with a name or value."""
-    with pytest.raises(ValueError, match=r"^weight does not fill blocks of 64; --bits 16 keeps it"):
-        split_one(some_weight(7, 9), torch.tensor([1]))
-    split_one(some_weight(7, 9), torch.tensor([1]), bits=16)
+    """NaN, and bits that there are not, are refused with a name or value."""
     weight = some_weight()
     weight[3, 3] = float("nan")
     with pytest.raises(ValueError, match="^weight holds NaN or infinity"):

@@ -595,12 +595,14 @@ def test_examples_are_checked_before_training():
     """Prompts that lose their beginning are counted, an option without room is an error."""
     short, long = Example("a b", (" red", " blue"), 0), Example("a b c a b c", (" red", " blue"), 0)
     length = max(len(ids) for ids, _ in tasks.encode(TOKENIZER, short))
-    assert tasks.check_examples(TOKENIZER, [short, long, long], length) == 2
-    assert tasks.check_examples(TOKENIZER, [short, long], 100) == 0
+    assert tasks.check_examples(TOKENIZER, [short, long, long], length, 99) == 2
+    assert tasks.check_examples(TOKENIZER, [short, long], 100, 99) == 0
     with pytest.raises(ValueError, match="it needs 1, and 1 before it"):
-        tasks.check_examples(TOKENIZER, [short, Example("a", (" b", " a b c a b c"), 0)], length)
+        tasks.check_examples(
+            TOKENIZER, [short, Example("a", (" b", " a b c a b c"), 0)], length, 99
+        )
     with pytest.raises(ValueError, match="the same to this tokenizer"):
-        tasks.check_examples(TOKENIZER, [Example("a", (" quokka", " wombat"), 0)], length)
+        tasks.check_examples(TOKENIZER, [Example("a", (" quokka", " wombat"), 0)], length, 99)
 
 
 def test_the_score_is_a_mean_not_a_sum():
@@ -628,7 +630,8 @@ def test_one_row_where_inputs_are_equal():
 def test_layout_of_a_batch():
     """Left-padded to a multiple of 8 with a token that the model knows, positions from 0 at BOS."""
     batch = collate(TOKENIZER, YES_NO + MULTI)
-    tensors = batch.input_ids, batch.attention_mask, batch.position_ids
+    inputs = batch.inputs(build("llama"))
+    tensors = batch.input_ids, batch.attention_mask, inputs["position_ids"]
     for x in tensors:
         assert x.dtype == torch.int64 and x.shape == batch.input_ids.shape and x.shape[1] % 8 == 0
     for ids, mask, position in zip(*tensors, strict=True):
@@ -684,7 +687,7 @@ def test_a_batch_moves_whole():
     """Every tensor is made on the device that was asked for."""
     batch = collate(TOKENIZER, YES_NO, device="meta")
     tensors = [v for v in vars(batch).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 10 and all(t.device.type == "meta" for t in tensors)
+    assert len(tensors) == 9 and all(t.device.type == "meta" for t in tensors)
 
 
 @pytest.mark.parametrize("name", ["sst2", "copa", "rte"])

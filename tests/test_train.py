@@ -91,8 +91,9 @@ def rebuilt(directory, steps=None):
     """Those of a run after its first `steps` steps, by its log."""
     config = configs.load(directory, {})
     tokenizer, _ = loading.load_tokenizer(config.model)
-    logged = steps_of(directory)[:steps]
-    return moving(train.rebuild(config, directory, tokenizer, tasks.load(config), logged))
+    logged = steps_of(directory)
+    after = len(logged) if steps is None else steps
+    return moving(train.rebuild(config, directory, tokenizer, tasks.load(config), logged, after))
 
 
 def equal(a, b):
@@ -207,7 +208,7 @@ def test_validation_chooses_the_weights_that_are_tested(folder, tmp_path, monkey
     assert result["best_step"] == 4
     capsys.readouterr()
     eval.main([f"--run={tmp_path}/run"])
-    assert f"after 4 steps, {folder}" in (line := capsys.readouterr().out)
+    assert "after 4 of 8 logged steps (--steps 8)" in (line := capsys.readouterr().out)
     assert f"accuracy {result['best']['value']:.3f} ±" in line
 
 
@@ -456,13 +457,24 @@ def test_two_processes_do_not_train_one_run(ready, capsys):
     assert code(train.main, [f"--resume={ready}", "--steps=9"]) == 0
 
 
-def test_a_start_that_fails_can_be_put_right(folder, tmp_path, capsys):
-    """What only the loaded model shows to be wrong is changed by a flag beside --resume."""
+def test_a_start_that_fails_leaves_nothing(folder, tmp_path, capsys):
+    """What only the loaded model shows to be wrong leaves no directory that blocks the name."""
     argv = arguments(folder, tmp_path / "run", "--select=nothing")
     error = refused(train.main, argv, capsys)
     assert "nothing moves: no parameter's name matches 'nothing'" in error
-    assert error.endswith(f"python train.py --resume {tmp_path}/run goes on")
-    train.main([f"--resume={tmp_path}/run", "--select=proj"])
+    assert not (tmp_path / "run").exists() and "goes on" not in error
+    train.main(arguments(folder, tmp_path / "run", "--select=proj"))
+    assert len(steps_of(tmp_path / "run")) == 8
+
+
+def test_a_start_that_fails_keeps_the_mask(folder, tmp_path, monkeypatch, capsys):
+    """A mask of [Q] that was made before the failure is used when the run goes on."""
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "open_model", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        error = refused(train.main, arguments(folder, tmp_path / "run", *SENSZOQ), capsys)
+    assert error.endswith(f"full; python train.py --resume {tmp_path}/run goes on")
+    monkeypatch.setattr(mask_command, "make", lambda *_: pytest.fail("the mask was made again"))
+    train.main([f"--resume={tmp_path}/run"])
     assert len(steps_of(tmp_path / "run")) == 8
 
 
@@ -547,7 +559,7 @@ def test_runs_are_evaluated_from_any_folder(tmp_path, monkeypatch, capsys):
     train.main([*few, f"--out={tmp_path}/run"])
     monkeypatch.chdir(tmp_path)
     eval.main(["--run=run", "--step=last"])
-    assert "after 2 steps" in capsys.readouterr().out
+    assert "after 2 of 2 logged steps" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ bad input

@@ -1,0 +1,571 @@
+"""Inputs that people really have: each works, or is one line before anything is trained."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from models import ARCHITECTURES, SIZES, build
+from safetensors.torch import load_file, save_file
+from test_train import ROOT, SENSZOQ, arguments, code, files, refused, run, steps_of
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import eval
+import masks
+import model_patch
+import quant
+import tasks
+import train
+import zo
+from harness import loading, log
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4], "fmt": "e4m3"}
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """copy(change) → a changed copy of the model's folder; change(config, tensors) in place."""
+
+    def make(change, name="changed"):
+        path = shutil.copytree(folder / "model", tmp_path / name)
+        config = json.loads((path / "config.json").read_text())
+        tensors = load_file(path / "model.safetensors")
+        change(config, tensors)
+        (path / "config.json").write_text(json.dumps(config))
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    return make
+
+
+def write(path, kind: str, changes: dict, tokenizer):
+    """A tiny model of another type, with the tokenizer of the task."""
+    shutil.copytree(tokenizer, path)
+    sizes = {key: size for key, size in {**SIZES, **changes}.items() if size is not None}
+    config = AutoConfig.for_model(kind, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    (path / "model.safetensors").unlink()
+    model.save_pretrained(path)
+    return path
+
+
+def rows(path, *examples):
+    """A JSONL file of (prompt, options, label)."""
+    keys = ("prompt", "options", "label")
+    lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in examples]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# ------------------------------------------------------------------ weights that mean another thing
+
+
+def to_fp8(config, tensors):
+    """The linears in FP8, a scale per 4 × 4 block, and in `tensors` what they stand for."""
+    config["quantization_config"] = FP8
+    for name in [n for n in tensors if "proj" in n]:
+        blocks = tensors[name].view(-1, 4, tensors[name].shape[1] // 4, 4)
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name], tensors[f"{name}_scale_inv"] = codes.view(tensors[name].shape), scale
+    return tensors
+
+
+def test_fp8_is_unpacked(copy, folder, tmp_path, capsys):
+    """An FP8 checkpoint is read as codes times scales, trains, and is saved as plain weights."""
+    packed = copy(to_fp8)
+    model, tensors = loading.load_model(str(packed)), load_file(packed / "model.safetensors")
+    for name in (n for n in tensors if n.endswith("proj.weight")):
+        scale = tensors[f"{name}_scale_inv"].repeat_interleave(4, 0).repeat_interleave(4, 1)
+        theirs = tensors[name].float() * scale
+        assert torch.equal(model.get_parameter(name), theirs), name
+    run(folder, tmp_path / "run", f"--model={packed}")
+    argv = [f"--model={packed}", *files(folder)]
+    refusal = refused(train.main, arguments(folder, tmp_path / "q", *argv[:1], *SENSZOQ), capsys)
+    assert "quantised (fp8)" in refusal and "--save" in refusal and "--bits 16" in refusal
+    run(folder, tmp_path / "q", *argv[:1], *SENSZOQ, "--bits=16")
+    eval.main([*argv, f"--save={tmp_path}/plain"])
+    plain = loading.load_model(f"{tmp_path}/plain")
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    run(folder, tmp_path / "again", f"--model={tmp_path}/plain", *SENSZOQ)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq", "quanto", "torchao"]
+)
+@pytest.mark.parametrize("method", ["s-mezo", "senszoq"])
+def test_other_formats_are_named(kind, method, copy, folder, tmp_path, capsys):
+    """A checkpoint in a format that is not unpacked is refused by the format's name."""
+    packed = copy(lambda config, _: config.update(quantization_config={"quant_method": kind}))
+    argv = arguments(folder, tmp_path / "run", f"--model={packed}", f"--method={method}")
+    error = refused(train.main, argv, capsys)
+    assert f"is quantised ({kind})" in error and "16-bit checkpoint" in error
+    assert not (tmp_path / "run").exists()
+
+
+def forget_the_format(config, tensors):
+    to_fp8(config, tensors)
+    del config["quantization_config"]
+
+
+INCOMPLETE = {  # what is done to the checkpoint: what the line must name
+    "scales without a format": (forget_the_format, "proj.weight_scale_inv"),
+    "no head": (lambda c, t: c.update(tie_word_embeddings=False), "lm_head.weight"),
+    "one layer too many": (lambda c, t: c.update(num_hidden_layers=3), "model.layers.2."),
+    "one layer too few": (lambda c, t: c.update(num_hidden_layers=1), "model.layers.1."),
+    "a bias more": (lambda c, t: c.update(attention_bias=True), "self_attn.k_proj.bias"),
+    "a matrix less": (
+        lambda c, t: t.pop("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight",
+    ),
+    "another width": (lambda c, t: c.update(intermediate_size=64), "cannot load the weights"),
+    "names of another library": (
+        lambda c, t: t.update(w1=t.pop("model.layers.0.mlp.up_proj.weight")),
+        "layers.0.mlp.up_proj.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", INCOMPLETE)
+@pytest.mark.parametrize("method", ["mezo", "senszoq"])
+def test_no_weight_is_drawn_at_random(what, method, copy, folder, tmp_path, capsys):
+    """A checkpoint without some weight, or with one too many, is refused by the weight's name."""
+    change, name = INCOMPLETE[what]
+    argv = arguments(folder, tmp_path / "run", f"--model={copy(change)}", f"--method={method}")
+    assert name in refused(train.main, [*argv, *SENSZOQ[1:2] * (method != "mezo")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_older_libraries_left_behind_is_harmless(copy, folder, tmp_path):
+    """Buffers that older checkpoints hold are no weights, and do not stop a run."""
+
+    def add(config, tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["v_head.summary.weight"] = torch.ones(1, 32)
+
+    run(folder, tmp_path / "run", f"--model={copy(add)}")
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("bert", {"is_decoder": False}, "no causal language model"),
+        ("roberta", {"is_decoder": False}, "no causal language model"),
+        ("electra", {"is_decoder": False, "embedding_size": 32}, "no causal language model"),
+        ("xlm-roberta", {"is_decoder": True}, "minds padding"),
+        (
+            "rwkv",
+            {"attention_hidden_size": 32, "num_attention_heads": None, "context_length": 64},
+            "minds padding",
+        ),
+    ],
+    ids=["bert", "roberta", "electra", "xlm-roberta", "rwkv"],
+)
+def test_models_that_cannot_be_trained_like_this(kind, changes, message, folder, tmp_path, capsys):
+    """A model that looks ahead, or whose logits depend on padding, is refused by what it does."""
+    model = write(tmp_path / "model", kind, changes, folder / "model")
+    argv = arguments(folder, tmp_path / "run", f"--model={model}")
+    for main, words in ((train.main, argv), (eval.main, [f"--model={model}", *files(folder)])):
+        error = refused(main, words, capsys)
+        assert message in error and kind in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_causal_models_pass_the_check(name, dtype):
+    """The check of a model lets every causal one through, in every dtype."""
+    loading.check_model(build(name, dtype), name, {"missing_keys": [], "unexpected_keys": []})
+
+
+# ------------------------------------------------------------------ files that are no such
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("model.safetensors", b"torn", "cannot load the weights"),
+        ("model.safetensors", b"", "cannot load the weights"),
+        ("pytorch_model.bin", b"\x80\x04torn", "cannot load the weights"),
+        ("pytorch_model.bin", None, "cannot load the weights"),  # a pickled module
+        ("tokenizer.json", b"{", "cannot load --model"),
+        ("config.json", b"{", "cannot load --model"),
+        ("config.json", b"[" * 20_000, "cannot load --model"),
+    ],
+)
+def test_files_of_a_model_that_are_no_such(file, content, message, folder, tmp_path, capsys):
+    """A pointer, a torn file or a pickled module in a model's folder is one line."""
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    if file == "pytorch_model.bin":
+        (model / "model.safetensors").unlink()
+        torch.save(torch.nn.Linear(2, 2), model / file)
+    if content is not None:
+        (model / file).write_bytes(content)
+    assert message in refused(eval.main, [f"--model={model}", *files(folder)], capsys)
+
+
+def test_transposed_tensors_in_a_bin(folder, tmp_path):
+    """A .bin whose tensors are transposed views trains as the same weights in safetensors."""
+    old = shutil.copytree(folder / "model", tmp_path / "old")
+    tensors = load_file(old / "model.safetensors")
+    (old / "model.safetensors").unlink()
+    torch.save({n: t.T.contiguous().T if t.dim() == 2 else t for n, t in tensors.items()},
+               old / "pytorch_model.bin")  # fmt: skip
+    for name, flags in (("run", []), ("q", SENSZOQ), ("q16", [*SENSZOQ, "--bits=16"])):
+        run(folder, tmp_path / f"{name}-old", f"--model={old}", *flags)
+        run(folder, tmp_path / name, *flags)
+        ours, theirs = (tmp_path / d / "steps.csv" for d in (name, f"{name}-old"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+SURROGATE = '{"prompt": "half an emoji \\ud83d", "options": [" red", " blue"], "label": 0}'
+IN_OPTION = '{"prompt": "a", "options": [" red", " \\udc00"], "label": 0}'
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("line", [SURROGATE, IN_OPTION, DEEP, "\xff", '{"prompt": 3}', "null"])
+def test_a_line_that_cannot_be_read_is_named(line, folder, tmp_path, capsys):
+    """What is no example names its file and line."""
+    bad = tmp_path / "bad.jsonl"
+    good = (folder / "train.jsonl").read_text()
+    bad.write_bytes(good.encode() + line.encode("latin-1") + b"\n")
+    argv = [f"--model={folder}/model", f"--train-file={bad}", f"--test-file={folder}/test.jsonl"]
+    error = refused(train.main, [*argv, "--lr=1e-3", "--steps=1", f"--out={tmp_path}/run"], capsys)
+    assert f"{bad}:91 is not" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sentence\tlabel\ngood \t1\n".encode("utf-16"),
+        "sentence\tlabel\nna\u00efve \t1\n".encode("latin-1"),
+        b"sentence\tlabel\ngood \t1\n\x00\xd8\x00\xdc\n",
+        b"sentence\tlabel\ngood 1\n",
+        b"\xef\xbb\xbf\n",
+    ],
+)
+def test_a_tsv_that_cannot_be_read_is_named(text, folder, tmp_path, capsys):
+    """An official file in another encoding, or with other columns, is one line with its name."""
+    (tmp_path / "SST-2").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "SST-2" / name).write_bytes(text)
+    argv = [f"--model={folder}/model", "--task=sst2", f"--data-dir={tmp_path}"]
+    assert "SST-2/train.tsv" in refused(eval.main, argv, capsys)
+
+
+def test_half_an_emoji_in_official_rows_and_in_texts(folder, tmp_path, capsys):
+    """The rows of a task and the documents of a text are looked at as own rows are."""
+    (tmp_path / "RTE").mkdir()
+    row = '{"premise": "a \\ud83d", "hypothesis": "b", "label": "entailment"}\n'
+    for name in ("train", "val"):
+        (tmp_path / "RTE" / f"{name}.jsonl").write_text(row)
+    argv = [f"--model={folder}/model", "--task=rte", f"--data-dir={tmp_path}"]
+    assert "RTE/train.jsonl:1 is not" in refused(eval.main, argv, capsys)
+    (tmp_path / "text.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud83d"}\n')
+    argv = arguments(folder, tmp_path / "run", "--method=senszoq", f"--text={tmp_path}/text.jsonl")
+    assert "text.jsonl:2 is not" in refused(train.main, argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------ rows and tokens
+
+
+@pytest.mark.parametrize("option", [" blue ", " blue   "])
+def test_a_trailing_space_in_one_row_changes_nothing(option, folder, tmp_path):
+    """Options are compared as they are scored, without trailing spaces."""
+    usual = [("red a", [" red", " blue"], 0), ("blue a", [" red", " blue"], 1)]
+    train_file = rows(tmp_path / "t.jsonl", *usual * 10, ("blue b", [" red", option], 1))
+    data = tasks.load_examples(train_file=train_file, test_file=rows(tmp_path / "u.jsonl", *usual))
+    assert data.classification and data.odd is None
+
+
+@pytest.mark.parametrize(
+    "options, odd",
+    [([" red", " Blue"], True), ([" red", "blue"], True), ([" red", " blue", " a"], True),
+     ([" blue", " red"], False)],
+)  # fmt: skip
+def test_rows_that_really_differ_are_named(options, odd, folder, tmp_path, capsys):
+    """One row with other options is printed with what it means; another order is no difference."""
+    usual = [("red a", [" red", " blue"], 0), ("blue a", [" red", " blue"], 1)]
+    strange = ("blue b c ?", options, 1)
+    train_file = rows(tmp_path / "t.jsonl", *usual * 10, strange)
+    test_file = rows(tmp_path / "u.jsonl", *usual)
+    argv = arguments(folder, tmp_path / "run", f"--train-file={train_file}", "--steps=1")
+    train.main([*argv, f"--test-file={test_file}"])
+    out = capsys.readouterr().out
+    assert ("22 of 23 rows have" in out and "blue b c ?" in out) == odd
+    assert ("cross-entropy of the right option's tokens" in out) == odd
+
+
+def test_padding_beyond_the_embedding(copy, folder, tmp_path):
+    """A pad id that the model has no row for is never used: the run is that of the sound model."""
+    model = copy(lambda *_: None)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "<more>"})
+    tokenizer.add_tokens([f"<{i}>" for i in range(200)])
+    tokenizer.pad_token = "<199>"
+    tokenizer.save_pretrained(model)
+    assert tokenizer.pad_token_id > SIZES["vocab_size"]
+    run(folder, tmp_path / "a", f"--model={model}")
+    run(folder, tmp_path / "b")
+    assert (tmp_path / "a/steps.csv").read_bytes() == (tmp_path / "b/steps.csv").read_bytes()
+
+
+def test_tokens_beyond_the_embedding(copy, folder, tmp_path, capsys):
+    """A token that the model has no row for is named before the model is loaded."""
+    model = copy(lambda *_: None)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"new{i}" for i in range(100)])
+    tokenizer.save_pretrained(model)
+    strange = ("a new99 b", [" red", " blue"], 1)
+    file = rows(tmp_path / "t.jsonl", *[("red a", [" red", " blue"], 0)] * 9, strange)
+    both = [f"--train-file={file}", f"--test-file={file}"]
+    for main, argv in (
+        (train.main, arguments(folder, tmp_path / "run", f"--model={model}", *both)),
+        (eval.main, [f"--model={model}", *both]),
+    ):
+        error = refused(main, argv, capsys)
+        assert "'new99'" in error and "knows 96 tokens" in error
+    text = tmp_path / "text.txt"
+    text.write_text("a b new98 " * 500)
+    flags = [f"--model={model}", "--method=senszoq", f"--text={text}"]
+    assert "'new98'" in refused(train.main, arguments(folder, tmp_path / "run", *flags), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------ unusual models
+
+REMOTE = """
+import torch
+from transformers import LlamaForCausalLM
+
+class MyLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * self.scale
+        return out
+"""
+
+
+def test_remote_code_with_any_arguments(folder, tmp_path, capsys):
+    """A model of its own code, forward(*args, **kwargs) and a parameter of its own, trains."""
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    (model / "mymodel.py").write_text(REMOTE)
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "mymodel.MyLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    tensors = load_file(model / "model.safetensors") | {"scale": torch.tensor(1.5)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for name, flags in (("s", []), ("q", SENSZOQ)):
+        flags = [f"--model={model}", "--trust-remote-code", *flags]
+        result = run(folder, tmp_path / name, *flags)
+        losses = {s.loss_plus for s in steps_of(tmp_path / name)}
+        assert len(losses) > 4 and result["skipped"] == 0
+    eval.main([f"--run={tmp_path}/s", "--step=last"])
+    assert f"{result['last']['n']}" in capsys.readouterr().out
+
+
+UNUSUAL = {
+    "one expert per token": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1}),
+    "linears that are a subclass": ("falcon", ARCHITECTURES["falcon"][1]),
+    "a router of two experts": ("llama4_text", ARCHITECTURES["llama4"][1]),
+    "states without a batch dimension": (
+        "jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 1, "kv_channels": 8},
+    ),
+    "blocks that share weights": (
+        "zamba2",
+        {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}
+        | {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_ngroups": 1, "num_mem_blocks": 1}
+        | {"hybrid_layer_ids": [1, 3], "adapter_rank": 4, "chunk_size": 8, "mamba_headdim": 16}
+        | {"num_key_value_heads": 4, "attention_head_dim": 16, "attention_hidden_size": 64},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+@pytest.mark.parametrize("method", ["mezo", "senszoq"])
+def test_unusual_models_train(what, method, folder, tmp_path):
+    """Models whose layers are called in unusual ways run with either kind of method."""
+    kind, changes = UNUSUAL[what]
+    model = write(tmp_path / "model", kind, changes, folder / "model")
+    flags = SENSZOQ if method == "senszoq" else ["--method=mezo", "--lr=1e-3"]
+    result = run(folder, tmp_path / "run", f"--model={model}", *flags, "--steps=2")
+    assert result["skipped"] == 0
+
+
+def test_a_matrix_too_small_for_a_place_stays_as_it_is():
+    """[Q]'s mask leaves out matrices of which the density takes none; the others go as ever."""
+    torch.manual_seed(0)
+    block = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(64, 64)])
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([block])
+    weights = masks.decoder_linears(model)
+    assert len(weights) == 2
+    index = masks.largest(weights, 0.001)
+    assert {name: len(places) for name, places in index.items()} == {"layers.0.1.weight": 4}
+    with pytest.raises(ValueError, match="takes none of the 4096 weights of the largest"):
+        masks.largest(weights, 1e-9)
+
+
+def test_a_matrix_that_fills_no_block_stays_in_16_bits():
+    """A matrix of 60 weights reads as it is, to the bit, beside others in 4 bits."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Linear(10, 64)).eval()
+    before = model[0].weight.detach().clone()
+    names = ("0.weight", "1.weight")
+    index = {name: torch.tensor([1, 5], dtype=torch.int32) for name in names}
+    sparse = quant.DenseSparse(index, bits=4)
+    for name in names:
+        sparse.split(model, name)
+    assert torch.equal(model[0].weight, before)
+    assert not torch.equal(model[1].weight, torch.zeros(64, 10))
+    quant.join(model)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_no_advice_that_is_refused(folder):
+    """A matrix of [Q]'s mask that no forward reads is named, without a flag of other methods."""
+    model = build("llama-tied")
+    model.model.layers[0].spare = torch.nn.Linear(32, 32, bias=False).eval()
+    index = masks.largest(masks.decoder_linears(model), 0.01)
+    sparse = quant.DenseSparse(index)
+    for name in index:
+        sparse.split(model, name)
+    patch = model_patch.Patch(model, sparse)
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    with pytest.raises(ValueError, match="no forward reads model.layers.0.spare") as error:
+        patch.losses(inputs, lambda logits: logits.sum(), zo.step_seed(0, 0))
+    assert "--select" not in str(error.value)
+
+
+# ------------------------------------------------------------------ settings at the edge
+
+
+@pytest.mark.parametrize("flags", [["--method=s-mezo"], ["--method=r-mezo"], SENSZOQ])
+def test_a_density_that_moves_nothing(flags, folder, tmp_path, capsys):
+    """A density that takes not one weight of the largest tensor is refused by every method."""
+    argv = arguments(folder, tmp_path / "run", *flags, "--density=1e-9")
+    assert "density 1e-09 takes none of the" in refused(train.main, argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [["--lr=1e3"], ["--lr=30", "--method=mezo"]])
+def test_a_rate_that_is_too_high_is_said(flags, folder, tmp_path, capsys):
+    """A run whose loss ended far above its beginning says so, and what to try."""
+    assert code(train.main, arguments(folder, tmp_path / "run", *flags)) == 0
+    assert "try a lower --lr" in capsys.readouterr().out
+    run(folder, tmp_path / "sound", "--lr=1e-4")
+    assert "try a lower --lr" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ a result withheld or lost
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "none"])
+def test_accuracies_come_before_the_picture(backend, folder, tmp_path, monkeypatch, capsys):
+    """In a notebook's environment, and without matplotlib, a run ends with its accuracies."""
+    if backend == "none":
+        monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    else:
+        monkeypatch.setenv("MPLBACKEND", backend)
+    result = run(folder, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "test accuracy, last weights" in out and "best" in result
+    assert ("no curve.png" in out) == (backend == "none") != (tmp_path / "run/curve.png").exists()
+
+
+def test_a_run_that_broke_off_has_a_best_step(folder, tmp_path, monkeypatch, capsys):
+    """Losses that are no longer finite end a run with its best step and how to evaluate it."""
+    original, calls = tasks.classification_loss, []
+
+    def diverges(logits, batch):
+        calls.append(1)
+        return original(logits, batch) * (1 if len(calls) < 14 else float("nan"))
+
+    monkeypatch.setattr(tasks, "classification_loss", diverges)
+    argv = arguments(folder, tmp_path / "run", "--steps=60", "--eval-every=2")
+    error = refused(train.main, argv, capsys)
+    monkeypatch.undo()
+    best = log.StepLog(tmp_path / "run").best_step()
+    command = f"python eval.py --run {tmp_path}/run"
+    assert command in error and f"the best step so far, {best}" in error
+    eval.main([f"--run={tmp_path}/run"])
+    assert f"after {best} of 24 logged steps" in capsys.readouterr().out
+
+
+def test_what_fails_after_training_keeps_the_run(folder, tmp_path, monkeypatch, capsys):
+    """A full disk or memory after the last step is one line that says how to go on."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "rebuild", full)
+        patched.setattr(log.StepLog, "best_step", lambda self: 0)
+        error = refused(train.main, arguments(folder, tmp_path / "run"), capsys)
+    assert "No space left" in error and f"--resume {tmp_path}/run goes on" in error
+    train.main([f"--resume={tmp_path}/run"])
+    assert "best" in json.loads((tmp_path / "run/result.json").read_text())
+
+
+def test_a_moved_model(folder, tmp_path, capsys):
+    """A run whose model was moved goes on, and is evaluated, with --model."""
+    moved = shutil.copytree(folder / "model", tmp_path / "here")
+    run(folder, tmp_path / "run", f"--model={moved}")
+    moved.rename(tmp_path / "there")
+    assert "does not exist" in refused(eval.main, [f"--run={tmp_path}/run"], capsys)
+    for main, flag in ((eval.main, "--run"), (train.main, "--resume")):
+        main([f"{flag}={tmp_path}/run", f"--model={tmp_path}/there"])
+
+
+def test_the_start_of_a_run_is_compared_too(folder, copy, tmp_path, capsys):
+    """Also a run whose best step is its start is refused on another base model."""
+    run(folder, tmp_path / "run")
+    other = copy(lambda c, t: t["model.norm.weight"].mul_(1.01))
+    for step in ("0", "1", "8"):
+        argv = [f"--run={tmp_path}/run", f"--step={step}", f"--model={other}"]
+        assert "does not come out as it was logged" in refused(eval.main, argv, capsys)
+
+
+# ------------------------------------------------------------------ other systems
+
+
+def test_systems_without_fcntl_and_resource(folder, tmp_path, monkeypatch):
+    """Without the modules that only Unix has a run works, with Windows' lock."""
+    locked, windows = [], types.ModuleType("msvcrt")
+    windows.LK_NBLCK, windows.locking = 2, lambda *how: locked.append(how)
+    for name, module in (("fcntl", None), ("resource", None), ("msvcrt", windows)):
+        monkeypatch.setitem(sys.modules, name, module)
+    result = run(folder, tmp_path / "run")
+    assert [how[1:] for how in locked] == [(2, 1)] and result["peak_memory_bytes"] is None
+    assert len(steps_of(tmp_path / "run")) == 8
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]:
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in getattr(node, "names", [])]
+            assert not {"fcntl", "resource", "msvcrt"} & {*names}, file
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "harness.mask"])
+def test_ctrl_c_while_importing(program, tmp_path):
+    """An interrupt before a command has begun is one line."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, *([program] if program.endswith(".py") else ["-m", program])]
+    found = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert found.returncode != 0 and found.stderr.strip() == "stopped"
