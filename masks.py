@@ -239,9 +239,12 @@ def active_count(rule: Rule, flat: Tensor, state: Tensor) -> int:
 
 
 def decoder_blocks(model) -> list[nn.Module]:
-    """The repeated layers: the members of the ModuleList that holds the most weights."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
+    """The text decoder's repeated layers: those of its heaviest ModuleList, and their like."""
+    decoder = getattr(model, "get_decoder", lambda: None)() or model  # not of the image encoder
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    heaviest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
+    kinds = {type(block) for block in heaviest}
+    return [block for blocks in lists for block in blocks if type(block) in kinds]
 
 
 def decoder_linears(model) -> dict[str, nn.Parameter]:
@@ -332,7 +335,10 @@ def fisher(model, losses, *, statistic="per-sample", weights=None, device=None) 
 
     with _only_gradients_of(weights, model, receive):
         for loss in losses:
-            loss(model).backward()
+            value = loss(model)
+            if not value.requires_grad:
+                raise ValueError("the loss does not depend on the decoder linears that were found")
+            value.backward()
             samples += 1
     for score in scores.values():
         score /= max(1, samples)

@@ -242,10 +242,10 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      'config.quantization_config["dequantize"] = True', "del config.quantization_config",
      "test_inputs::test_fp8_is_unpacked"),
     ("a model that looks ahead", "harness.loading",
-     "change(plain[:, :-1], as_it_is(other)[:, :-1])", "0",
+     "change(plain, ahead)[:, :-1].max()", "0",
      "test_inputs::test_models_that_cannot_be_trained_like_this[bert]"),
     ("a model that minds padding", "harness.loading",
-     "change(plain[0], model(**inputs, use_cache=False).logits[0, padding:])", "0",
+     "change(plain[0], behind).median()", "0",
      "test_inputs::test_models_that_cannot_be_trained_like_this[rwkv]"),
     # ------------------------------------------------------------ [Q]'s masks
     ("squares taken in the gradient's dtype", "masks",
