@@ -132,7 +132,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "(state[element >> 3] >> (7 - (element & 7)) & 1)",
      "test_masks::test_packed_bits_are_the_constant_mask"),
     ("k counted from 0", "masks",
-     "torch.searchsorted(counts.cumsum(0), k)", "torch.searchsorted(counts.cumsum(0), k + 1)",
+     "torch.searchsorted(ends, k)", "torch.searchsorted(ends, k + 1)",
      "test_masks::test_the_kth_smallest_is_that_of_the_sorted_values"),
     # ------------------------------------------------------------ §3.3, a weight reads as θ + ε ẑ
     ("±ε in place, then restored", "model_patch",

@@ -399,6 +399,10 @@ def test_the_kth_smallest_is_that_of_the_sorted_values(sign, dtype, device="cpu"
         found = masks.kth_smallest(values.clone(), k)
         assert found.dtype == dtype and found.dim() == 0 and found.device == values.device
         assert found == values.sort().values[k - 1]
+    both = torch.cat([values[:700], -values[700:]])
+    words = both.float().view(torch.int32)
+    for some in (both, words):
+        assert masks.kth_smallest(some, 600) == some.sort().values[599]
     zeros = -torch.zeros(5, dtype=dtype, device=device)
     assert masks.kth_smallest(zeros, 3) == 0
 
