@@ -159,12 +159,12 @@ def test_a_step_of_q_equals_the_literal_algorithm_1_on_k_values(name, four, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_keep_their_bits_through_100_probes(dtype):
+def test_weights_keep_their_bits_through_100_probes(dtype, device="cpu"):
     """θ is bit-identical after 100 pairs of probes, in fp16 and bf16 too."""
-    model = build("llama", dtype)
+    model = build("llama", dtype).to(device)
     del model.model.layers[1]
     model.config.num_hidden_layers = 1
-    before, inputs = bits(model), batch()
+    before, inputs = bits(model), {key: tensor.to(device) for key, tensor in batch().items()}
     patch = Patch(model, SMALL)
     for step in range(100):
         plus, minus = patch.losses(inputs, loss_fn, zo.step_seed(0, step))
@@ -588,14 +588,38 @@ def test_on_a_gpu_a_step_equals_the_literal_algorithm_1(rule, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu_weights_keep_their_bits(dtype):
+    """θ is bit-identical after 100 pairs of probes on CUDA, too."""
+    test_weights_keep_their_bits_through_100_probes(dtype, "cuda")
+
+
+@needs_gpu
+def test_on_a_gpu_a_probe_needs_one_layer_more():
+    """The peak of a probe is that of a plain forward and a copy of the largest tensors."""
+    model, inputs = build("llama").cuda(), {key: value.cuda() for key, value in batch().items()}
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    patch = Patch(model, SMALL)
+    peaks = []
+    for step in (lambda: loss_of(model, inputs), lambda: patch.losses(inputs, loss_fn, SEED)):
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peaks.append(torch.cuda.max_memory_allocated())
+    eager = 12 * 4 * zo.CHUNK * 2  # its temporaries
+    assert peaks[1] <= peaks[0] + 2 * largest + eager
+
+
+@needs_gpu
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
-def test_on_a_gpu_fused_equals_eager(rule, dtype):
+def test_on_a_gpu_fused_equals_eager(rule, dtype, rounding):
     """The Triton loop probes and updates as the lines as written do, to the last bit of z."""
     inputs = {key: tensor.cuda() for key, tensor in batch().items()}
     models, losses = [build("llama-tied", dtype).cuda() for _ in range(2)], []
     for model, fused in zip(models, (False, True), strict=True):
         before = bits(model)
-        patch = Patch(model, RULES[rule], eps=EPS, rounding="nearest", fused=fused)
+        patch = Patch(model, RULES[rule], eps=EPS, rounding=rounding, fused=fused)
         losses.append(torch.stack(patch.losses(inputs, loss_fn, SEED)))
         assert all(torch.equal(w.held[0], before[w.name]) for w in patch.weights)
         patch.update(SEED, 0.01)

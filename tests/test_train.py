@@ -11,7 +11,7 @@ import kill
 import numpy as np
 import pytest
 import torch
-from models import build
+from models import build, needs_gpu
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -482,6 +482,19 @@ def test_kill_9_at_random_moments(folder, tmp_path):
     """Killed between and inside its writes, a run ends as if it had been left alone."""
     killed, finished = kill.kill_often(folder, tmp_path, kills=5, seed=1)
     assert killed == 5 and finished >= 1
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", METHODS, ids=" ".join)
+def test_on_a_gpu_a_run_is_its_log(flags, folder, tmp_path, trained):
+    """On CUDA, too, the log gives the last weights to the bit, and a cut run ends as it."""
+    run(folder, tmp_path / "run", "--device=cuda", *flags)
+    whole, weights = (tmp_path / "run/steps.csv").read_bytes(), [w.clone() for w in trained]
+    if "--select=proj" not in flags:
+        assert equal(weights, rebuilt(tmp_path / "run"))
+    (tmp_path / "run/steps.csv").write_bytes(whole[: len(whole) * 2 // 3])
+    train.main([f"--resume={tmp_path}/run"])
+    assert (tmp_path / "run/steps.csv").read_bytes() == whole and equal(trained, weights)
 
 
 # ------------------------------------------------------------------ masks of [Q]
