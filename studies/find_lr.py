@@ -1,0 +1,127 @@
+"""Which learning rate? A few short runs from the same weights, one per rate.
+
+    python studies/find_lr.py --model M --task rte
+    python studies/find_lr.py --model M --task rte --method senszoq --rates 1e-7 1e-6 1e-5
+
+The flags are train.py's, and --rates and --short. Every rate sees the same minibatches and the same
+noise, so what differs between them is the rate. Compared is the mean training loss of a run's last
+third. Printed are that loss for each rate, the best rate, and the largest that is still safe: above
+it the loss rose, or was no number. A long run wants a rate at or below the best of a short one,
+since errors add up over its steps. Test and validation examples are not looked at.
+
+Cost: rates × --short steps, and a copy of the weights that move, in the CPU's memory.
+"""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
+import torch
+from tqdm import tqdm
+
+import train
+from harness import config as configs
+from harness import log
+from harness.config import Config
+
+HALF_DECADES = (-4, -3, -2, -1, 0, 1, 2)  # around train.py's own rate, unless --rates says others
+
+
+def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[float]:
+    """The training losses of a run of some steps; it ends at the first that is not finite."""
+    losses = []
+    for t in range(steps):
+        patch.refresh(t)
+        step = train.take_step(config, patch, tokenizer, data, t)
+        losses.append((step.loss_plus + step.loss_minus) / 2)
+        bar.update()
+        if not math.isfinite(step.a):
+            return [*losses, math.nan]
+        patch.update(step.seed, step.a)
+    return losses
+
+
+def moving(patch) -> list[torch.Tensor]:
+    """The tensors that an update writes."""
+    return [patch.sparse.values] if patch.sparse else [w.held[0].detach() for w in patch.weights]
+
+
+def find(config: Config, rates: list[float], steps: int, run: Path) -> dict[float, float]:
+    """{rate: mean loss of the last third of a short run}, from the same weights each time."""
+    tokenizer, data = train.prepare(config)
+    model, patch = train.open_model(config, run, train.what_moves(config, run, data))
+    rates = sorted(rates or [config.lr * 10 ** (half / 2) for half in HALF_DECADES])
+    start = [theta.to("cpu", copy=True) for theta in moving(patch)]
+    found = {}
+    with tqdm(total=len(rates) * steps, unit="step", desc="rates") as bar:
+        for rate in rates:
+            losses = short_run(replace(config, lr=rate), patch, tokenizer, data, steps, bar)
+            found[rate] = sum(losses[-max(1, steps // 3) :]) / max(1, steps // 3)
+            for theta, kept in zip(moving(patch), start, strict=True):
+                theta.copy_(kept)
+            for weight in patch.weights:  # thresholds that --refresh-every took again
+                weight.prepare()
+    return found
+
+
+def advice(found: dict[float, float]) -> tuple[float, float]:
+    """(the best rate, the largest safe one). The smallest rate stands for not moving at all."""
+    finite = {rate: loss for rate, loss in found.items() if math.isfinite(loss)}
+    if not finite:
+        raise ValueError("at every rate the loss was no number: give lower --rates")
+    base = finite[min(finite)]
+    safe = [rate for rate, loss in finite.items() if loss <= base + 0.02 * abs(base)]
+    return min(finite, key=finite.get), max(safe)
+
+
+def draw(found: dict[float, float], best: float, path: Path) -> None:
+    """Loss against rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(list(found), list(found.values()), "o-", color="black")
+    axis.axvline(best, color="grey", linestyle=":")
+    low = min(loss for loss in found.values() if math.isfinite(loss))
+    axis.set(xscale="log", xlabel="learning rate", ylabel="training loss, last third",
+             ylim=(None, 2 * low + 1))  # fmt: skip
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def main(argv=None) -> None:
+    with configs.one_line_errors():
+        more = {"rates": (str, "instead of seven, half a decade apart: 1e-7,1e-6"),
+                "short": (int, "steps of each run; default 100")}  # fmt: skip
+        given = configs.parse(Config, __doc__.split("\n")[0], argv, **more)
+        rates, short = given.pop("rates", ""), given.pop("short", 100)
+        try:
+            rates = [float(rate) for rate in rates.split(",") if rate]
+        except ValueError:
+            raise ValueError(f"--rates {rates}: numbers with commas, such as 1e-7,1e-6") from None
+        if short < 3 or not all(0 < rate < math.inf for rate in rates):
+            raise ValueError(f"--short {short} is 3 or more, and --rates are above 0")
+        config = Config(**given)
+        configs.check(config)
+        run = configs.new_run(config)
+        try:
+            found = find(config, rates, short, run)
+        finally:
+            log.forget_unbegun(run)
+        best, safe = advice(found)
+        for rate, loss in found.items():
+            said = ["best"] * (rate == best) + ["largest safe one"] * (rate == safe)
+            print(f"  --lr {rate:<9.2g} loss {loss:.4f}  {', '.join(said)}")
+        print(f"{len(found)} runs of {short} steps: try --lr {best:.2g}, or a third for long runs")
+        run.mkdir(parents=True, exist_ok=True)
+        draw(found, best, run / "rates.png")
+        configs.write_json(run / "rates.json", {str(rate): loss for rate, loss in found.items()})
+        print(f"{run}/ holds rates.json and rates.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""What the gradients of a language model are like, and what masks know of them.
+
+    python studies/gradient.py                                    the tiny model, a few minutes
+    python studies/gradient.py --model DIR --data-dir DIR --tasks sst2 rte \\
+        --text c4.jsonl --other wikitext.txt --out DIR            a real one, an hour per task
+
+    part           question                                                       claim
+    concentration  how much of the squared gradient do its own top weights hold?  [Q]: 0.1 %, half
+    coverage       how much of a task's lies inside a mask from elsewhere?        [Q] Fig. 3: C4's
+                   mask has 20 times what masks by magnitude have
+    overlap        which share of two masks' places is common?                    [Q]: transferable
+    magnitude      how much lies in each quarter of the weights by size?          where [S] and [Q]
+                   meet: [S] moves the smallest quarter
+    cosine         how far is g ẑ from the gradient?                              √(2/πd̂), by chance
+    increase       how often does a step increase the loss, of its own batch and  [S] Fig. 2b and 5
+                   of another?
+
+How it works
+    Scores are per-sample Fisher diagonals of the linears in the decoder (masks.fisher), and masks
+    take their top per matrix. A task's gradient is the mean over its examples, as in [Q]'s figures.
+    Answers go to gradient.json as they come. What is in it already is not done again, and with
+    everything in it only the tables and the picture are made.
+
+What it costs
+    A forward and a backward pass per sample, and two fp32 copies of the weights per source of text.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from slopes import slope
+from tqdm import tqdm
+
+import masks
+import tasks
+import zo
+from harness import loading
+from harness.config import HERE, TINY, is_tiny, one_line_errors, write_json
+from model_patch import Patch
+
+DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
+MASK = 1e-3  # [Q]'s density
+RULES = {"MeZO": masks.Everything(), "S-MeZO": masks.SmallWeights(0.25)}
+
+
+def quarters(weights: dict, scores: dict) -> dict[str, float]:
+    """The share of the scores' sum in each quarter of every matrix's weights, by magnitude."""
+    shares, whole, below = {}, sum(float(s.double().sum()) for s in scores.values()), 0.0
+    for quarter in (1, 2, 3, 4):
+        inside = sum(
+            float(scores[name][w.abs() <= masks.threshold(w, quarter / 4)].double().sum())
+            for name, w in weights.items()
+        )
+        shares[f"quarter {quarter}"], below = (inside - below) / whole, inside
+    return shares
+
+
+class Study:
+    """One model, its sources of text, and the file of answers."""
+
+    def __init__(self, args):
+        self.args, self.file = args, args.out / "gradient.json"
+        self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.tokenizer, _ = loading.load_tokenizer(args.model)
+        self.model = loading.load_model(args.model, args.dtype)
+        self.weights = masks.decoder_linears(self.model)
+        self.indices = None
+
+    def answer(self, part: str, task: str, function) -> None:
+        """The answer to one part for one task, unless it is there."""
+        if task not in self.found.setdefault(part, {}):
+            self.found[part][task] = function()
+            write_json(self.file, self.found | {"machine": loading.machine(self.model.device)})
+
+    def fisher(self, losses, name: str, **how) -> dict:
+        return masks.fisher(self.model, tqdm(losses, f"scoring {name}", leave=False), **how)
+
+    def masks_of_texts(self) -> dict:
+        """{density: {name of a mask: index}} of every mask that no task made."""
+        if self.indices is None:
+            args, kinds = self.args, {}
+            for name, file in (("C4", args.text), ("other text", args.other)):
+                windows = tasks.text_windows(
+                    self.tokenizer, tasks.read_texts(file), args.samples, args.length, seed=0
+                )
+                scores = self.fisher(tasks.text_losses(windows), name)
+                for density in DENSITIES:
+                    kinds.setdefault(density, {})[name] = masks.sensitive(scores, density)
+            for density, found in kinds.items():
+                found["largest"] = masks.largest(self.weights, density)
+                found["smallest"] = masks.smallest(self.weights, density)
+                found["random"] = masks.random_index(self.weights, density)
+            self.indices = kinds
+        return self.indices
+
+    # ------------------------------------------------------------------ the parts
+
+    def scores(self, task: str, data) -> None:
+        """Concentration, coverage, overlap and magnitude: all follow from a task's scores."""
+        if task in self.found.get("magnitude", {}):  # the last of the four
+            return
+        losses = tasks.task_losses(
+            self.tokenizer, data.train[: self.args.samples], data.score, self.args.max_length
+        )
+        own = self.fisher(losses, task)
+        mean = self.fisher(losses, task, statistic="of-mean")
+        kinds = self.masks_of_texts()
+        mine = {density: masks.sensitive(own, density) for density in DENSITIES}
+        best = {density: masks.sensitive(mean, density) for density in DENSITIES}
+        top = {f"{d:g}": masks.coverage(own, mine[d]) for d in DENSITIES}
+        top |= {f"{d:g}, mean gradient": masks.coverage(mean, best[d]) for d in DENSITIES}
+        self.answer("concentration", task, lambda: top)
+        columns = {
+            f"{d:g}": {
+                name: masks.coverage(mean, index)
+                for name, index in {"task": mine[d], **kinds[d]}.items()
+            }
+            for d in DENSITIES
+        }
+        self.answer("coverage", task, lambda: columns)
+        names = {"task": mine[MASK], **kinds[MASK]}
+        self.answer("overlap", task, lambda: {
+            f"{a} and {b}": masks.overlap(names[a], names[b])
+            for i, a in enumerate(names) for b in list(names)[i + 1 :]
+        })  # fmt: skip
+        self.answer("magnitude", task, lambda: quarters(self.weights, mean))
+
+    def batches(self, data, count: int):
+        """`count` batches, drawn as train.py draws them."""
+        for t in range(count):
+            chosen = tasks.batches(len(data.train), self.args.batch_size, 1, t)
+            yield tasks.collate(
+                self.tokenizer, [data.train[i] for i in chosen], score=data.score,
+                max_length=self.args.max_length, device=self.model.device,
+            )  # fmt: skip
+
+    def gradient(self, batch) -> dict:
+        """autograd's, of every parameter."""
+        batch.loss(self.model(**batch.inputs(self.model), use_cache=False).logits).backward()
+        found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def patch(self, rule: masks.Rule) -> Patch:
+        compiles = loading.compiles("auto", self.model.num_parameters(), str(self.model.device))
+        return Patch(self.model, rule, fused=compiles)
+
+    def cosine(self, data) -> dict:
+        """Mean |cos| of ẑ and the gradient of one batch, and what a z that knows nothing has."""
+        (batch,) = self.batches(data, 1)
+        gradients, found = self.gradient(batch), {}
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+        for name, rule in RULES.items():
+            patch, d, inside = self.patch(rule), 0, 0.0
+            for weight in patch.weights:
+                theta = weight.held[0].detach().view(-1)
+                element = torch.arange(theta.numel(), dtype=torch.int32, device=theta.device)
+                mask = rule.mask(theta, element, weight.state)
+                d += int(mask.sum())
+                inside += float((gradients[weight.name].view(-1) * mask).double().square().sum())
+            slopes = [
+                abs(slope(patch, gradients, zo.step_seed(2, t))) for t in range(self.args.seeds)
+            ]
+            patch.remove()
+            found[name] = sum(slopes) / len(slopes) / (norm * math.sqrt(d))
+            found[f"{name}, by chance"] = math.sqrt(2 / math.pi / d * inside) / norm
+        return found
+
+    def increase(self, data) -> dict:
+        """Share of single steps from θ_0 that increase the loss, per method and batch."""
+        start = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        trials, counts = self.args.trials, {}
+        drawn = list(self.batches(data, trials + 1))
+
+        @torch.no_grad()
+        def loss(batch):
+            return float(batch.loss(self.model(**batch.inputs(self.model), use_cache=False).logits))
+
+        before = [loss(batch) for batch in drawn]
+        for name, rate in self.args.rates.items():
+            worse = {"own batch": 0, "another": 0}
+            patch = None if name == "SGD" else self.patch(RULES[name])
+            for t in tqdm(range(trials), f"steps of {name}", leave=False):
+                if patch is None:
+                    for key, g in self.gradient(drawn[t]).items():
+                        self.model.get_parameter(key).data.sub_(rate * g)
+                else:
+                    seed = zo.step_seed(3, t)
+                    plus, minus = patch.losses(drawn[t].inputs(self.model), drawn[t].loss, seed)
+                    patch.update(seed, -rate * float(zo.projected_grad(plus, minus, patch.eps)))
+                worse["own batch"] += loss(drawn[t]) > before[t]
+                worse["another"] += loss(drawn[t + 1]) > before[t + 1]
+                held = {w.name: w.held[0] for w in patch.weights} if patch else {}
+                for key, theta in start.items():
+                    weight = held[key] if held else self.model.get_parameter(key)
+                    weight.data.copy_(theta)
+            if patch is not None:
+                patch.remove()
+            counts |= {f"{name}, {which}": n / trials for which, n in worse.items()}
+        return counts
+
+
+# ------------------------------------------------------------------ tables and picture
+
+
+def table(title: str, rows: dict[str, dict]) -> str:
+    """A Markdown table, a column per task: {task: {row: number}}."""
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    lines = [[title, *rows], ["---"] * (len(rows) + 1)]
+    lines += [[name, *(f"{of[name]:.3g}" for of in rows.values())] for name in names]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def tables(found: dict) -> str:
+    parts = {part: rows for part, rows in found.items() if part != "machine"}
+    coverage = parts.pop("coverage", {})
+    for density in (f"{d:g}" for d in DENSITIES):
+        parts[f"coverage at {density}"] = {task: of[density] for task, of in coverage.items()}
+    return "\n".join(table(part, rows) for part, rows in parts.items() if rows)
+
+
+def draw(found: dict, path: Path) -> None:
+    """Concentration, coverage at 0.1 %, quarters by magnitude and increases, readable in grey."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    panels = {
+        "squared gradient in its own top share": found.get("concentration", {}),
+        "share of the squared gradient inside a mask of 0.1 %": {
+            task: of[f"{MASK:g}"] for task, of in found.get("coverage", {}).items()
+        },
+        "squared gradient by size of the weights": found.get("magnitude", {}),
+        "share of steps that increase the loss": found.get("increase", {}),
+    }
+    for axis, (title, rows) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        axis.set_title(title, fontsize=10)
+        for number, (task, of) in enumerate(rows.items()):
+            places = [i + 0.8 * (number + 0.5) / len(rows) for i in range(len(of))]
+            grey = str(0.15 + 0.65 * number / max(1, len(rows) - 1))
+            axis.bar(places, list(of.values()), 0.8 / len(rows), label=task, color=grey)
+            axis.set_xticks([i + 0.4 for i in range(len(of))], list(of), rotation=30, ha="right")
+        axis.tick_params(labelsize=7)
+        if rows:
+            axis.legend(fontsize=7)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def rate(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    if name not in (*RULES, "SGD"):
+        raise argparse.ArgumentTypeError(f"{text}: MeZO=…, S-MeZO=… or SGD=…")
+    return name, float(number)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default=TINY)
+    parser.add_argument("--tasks", nargs="+", default=["rte", "copa"])
+    parser.add_argument("--data-dir", help="as for train.py; the tiny model brings its own")
+    parser.add_argument("--text", help="C4, or what stands for it; default the hub's")
+    parser.add_argument("--other", help="another text")
+    parser.add_argument("--out", type=Path, default=Path("runs/gradient"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--samples", type=int, default=64, help="texts, and examples of a task")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of an example")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=16, help="of the cosine")
+    parser.add_argument("--trials", type=int, default=30, help="steps per method")
+    parser.add_argument("--rates", nargs="+", type=rate, metavar="METHOD=RATE",
+                        default=[("MeZO", 1e-3), ("S-MeZO", 1e-2), ("SGD", 1e-1)])  # fmt: skip
+    args = parser.parse_args(argv)
+    args.rates = dict(args.rates)
+    with one_line_errors():
+        if is_tiny(args.model):
+            tiny = HERE / "tiny/data"
+            args.data_dir, args.text = args.data_dir or tiny, args.text or tiny / "c4.jsonl"
+            args.other = args.other or tiny / "other.jsonl"
+        if args.other is None:
+            raise ValueError("--other: another text, .txt or .jsonl, such as WikiText-2")
+        args.out.mkdir(parents=True, exist_ok=True)
+        study = Study(args)
+        for task in args.tasks:
+            data = tasks.load_examples(task, data_dir=args.data_dir)
+            study.scores(task, data)
+            study.answer("cosine", task, lambda: study.cosine(data))  # noqa: B023, called now
+            study.answer("increase", task, lambda: study.increase(data))  # noqa: B023
+        print(tables(study.found))
+        draw(study.found, args.out / "gradient.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""studies/find_lr.py: its advice on the tiny model, and what it leaves as it was."""
+
+import json
+
+import pytest
+from test_train import arguments, refused
+
+from harness import config as configs
+from studies import find_lr
+
+
+def test_the_advice_is_the_rate_of_the_long_runs(tmp_path, capsys):
+    """Of rates a decade apart it names the one that the tiny model's table has."""
+    rates = "--rates=1e-4,1e-3,1e-2,1e-1"
+    few = ["--short=24", "--num-validation=1", "--num-test=1", f"--out={tmp_path}/run"]
+    find_lr.main(["--task=rte", rates, *few])
+    assert f"try --lr {configs.TINY_RATES['s-mezo']['rte']}" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run/rates.json").read_text())
+    assert min(found, key=found.get) == "0.01" and len(found) == 4
+    assert (tmp_path / "run/rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", [["--refresh-every=2"], ["--method=senszoq", "--mask-from=task",
+                                                           "--density=0.02"]])  # fmt: skip
+def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkeypatch):
+    """A run's losses do not depend on the rates that were tried before it."""
+    original, losses = find_lr.short_run, {}
+
+    def kept(config, *rest):
+        losses.setdefault(config.lr, []).append(original(config, *rest))
+        return losses[config.lr][-1]
+
+    monkeypatch.setattr(find_lr, "short_run", kept)
+    flags = [flag for flag in flags if not flag.startswith(("--lr", "--steps"))]
+    for number, rates in enumerate(("1e-3,1e-2,0.1", "1e-2")):
+        out = tmp_path / str(number)
+        find_lr.main([*arguments(folder, out, *flags), f"--rates={rates}", "--short=6"])
+    first, second = losses[0.01]
+    assert first == second and len(first) == 6 and first != losses[0.1][0]
+
+
+def test_advice_is_about_numbers(folder, tmp_path, capsys):
+    """The best has the lowest loss; above the largest safe rate it rose, or was no number."""
+    found = {1e-3: 1.0, 1e-2: 0.5, 1e-1: 0.9, 1.0: 3.0, 10.0: float("nan")}
+    assert find_lr.advice(found) == (1e-2, 1e-1)
+    with pytest.raises(ValueError, match="lower --rates"):
+        find_lr.advice({1.0: float("nan")})
+    for bad in ("--rates=a", "--rates=0", "--short=1"):
+        assert bad.split("=")[0] in refused(
+            find_lr.main, arguments(folder, tmp_path / "r", bad), capsys
+        )
+    assert not (tmp_path / "r").exists()
