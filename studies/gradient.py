@@ -29,12 +29,12 @@ import argparse
 import json
 import math
 import sys
+from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from slopes import slope
 from tqdm import tqdm
 
 import masks
@@ -43,6 +43,7 @@ import zo
 from harness import loading
 from harness.config import HERE, TINY, is_tiny, one_line_errors, write_json
 from model_patch import Patch
+from studies.slopes import slope
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
 MASK = 1e-3  # [Q]'s density
@@ -67,10 +68,19 @@ class Study:
     def __init__(self, args):
         self.args, self.file = args, args.out / "gradient.json"
         self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.tokenizer, _ = loading.load_tokenizer(args.model)
-        self.model = loading.load_model(args.model, args.dtype)
-        self.weights = masks.decoder_linears(self.model)
         self.indices = None
+
+    @cached_property
+    def tokenizer(self):
+        return loading.load_tokenizer(self.args.model)[0]
+
+    @cached_property
+    def model(self):
+        return loading.load_model(self.args.model, self.args.dtype)
+
+    @cached_property
+    def weights(self) -> dict:
+        return masks.decoder_linears(self.model)
 
     def answer(self, part: str, task: str, function) -> None:
         """The answer to one part for one task, unless it is there."""
