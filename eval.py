@@ -79,6 +79,8 @@ def main(argv=None) -> None:
             raise ValueError(f"--save {save} is not empty; choose another name")
         if run is not None and shots:
             raise ValueError("--shots: a run has none; --save it and use --model")
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)  # or it is said before the work
         if run is None:
             line, model, tokenizer = evaluate(Settings(**settings), split, shots or 0)
         else:

@@ -42,6 +42,7 @@ from functools import partial
 from os.path import commonprefix  # of any sequences, not only of paths
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -84,6 +85,11 @@ class Task:
             label = self.labels.index(r["label"]) if r["label"] in self.labels else r["label"]
             if not isinstance(label, int) or not 0 <= label < len(self.labels):  # -1: unlabelled
                 raise ValueError(f"label {label!r} is neither of {self.labels} nor their index")
+            if isinstance(label, bool) and self.labels != ("false", "true"):
+                raise ValueError(f"label {label!r} is neither of {self.labels} nor their index")
+            for name in re.findall(r"{(\w+)}", "".join([self.prompt, *self.options])):
+                if not isinstance(r[name], str):
+                    raise ValueError(f"{name} {r[name]!r} is no text")
             options = tuple(option.format(**r) for option in self.options)
             examples.append(Example(self.prompt.format(**r), options, int(label)))
         return examples
@@ -264,10 +270,14 @@ def _own_example(row: dict) -> list[Example]:
 
 def _odd_row(examples: list[Example]) -> str | None:
     """What is odd about the first row whose options are not those of most, if there is one."""
-    (usual, count), *others = Counter(frozenset(e.options) for e in examples).most_common()
+
+    def kind(example):  # however its letters are coded, and whatever white space ends it
+        return frozenset(normalize("NFC", option).rstrip() for option in example.options)
+
+    (usual, count), *others = Counter(map(kind, examples)).most_common()
     if not others:
         return None
-    odd = next(e for e in examples if frozenset(e.options) != usual)
+    odd = next(e for e in examples if kind(e) != usual)
     most = f"{count} of {len(examples)} rows have {sorted(usual)}"
     return f"{most}, but ...{odd.prompt[-40:]!r} has {list(odd.options)}"
 
@@ -378,8 +388,8 @@ def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[li
             # shifts later spans: here an option token is one that the prompt does not begin with.
             prompt = tokenizer(text[:word], verbose=False)["input_ids"]
             length = len(ids) - len(commonprefix([prompt, ids]))
-        elif spans[-1][1] == 0:
-            ids = ids[:-1]  # an EOS that the tokenizer adds is no part of the option
+        else:  # an EOS that the tokenizer adds is no part of the option
+            ids = ids[: max(i for i, (_, end) in enumerate(spans, start=1) if end)]
         bos = int(ids[:1] == [tokenizer.bos_token_id])
         ids = ids[:bos] + ids[max(bos, len(ids) - max_length + bos) :]
         if not 0 < length < len(ids):  # < : the first option token, too, is predicted from one

@@ -12,11 +12,13 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 HERE = Path(__file__).resolve().parent.parent
 TINY = "tiny/model"
@@ -244,6 +246,11 @@ def one_line_errors(hint=lambda: ""):
         for bar in list(tqdm._instances):
             bar.close()
 
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # a batch system's stop, a closed terminal: as Ctrl-C
+            number = getattr(signal, name, None)  # Windows has one of them
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # no nohup
+                signal.signal(number, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # "±" in ASCII
     try:
@@ -283,6 +290,10 @@ def new_run(config: Config) -> Path:
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise ValueError(f"--out {run} is not empty; choose another, or --resume {run}")
         run.mkdir(parents=True, exist_ok=True)
+        try:  # whoever makes its log has it: two may start at once
+            (run / "steps.csv").touch(exist_ok=False)
+        except FileExistsError:
+            raise ValueError(f"--out {run} was just taken by another process") from None
         return run
     data = Path(config.train_file).stem if config.train_file else config.task
     name = f"{Path(config.model).name}-{data}-{config.method}-seed{config.seed}"
@@ -307,13 +318,33 @@ def save(run: Path, config: Config) -> None:
 
 def load(run: Path, changes: dict) -> Config:
     """The settings of a run, with what the command line says now over them."""
+    fixed = {"out": "a run stays where it is"}
+    if (run / "mask.safetensors").exists():
+        makes_it = ("density", "mask", "mask_from", "text", "groups")
+        fixed |= dict.fromkeys(makes_it, "it has its mask")
+    for name in fixed.keys() & changes.keys():
+        raise ValueError(f"{flag(name)} cannot be changed in {run}: {fixed[name]}; start a new run")
     try:
         kept = json.loads((run / "config.json").read_text())
-        return Config(**kept | changes)
+        config = Config(**kept | changes)
+        check_types(config)
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run directory: it has no config.json") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
+    check(config)
+    return config
+
+
+def check_types(config: Settings) -> None:
+    """ValueError for a value that its field cannot have: the file may have been edited."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) or (hint,)  # of X | None, both
+        literal = [kind for kind in (hint, *kinds) if get_origin(kind) is Literal]
+        choices = [choice for kind in literal for choice in get_args(kind)]
+        types = (*kinds, int) if float in kinds else kinds
+        if type(value) not in types and not (isinstance(value, (str, int)) and value in choices):
+            raise ValueError(f"{name} is {value!r}")
 
 
 def write_json(path: Path, value) -> None:

@@ -43,6 +43,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     from transformers import AutoConfig, AutoTokenizer  # seconds, so not before bad flags fail
 
     folder = Path(name := locate(name))
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"--model {name} has a PEFT adapter; merge it first: merge_and_unload")
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"--model {name} has no config.json; give a folder in Hugging Face format")
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -69,16 +71,22 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
 def quantised(config) -> str | None:
     """The format in which a checkpoint's weights are quantised; None: they are plain."""
-    found = getattr(config, "quantization_config", None) or {}
-    return found.get("quant_method", "in a format without a name") if found else None
+    for part in (config, config.get_text_config()):
+        if found := getattr(part, "quantization_config", None):
+            return found.get("quant_method", "in a format without a name")
+    return None
 
 
 def skeleton(config, trust_remote_code: bool = False):
     """The model without its weights (on torch's meta device): names and shapes before loading."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model's own code raises, such as a missing package
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot make the model of {config.name_or_path}: {why}") from error
 
 
 def load_model(
@@ -101,7 +109,9 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
         if packed := quantised(config):
-            config.quantization_config["dequantize"] = True
+            for part in (config, config.get_text_config()):
+                if getattr(part, "quantization_config", None):
+                    part.quantization_config["dequantize"] = True
         model, read = AutoModelForCausalLM.from_pretrained(
             locate(name),
             config=config,
@@ -124,11 +134,31 @@ def load_model(
             vars(getattr(module, "config", model.config)).pop("_is_quantized", None)
     if packed:
         model._weight_conversions = None  # or it would be saved in codes and scales again
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"--model {name} has a PEFT adapter; merge it first: merge_and_unload")
     model.eval()  # OPT has dropout 0.1, which would drown the probes
+    if not packed:
+        check_stored(name)
     check_model(model, name, read)
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads cost more than they save on matrices this small
     return model
+
+
+def check_stored(name: str) -> None:
+    """ValueError where weights are stored as codes, and nothing says what they stand for."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    for file in sorted(Path(cached_file(locate(name), "config.json")).parent.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                kind = tensors.get_slice(key).get_dtype()
+                if key.endswith("weight") and kind not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(
+                        f"{file} holds {key} as {kind}, and config.json does not say how to read "
+                        "it; give a 16-bit checkpoint"
+                    )
 
 
 @torch.no_grad()

@@ -93,6 +93,8 @@ def main(argv=None) -> None:
             raise ValueError(f"--out {config.out}: a new file, such as mask.safetensors")
         if not Path(config.out).absolute().parent.is_dir():
             raise ValueError(f"--out {config.out}: in a folder that exists")
+        Path(f"{config.out}.tmp").touch()  # what cannot be written is said before the work
+        Path(f"{config.out}.tmp").unlink()
         configs.check_numbers(config)
         if config.kind != "sensitive" and (config.text or config.mask_from != "text"):
             raise ValueError(f"--kind {config.kind} scores nothing: leave out --text, --mask-from")

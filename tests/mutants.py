@@ -239,7 +239,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      'read["missing_keys"]', '[]',
      "test_inputs::test_no_weight_is_drawn_at_random[mezo-no head]"),
     ("FP8 codes taken for weights", "harness.loading",
-     'config.quantization_config["dequantize"] = True', "del config.quantization_config",
+     'part.quantization_config["dequantize"] = True', "del part.quantization_config",
      "test_inputs::test_fp8_is_unpacked"),
     ("a model that looks ahead", "harness.loading",
      "change(plain, ahead)[:, :-1].max()", "0",

@@ -12,6 +12,7 @@ import pytest
 import eval as evaluation
 import train
 from harness import bench, mask
+from studies import find_lr, first_order
 from tests import mutants
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +85,7 @@ def test_every_command_has_flags_that_exist(command, capsys):
     words = shlex.split(command)[1:]
     script, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
     mains = {"train.py": train, "eval.py": evaluation, "harness.mask": mask, "harness.bench": bench}
+    mains |= {"studies/first_order.py": first_order, "studies/find_lr.py": find_lr}
     if script in mains:
         with pytest.raises(SystemExit):
             mains[script].main(["--help"])

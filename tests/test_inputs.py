@@ -118,7 +118,7 @@ def forget_the_format(config, tensors):
 
 
 INCOMPLETE = {  # what is done to the checkpoint: what the line must name
-    "scales without a format": (forget_the_format, "proj.weight_scale_inv"),
+    "scales without a format": (forget_the_format, "proj.weight as F8_E4M3"),
     "no head": (lambda c, t: c.update(tie_word_embeddings=False), "lm_head.weight"),
     "one layer too many": (lambda c, t: c.update(num_hidden_layers=3), "model.layers.2."),
     "one layer too few": (lambda c, t: c.update(num_hidden_layers=1), "model.layers.1."),
@@ -569,3 +569,131 @@ def test_ctrl_c_while_importing(program, tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
     )
     assert found.returncode != 0 and found.stderr.strip() == "stopped"
+
+
+# ------------------------------------------------------------------ found by others' inputs
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_codes_without_a_scale_are_no_weights(kind, copy, folder, tmp_path, capsys):
+    """Weights stored as integers, or in FP8, without a word of how, are refused by name."""
+
+    def to_codes(config, tensors):
+        for name in [n for n in tensors if n.endswith("proj.weight")]:
+            tensors[name] = (tensors[name] * 50).to(kind)
+
+    model = copy(to_codes)
+    for method in ("mezo", "senszoq"):
+        argv = arguments(folder, tmp_path / "run", f"--model={model}", f"--method={method}")
+        error = refused(train.main, [*argv, *SENSZOQ[1:2] * (method != "mezo")], capsys)
+        assert "proj.weight as" in error and "16-bit" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_an_adapter_is_refused(copy, folder, capsys):
+    """An adapter would be trained along, or ignored: one line says to merge it."""
+    model = copy(lambda *_: None)
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "merge it first" in refused(eval.main, [f"--model={model}", *files(folder)], capsys)
+
+
+def test_a_format_named_inside_the_text_configuration(copy, folder, capsys):
+    """The configuration of a composite model names its format one level down."""
+    config = AutoConfig.for_model("gemma3", text_config={"quantization_config": FP8})
+    assert loading.quantised(config) == "fp8"
+
+
+def test_two_starts_do_not_share_a_directory(folder, tmp_path, capsys):
+    """Whoever comes second is refused, and the first one's directory stays."""
+    run = tmp_path / "run"
+    run.mkdir()
+    first = train.configs.new_run(train.Config(out=str(run)))
+    with pytest.raises(ValueError, match="is not empty"):
+        train.configs.new_run(train.Config(out=str(run)))
+    assert first == run and [p.name for p in run.iterdir()] == ["steps.csv"]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("lr", "abc"), ("steps", "4"), ("steps", 4.5), ("seed", None), ("model", ["a"]),
+     ("select", 5), ("method", "foo"), ("dtype", "float64"), ("trust_remote_code", 1)],
+)  # fmt: skip
+def test_an_edited_configuration_is_one_line(name, value, folder, tmp_path, capsys):
+    """A value of another type, or none of the choices, names the field."""
+    run(folder, tmp_path / "run", "--steps=1")
+    path = tmp_path / "run/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    for main, flag in ((train.main, "--resume"), (eval.main, "--run")):
+        assert f"{name} is {value!r}" in refused(main, [f"{flag}={tmp_path}/run"], capsys)
+
+
+def test_a_mask_that_is_made_stays(folder, tmp_path, capsys):
+    """What a mask was made of cannot be changed afterwards: it would be ignored."""
+    run(folder, tmp_path / "run", *SENSZOQ)
+    for flag in ("--density=0.5", "--mask-from=text", "--groups=2", "--out=other"):
+        error = refused(train.main, [f"--resume={tmp_path}/run", "--steps=9", flag], capsys)
+        assert f"{flag.split('=')[0]} cannot be changed" in error
+
+
+@pytest.mark.parametrize("added", [1, 2, 3])
+def test_tokens_that_a_tokenizer_adds_at_the_end_are_no_option(added, folder):
+    """However many special tokens follow the text, the option's own are scored."""
+    from tokenizers import processors
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    example = tasks.Example("a b ?", (" red", " blue"), 0)
+    plain = tasks.encode(tokenizer, example)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A" + " <eos>" * added, special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    assert tasks.encode(tokenizer, example) == plain
+
+
+@pytest.mark.parametrize("change", [{"premise": None}, {"hypothesis": ["x"]}, {"label": True}])
+def test_a_field_that_is_no_text_is_no_row(change, folder, tmp_path, capsys):
+    """null and lists do not become words, and a boolean is no label of RTE."""
+    (tmp_path / "RTE").mkdir()
+    row = {"premise": "a", "hypothesis": "b", "label": "entailment"} | change
+    for name in ("train", "val"):
+        (tmp_path / "RTE" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    argv = [f"--model={folder}/model", "--task=rte", f"--data-dir={tmp_path}"]
+    assert "RTE/train.jsonl:1 is not" in refused(eval.main, argv, capsys)
+
+
+def test_remote_code_that_cannot_be_imported(folder, tmp_path, capsys):
+    """A package that a model's own code wants is named in one line, for both kinds of method."""
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    (model / "mymodel.py").write_text("import no_such_package_1\n" + REMOTE)
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "mymodel.MyLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    for method in ([], SENSZOQ):
+        flags = [f"--model={model}", "--trust-remote-code", *method]
+        error = refused(train.main, arguments(folder, tmp_path / "run", *flags), capsys)
+        assert "no_such_package_1" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_in_another_normal_form_are_the_same(tmp_path):
+    """An accent in one code point or in two is one option, as is a tab at its end."""
+    usual = ("a", [" né", " blue"], 0)
+    odd = ("b", [" ne\u0301\t", " blue"], 0)
+    file = rows(tmp_path / "t.jsonl", *[usual] * 5, odd)
+    assert tasks.load_examples(train_file=file, test_file=file).classification
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_stop_from_outside_is_ctrl_c(name, folder, tmp_path):
+    """A batch system's signal ends a run as Ctrl-C does, with the command that goes on."""
+    import signal
+
+    program = "import os, signal, model_patch, train, sys; original = model_patch.Patch.update\n"
+    program += "def update(self, seed, a):\n    original(self, seed, a)\n"
+    program += f"    os.kill(os.getpid(), signal.{name})\n"
+    program += "model_patch.Patch.update = update; train.main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, *arguments(folder, tmp_path / "run")]
+    found = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
+    assert found.returncode == 130 and f"--resume {tmp_path}/run goes on" in found.stderr

@@ -1,0 +1,88 @@
+"""Lab 1. Two points see the slope.
+
+Zeroth-order training has no gradient. It draws a direction z and computes the loss at two points,
+θ + ε z and θ − ε z. Their difference tells the slope along z. The estimate of the gradient is the
+slope times z ([S] §2.2.1, and eq. 2 without its mask).
+
+How much of the gradient is in it? Its cosine with the true gradient is √(2/πd) on average, where d
+is the number of weights. It is never negative: the step after it never begins uphill. At d = 10 it
+is 0.25. For a model of seven billion weights it is 0.00001.
+
+Write the estimate. The check takes the true gradient from autograd.
+"""
+
+import math
+
+import lab
+import torch
+
+import zo
+
+SIZES, DRAWS, EPS = (10, 100, 1000, 10_000), 400, 1e-3
+
+
+def estimate(loss, theta, z, eps):
+    """The gradient of `loss` at `theta` as two points see it: a tensor like z.
+
+    `loss(theta)` is a number. `theta` and `z` are vectors of d numbers.
+    """
+    # ---- your code: at most five lines
+    return torch.zeros_like(z)
+    # ----
+
+
+def problem(d):
+    """(loss, θ): logistic regression on 32 random examples, in fp64."""
+    examples = zo.gaussian(1, 0, (32, d)).double()
+    theta = zo.gaussian(1, 1, (d,)).double() / math.sqrt(d)
+    signs = torch.tensor([1.0, -1.0]).repeat(16).double()
+    return lambda at: torch.nn.functional.softplus(-signs * (examples @ at)).mean(), theta
+
+
+def measure():
+    """{d: (cosine of every draw, slope seen, true slope)}."""
+    found = {}
+    for d in SIZES:
+        loss, theta = problem(d)
+        theta.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(theta), theta)
+        theta = theta.detach()
+        noise = zo.gaussian(2, 0, (DRAWS, d)).double()
+        guess = torch.stack([estimate(loss, theta, z, EPS) for z in noise])
+        cosine = torch.cosine_similarity(guess, gradient[None], dim=1)
+        seen = (guess * noise).sum(1) / (noise * noise).sum(1)  # the factor before z
+        found[d] = cosine, seen, noise @ gradient
+    return found
+
+
+def numbers(found):
+    listed = []
+    for d, (cosine, *_) in found.items():
+        target = math.sqrt(2 / (math.pi * d))
+        hint = "The estimate is a number times z. The number is the slope along z."
+        if float(cosine.mean()) < 0:
+            hint = "The estimate points downhill. A gradient points uphill: l⁺ comes first."
+        name = f"mean cosine with the gradient, d = {d:,}"
+        listed.append(lab.near(name, float(cosine.mean()), target, 0.1 * target, hint))
+    _, seen, true = found[SIZES[0]]
+    ratio = float((seen @ true) / (true @ true))  # least squares
+    hint = "The direction is right and the length is not. The two points are 2ε apart."
+    return [*listed, lab.near("slope seen over true slope, d = 10", ratio, 1, 1e-3, hint)]
+
+
+def picture(found, figure):
+    left, right = figure.subplots(1, 2)
+    means = [float(cosine.mean()) for cosine, *_ in found.values()]
+    left.loglog(SIZES, [math.sqrt(2 / (math.pi * d)) for d in SIZES], "-", label="√(2/πd)")
+    left.loglog(SIZES, means, "s", color="0.45", label="yours, the mean of 400 draws")
+    left.set(xlabel="d, how many weights", ylabel="cosine with autograd's gradient")
+    left.legend()
+    for (d, (cosine, *_)), style in zip(list(found.items())[:2], ("-", "--"), strict=True):
+        right.hist(cosine.tolist(), bins=25, range=(-1, 1), histtype="step", linestyle=style,
+                   label=f"d = {d}")  # fmt: skip
+    right.set(xlabel="cosine of one draw", ylabel="draws", xticks=(-1, -0.5, 0, 0.5, 1))
+    right.legend()
+
+
+if __name__ == "__main__":
+    lab.main()

@@ -1,0 +1,75 @@
+"""Lab 3. Algorithm 3, as printed and as meant.
+
+[S] moves the small weights of each layer. Algorithm 3 is to find them. It prints "if θ ≤ h then
+θ = 1". The threshold h is the 25th percentile of |θ|, so a quarter of the weights should move. Run
+this file and see how many do. Then mend `get_mask`.
+
+[S] §3.3 also speaks of a mask that has one bit for each weight. A byte holds eight weights. Weight
+j is bit j mod 8 of byte j div 8, and bit 0 is the lowest. So far `pack` takes a whole byte for each
+weight. Mend it, too. The project's own reader, `masks.PackedMask.mask`, reads your bytes.
+"""
+
+import lab
+import torch
+
+import masks
+import zo
+
+N, DENSITY = 80_000, 0.25
+
+
+def get_mask(theta, h):
+    """[S] Algorithm 3: which weights move, as booleans of θ's shape."""
+    # ---- your code: at most five lines
+    return theta <= h
+    # ----
+
+
+def pack(mask):
+    """The mask (n,), n a multiple of 8, as bytes: a uint8 tensor (n / 8,)."""
+    # ---- your code: at most five lines
+    return mask.to(torch.uint8)
+    # ----
+
+
+def measure():
+    """(θ, your mask, the mask that is meant, what the project reads in your bytes, your bytes)."""
+    theta = 0.02 * zo.gaussian(3, 0, (N,))
+    order = theta.abs().argsort()
+    meant = torch.zeros(N, dtype=torch.bool)
+    meant[order[: int(DENSITY * N)]] = True
+    mask = get_mask(theta, theta.abs()[order[int(DENSITY * N) - 1]])
+    packed = pack(meant)
+    element = torch.arange(min(N, 8 * packed.numel()), dtype=torch.int32)
+    return theta, mask, meant, masks.PackedMask.mask(theta, element, packed), packed
+
+
+def numbers(found):
+    theta, mask, meant, read, packed = found
+    large, bits = (mask & ~meant).sum(), (read != meant[: len(read)]).sum() + N - len(read)
+    negative = "All negative weights move, however large. Small is a matter of |θ|."
+    byte = "Eight weights share a byte. Make rows of eight, shift each weight, add, end in uint8."
+    order = "Eight weights share a byte, but not in their places. The first is the lowest bit."
+    return [
+        lab.near("share of the weights that move", float(mask.float().mean()), 0.25, 0, negative),
+        lab.near("weights that move and should not", int(large), 0, 0, negative),
+        lab.near("bytes of the packed mask for each weight", packed.nbytes / N, 0.125, 0, byte),
+        lab.near("weights whose bit is not their mask", int(bits), 0, 0, order),
+    ]
+
+
+def picture(found, figure):
+    theta, mask, meant, read, packed = found
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    for values, label, grey in ((theta, "all weights", "0.8"), (theta[mask], "move", "0.3")):
+        left.hist(values.numpy(), bins=80, range=(-0.08, 0.08), color=grey, label=label)
+    left.set(xlabel="θ", ylabel="weights", title=f"{float(mask.float().mean()):.1%} move")
+    left.legend()
+    bits = torch.stack([packed[:32] >> bit & 1 for bit in range(8)], dim=1)
+    right.imshow(bits.flip(1).numpy(), aspect="auto", cmap="gray_r", vmin=0, vmax=1)
+    right.set(xlabel="bit", ylabel="byte", title="the first 32 bytes", xticks=range(8))
+    right.set_xticklabels(range(7, -1, -1))
+
+
+if __name__ == "__main__":
+    lab.main()

@@ -1,0 +1,124 @@
+"""The labs: as they are they fail and help, solved they pass, and the edit is small."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "labs"))
+import lab  # noqa: E402
+
+LABS = sorted((ROOT / "labs").glob("[0-9]*.py"))
+each = pytest.mark.parametrize("path", LABS, ids=[path.stem for path in LABS])
+
+
+@pytest.fixture(autouse=True)
+def pictures(tmp_path, monkeypatch):
+    """A folder for pictures and copies of the source, empty at first."""
+    monkeypatch.setattr(lab, "PICTURES", tmp_path / "pictures")
+
+
+def judged(module, capsys) -> tuple[int, str]:
+    """Exit code, and the last sentence before the picture's name."""
+    code = lab.judge(module)
+    *_, verdict, picture = capsys.readouterr().out.strip().splitlines()
+    assert Path(picture.removeprefix("picture: ")).stat().st_size > 5000
+    return code, verdict
+
+
+def test_there_are_nine():
+    """Labs and solutions have the same nine names."""
+    assert len(LABS) == 9
+    solutions = sorted((ROOT / "labs/solutions").glob("*.py"))
+    assert [path.name for path in solutions] == [path.name for path in LABS]
+
+
+@each
+def test_a_lab_as_it_is_fails_and_helps(path, capsys):
+    """A lab that nobody has edited says "Not yet.", and then a sentence that helps."""
+    code, verdict = judged(lab.load(path), capsys)
+    assert code == 1 and verdict.startswith("Not yet. ") and len(verdict) > 40
+
+
+@each
+def test_a_solved_lab_passes(path, capsys):
+    """With the solution's functions every number is met."""
+    module = lab.load(path)
+    lab.solve(module)
+    assert judged(module, capsys) == (0, "All numbers are met.")
+
+
+@each
+def test_an_edit_has_at_most_five_lines(path):
+    """A solution has at most five lines of code that its lab does not have."""
+    lines = [set(map(str.strip, p.read_text("utf-8").splitlines())) for p in (path, solution(path))]
+    code = lines[1] - lines[0]
+    code = [x for x in code if x and not x.startswith(('"""', "import ", "from "))]
+    assert path.stem.startswith("09") or len(code) <= 5, code
+
+
+@each
+def test_a_lab_marks_its_gap_and_asks_its_question(path):
+    """A lab has a question of whole sentences; outside lab 9, which asks for a line, a gap."""
+    text = path.read_text("utf-8")
+    gaps = text.count("# ---- your code: ")
+    assert gaps == text.count("# ----\n") and (gaps or path.stem.startswith("09"))
+    question = lab.load(path).__doc__
+    assert question.startswith(f"Lab {int(path.stem[:2])}. ") and question.count(".") > 5
+
+
+WRONG = [  # (lab, function, a classic mistake, words of the sentence that helps)
+    ("01", "estimate", lambda f, t, z, e: (f(t + e * z) - f(t - e * z)) / e * z, "2ε apart"),
+    ("01", "estimate", lambda f, t, z, e: (f(t - e * z) - f(t + e * z)) / (2 * e) * z, "downhill"),
+    ("03", "pack", lambda m: (m.view(-1, 8) * 2 ** lab.torch.arange(7, -1, -1)).sum(1).byte(),
+     "lowest"),
+    ("08", "common", lambda s: [sum(m[i] / m[2] for m in s) / len(s) for i in (0, 1)],
+     "sum of counts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number, function, mistake, words", WRONG)
+def test_a_classic_mistake_gets_its_own_sentence(number, function, mistake, words, capsys):
+    """Who has solved a lab but for one mistake is told which."""
+    (path,) = (path for path in LABS if path.name.startswith(number))
+    module = lab.load(path)
+    lab.solve(module)
+    setattr(module, function, mistake)
+    code, verdict = judged(module, capsys)
+    assert code == 1 and words in verdict
+
+
+def test_every_draw_of_lab_9_has_a_bug_where_it_says():
+    """A copy differs from the source in the lines that count as an answer, and nowhere else."""
+    bugs = lab.load(LABS[-1])
+    for draw in range(len(bugs.BUGS)):
+        folder, file, first, last = bugs.copy(draw)
+        sound, copy = ((p / file).read_text("utf-8").splitlines() for p in (ROOT, folder))
+        assert copy != sound and copy[: first - 1] == sound[: first - 1]
+        assert copy[last:] == sound[len(sound) - len(copy) + last :]
+    assert len({bugs.bug(draw)[:3] for draw in range(1, 11)}) == 10
+
+
+def test_lab_9_keeps_the_score_of_first_answers(monkeypatch):
+    """A wrong answer counts, and a right one after it no longer."""
+    bugs = lab.load(LABS[-1])
+    lab.PICTURES.mkdir()
+    for draw, answers, expected in ((1, [True], 1), (2, [False, True], 1), (11, [True], 1)):
+        for right in answers:
+            monkeypatch.setattr(bugs, "DRAW", draw)
+            monkeypatch.setattr(bugs, "ANSWER", "zo.py:1")
+            score = bugs.score(right)
+        assert score == expected
+
+
+@pytest.mark.parametrize("flags, code", [([], 1), (["--solved"], 0)])
+def test_the_command_ends_with_its_verdict(flags, code, tmp_path):
+    """`python labs/03_algorithm_3.py` ends with 1 as it is, and with 0 when solved."""
+    ended = subprocess.run([sys.executable, LABS[2], *flags], cwd=tmp_path, capture_output=True)
+    assert ended.returncode == code
+
+
+def solution(path: Path) -> Path:
+    return path.parent / "solutions" / path.name
