@@ -199,10 +199,12 @@ def _check_method(config: Config) -> None:
         raise ValueError("--select and --rounding are not for senszoq: its mask says what moves")
     if config.refresh_every and config.mask_kind != "dynamic":
         raise ValueError("--refresh-every takes thresholds again; a constant mask has none")
-    if config.mask and (config.text or config.mask_from != "text"):
+    if config.mask and (config.text or config.mask_from != "text" or config.groups != 1):
         raise ValueError(
-            f"--mask {config.mask} brings its own source; leave out --text, --mask-from"
+            f"--mask {config.mask} brings its own source; leave out --text, --mask-from, --groups"
         )
+    if config.text and config.mask_from == "task":
+        raise ValueError(f"--text {config.text} would be ignored beside --mask-from task")
 
 
 # ------------------------------------------------------------------ the command line

@@ -598,6 +598,8 @@ BAD = {  # what the user types: what the one line must say
     "--mask-kind=packed --refresh-every=5": "a constant mask has none",
     "--method=senszoq --select=proj": "its mask says what moves",
     "--method=senszoq --mask=x --mask-from=task": "brings its own source",
+    "--method=senszoq --mask=x --groups=2": "brings its own source",
+    "--method=senszoq --mask-from=task --text=x.txt": "would be ignored",
     "--method=senszoq --mask=nowhere": "no mask file nowhere",
     "--method=senszoq --mask={folder}/train.jsonl": "is no complete mask file",
     "--method=senszoq --mask={data}/mask.safetensors": "is a mask of another model",
