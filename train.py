@@ -13,9 +13,9 @@
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). A run that was
-stopped, by Ctrl-C, kill -9 or a power failure, goes on to the same bits with --resume. It rebuilds
-the weights from the log and takes the last logged step again: were model, data or settings not the
-run's own, that step would come out differently.
+stopped, by Ctrl-C, kill -9 or a power failure, goes on with --resume: on the same machine to the
+same bits, elsewhere to rounding. It rebuilds the weights from the log and takes the last logged
+step again: were model, data or settings not the run's own, it would come out differently.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
@@ -96,8 +96,11 @@ def losses(patch, batches, seed: int) -> tuple[float, float]:
     return float(total[0] / total[2]), float(total[1] / total[2])
 
 
-def what_moves(config: Config, run: Path, data: tasks.Data) -> masks.Rule | dict:
-    """A rule of [S], or [Q]'s index. The four methods differ here, and only here."""
+def what_moves(config: Config, run: Path, data: tasks.Data) -> masks.Rule | tuple:
+    """A rule of [S]; of [Q] what masks.load gives: index, provenance, matrices.
+
+    The four methods differ here, and only here.
+    """
     if config.method == "mezo":
         return masks.Everything()
     if config.method == "r-mezo":
@@ -206,12 +209,18 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
         path = own if own and own.exists() else config.mask
         _, provenance, matrices = masks.load(path)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
-        density = provenance["density"]
         masks.check_shapes(path, matrices, masks.decoder_linears(shapes))
+        density = provenance["density"]
         if config.density not in (None, density):
             raise ValueError(f"--density {config.density}: that of --mask {path} is {density}")
         config.density = density
     configs.show(config, configs.fill_in(config, model_config.model_type))
+    describe(config, tokenizer, model_config, data)
+    return tokenizer, data
+
+
+def describe(config, tokenizer, model_config, data: tasks.Data) -> None:
+    """Print data and loss. ValueError for an example that cannot be trained or scored."""
     sizes = f"train {len(data.train)}, validation {len(data.validation)}, test {len(data.test)}"
     print(f"  {'data':<14} {data.source}: {sizes}")
     loss = "over the options' scores" if data.classification else "of the right option's tokens"
@@ -222,7 +231,6 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     vocabulary = loading.vocabulary(model_config)
     if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary):
         print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
-    return tokenizer, data
 
 
 def rebuild(config: Config, run: Path, tokenizer, data, logged: list[log.Step], after: int):

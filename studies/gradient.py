@@ -19,7 +19,7 @@ How it works
     Scores are per-sample Fisher diagonals of the linears in the decoder (masks.fisher), and masks
     take their top per matrix. A task's gradient is the mean over its examples, as in [Q]'s figures.
     Answers go to gradient.json as they come. What is in it already is not done again, and with
-    everything in it only the tables and the picture are made.
+    everything in it only the tables and the picture are made. Other settings want another --out.
 
 What it costs
     A forward and a backward pass per sample, and two fp32 copies of the weights per source of text.
@@ -47,6 +47,8 @@ from studies.slopes import slope
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
 MASK = 1e-3  # [Q]'s density
+PARTS = ("concentration", "coverage", "overlap", "magnitude", "cosine", "increase")
+UNLIKE = ("out", "tasks")  # settings in which answers of one file may differ
 RULES = {"MeZO": masks.Everything(), "S-MeZO": masks.SmallWeights(0.25)}
 
 
@@ -68,6 +70,9 @@ class Study:
     def __init__(self, args):
         self.args, self.file = args, args.out / "gradient.json"
         self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
+        kept = {name: str(value) for name, value in vars(args).items() if name not in UNLIKE}
+        if self.found.setdefault("settings", kept) != kept:
+            raise ValueError(f"{self.file} has the answers of other settings; give another --out")
         self.indices = None
 
     @cached_property
@@ -184,7 +189,7 @@ class Study:
 
     def increase(self, data) -> dict:
         """Share of single steps from θ_0 that increase the loss, per method and batch."""
-        start = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        start = [(p, p.detach().clone()) for p in self.model.parameters()]
         trials, counts = self.args.trials, {}
         drawn = list(self.batches(data, trials + 1))
 
@@ -206,10 +211,8 @@ class Study:
                     patch.update(seed, -rate * float(zo.projected_grad(plus, minus, patch.eps)))
                 worse["own batch"] += loss(drawn[t]) > before[t]
                 worse["another"] += loss(drawn[t + 1]) > before[t + 1]
-                held = {w.name: w.held[0] for w in patch.weights} if patch else {}
-                for key, theta in start.items():
-                    weight = held[key] if held else self.model.get_parameter(key)
-                    weight.data.copy_(theta)
+                for p, theta in start:
+                    p.data.copy_(theta)
             if patch is not None:
                 patch.remove()
             counts |= {f"{name}, {which}": n / trials for which, n in worse.items()}
@@ -228,7 +231,7 @@ def table(title: str, rows: dict[str, dict]) -> str:
 
 
 def tables(found: dict) -> str:
-    parts = {part: rows for part, rows in found.items() if part != "machine"}
+    parts = {part: rows for part, rows in found.items() if part not in ("machine", "settings")}
     coverage = parts.pop("coverage", {})
     for density in (f"{d:g}" for d in DENSITIES):
         parts[f"coverage at {density}"] = {task: of[density] for task, of in coverage.items()}
@@ -300,6 +303,8 @@ def main(argv=None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         study = Study(args)
         for task in args.tasks:
+            if all(task in study.found.get(part, {}) for part in PARTS):
+                continue
             data = tasks.load_examples(task, data_dir=args.data_dir)
             study.scores(task, data)
             study.answer("cosine", task, lambda: study.cosine(data))  # noqa: B023, called now

@@ -26,6 +26,9 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gradient.loading, "load_model", lambda *_: pytest.fail("nothing to do"))
     gradient.main(argv)
     assert capsys.readouterr().out == said and (tmp_path / "gradient.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        gradient.main([*argv, "--samples=9"])
+    assert "answers of other settings" in capsys.readouterr().err
 
 
 def test_quarters_are_by_magnitude():
@@ -35,3 +38,18 @@ def test_quarters_are_by_magnitude():
     assert gradient.quarters(weights, scores) == {
         "quarter 1": 0, "quarter 2": 0, "quarter 3": 0, "quarter 4": 1,
     }  # fmt: skip
+
+
+def test_steps_are_single_ones_from_the_original_weights(tmp_path, monkeypatch):
+    """The trials of every method leave the weights as they were, to the bit."""
+    original = gradient.Study.increase
+
+    def watched(study, data):
+        before = [p.detach().clone() for p in study.model.parameters()]
+        found = original(study, data)
+        assert all(map(torch.equal, before, study.model.parameters()))
+        return found
+
+    monkeypatch.setattr(gradient.Study, "increase", watched)
+    gradient.main([*SMALL, f"--out={tmp_path}"])
+    assert (tmp_path / "gradient.png").exists()
