@@ -232,6 +232,10 @@ class Patch:
 
     # ------------------------------------------------------------------ what one may want to know
 
+    def moving(self) -> list[Tensor]:
+        """The tensors that an update writes: [Q]'s values, or the parameters of the rule."""
+        return [self.sparse.values] if self.sparse else [w.held[0].detach() for w in self.weights]
+
     def active_density(self) -> float:
         """Share of the weights of moving tensors that are inside the mask now."""
         if self.sparse:
@@ -245,8 +249,7 @@ class Patch:
     @torch.no_grad()
     def checksum(self) -> float:
         """A number that tells whether two workers' weights have come apart."""
-        moving = [self.sparse.values] if self.sparse else [w.held[0] for w in self.weights]
-        return sum(float(theta.detach().sum(dtype=torch.float64)) for theta in moving)
+        return sum(float(theta.sum(dtype=torch.float64)) for theta in self.moving())
 
     def __str__(self):
         if self.sparse:

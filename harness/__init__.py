@@ -1,4 +1,4 @@
-"""What a run needs and no paper speaks of."""
+"""What a long run needs and no paper speaks of: settings, loading, the log, workers, bench."""
 
 import sys
 

@@ -234,6 +234,11 @@ def parse(kind: type, description: str, argv=None, **more) -> dict:
     return vars(parser.parse_args(argv))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; the name of its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def one_line_errors(hint=lambda: ""):
     """What a user can put right is one line and exit code 2, no traceback.
@@ -261,7 +266,7 @@ def one_line_errors(hint=lambda: ""):
         if "--traceback" in sys.argv:
             raise
         end_bars()
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         if isinstance(error, torch.OutOfMemoryError):
             line += "; try a smaller --micro-batch, --batch-size or --max-length"
         print(f"{Path(sys.argv[0]).name}: error: {line}{hint()}", file=sys.stderr)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import tasks
-from harness.config import locate
+from harness.config import first_line, locate
 
 # how far rounding may move a position's logits, relative to their spread; at 135 M it is a fifth
 DTYPES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
@@ -56,10 +56,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # gated, misspelt, offline, custom code: each has a type of its own
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"cannot load --model {name} ({why}); check the name, log in with `hf auth login` if "
-            "it is gated, or give a local folder"
+            f"cannot load --model {name} ({first_line(error)}); check the name, log in with "
+            "`hf auth login` if it is gated, or give a local folder"
         ) from error
     if (kind := quantised(config)) not in (None, *UNPACKED):
         raise ValueError(
@@ -85,8 +84,9 @@ def skeleton(config, trust_remote_code: bool = False):
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own code raises, such as a missing package
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot make the model of {config.name_or_path}: {why}") from error
+        raise ValueError(
+            f"cannot make the model of {config.name_or_path}: {first_line(error)}"
+        ) from error
 
 
 def load_model(
@@ -126,7 +126,7 @@ def load_model(
     except Exception as error:  # none, torn, pickled code, no LM: each has a type of its own
         if quantiser is not None and quantiser.error is not None:
             raise quantiser.error from None
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        why = first_line(error)[:200]
         raise ValueError(f"cannot load the weights of {name} as a causal LM: {why}") from error
     if quantiser is not None:
         model.hf_quantizer.remove_quantization_config(model)  # our layers are not transformers'
@@ -189,8 +189,9 @@ def check_model(model, name: str, read: dict) -> None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's own code raises
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{kind} cannot read {n} tokens of text alone: {why}") from error
+            raise ValueError(
+                f"{kind} cannot read {n} tokens of text alone: {first_line(error)}"
+            ) from error
 
     def change(a, b):  # of each position's logits, relative to their spread
         return (a - b).square().mean(-1).sqrt() / a.std()
@@ -313,8 +314,7 @@ def compiles(setting: str, weights: int, device: str) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"  torch.compile fails, so noise is ten times slower: {why[:200]}")
+        print(f"  torch.compile fails, so noise is ten times slower: {first_line(error)[:200]}")
         return False
 
 

@@ -1,7 +1,7 @@
 """Which learning rate? A few short runs from the same weights, one per rate.
 
     python studies/find_lr.py --model M --task rte
-    python studies/find_lr.py --model M --task rte --method senszoq --rates 1e-7 1e-6 1e-5
+    python studies/find_lr.py --model M --task rte --method senszoq --rates 1e-7,1e-6,1e-5
 
 The flags are train.py's, and --rates and --short. Every rate sees the same minibatches and the same
 noise, so what differs between them is the rate. Compared is the mean training loss of a run's last
@@ -20,7 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
-import torch
 from tqdm import tqdm
 
 import train
@@ -45,23 +44,18 @@ def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[f
     return losses
 
 
-def moving(patch) -> list[torch.Tensor]:
-    """The tensors that an update writes."""
-    return [patch.sparse.values] if patch.sparse else [w.held[0].detach() for w in patch.weights]
-
-
 def find(config: Config, rates: list[float], steps: int, run: Path) -> dict[float, float]:
     """{rate: mean loss of the last third of a short run}, from the same weights each time."""
     tokenizer, data = train.prepare(config)
     model, patch = train.open_model(config, run, train.what_moves(config, run, data))
     rates = sorted(rates or [config.lr * 10 ** (half / 2) for half in HALF_DECADES])
-    start = [theta.to("cpu", copy=True) for theta in moving(patch)]
+    start = [theta.to("cpu", copy=True) for theta in patch.moving()]
     found = {}
     with tqdm(total=len(rates) * steps, unit="step", desc="rates") as bar:
         for rate in rates:
             losses = short_run(replace(config, lr=rate), patch, tokenizer, data, steps, bar)
             found[rate] = sum(losses[-max(1, steps // 3) :]) / max(1, steps // 3)
-            for theta, kept in zip(moving(patch), start, strict=True):
+            for theta, kept in zip(patch.moving(), start, strict=True):
                 theta.copy_(kept)
             for weight in patch.weights:  # thresholds that --refresh-every took again
                 weight.prepare()

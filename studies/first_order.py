@@ -188,10 +188,7 @@ def run_to_end(config: Config, run: Path) -> None:
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config)
     configs.show(config, fill_in(config, len(data.train)))
-    examples = data.train + data.validation + data.test
-    vocabulary = loading.vocabulary(model_config)
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary):
-        print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
+    train.describe(config, tokenizer, model_config, data)
     configs.write_json(run / "config.json", {"by": "studies/first_order.py"} | asdict(config))
     steps = log.StepLog(run, write=True)
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)

@@ -27,11 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import masks
-import zo
 from harness import bench, loading
 from harness.config import write_json
-from model_patch import Patch
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540  # of a part
@@ -111,32 +108,24 @@ def profile(day: Day) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    device, dtype = (
-        loading.choose_device("auto"),
-        torch.float32 if day.args.tiny else torch.bfloat16,
-    )
+    device = loading.choose_device("auto")
+    dtype = torch.float32 if day.args.tiny else torch.bfloat16
     how = argparse.Namespace(
         shape=day.shape, dtype=str(dtype)[6:], device=device, compile=not day.args.tiny,
         batch=16, tokens=8 if day.args.tiny else 128,
     )  # fmt: skip
     subject = bench.Subject(how)
-    patch = Patch(subject.model, masks.SmallWeights(bench.DENSITY), fused=how.compile)
-
-    def step(number: int) -> None:
-        seed = zo.step_seed(0, number)
-        plus, minus = patch.losses(subject.inputs, subject.loss_of, seed)
-        patch.update(seed, -bench.LR * zo.projected_grad(plus, minus, patch.eps).item())
-
-    step(0), step(1)
     gpu = [ProfilerActivity.CUDA] if device == "cuda" else []
-    with record(activities=[ProfilerActivity.CPU, *gpu]) as recorded:
-        seconds = bench.timed(lambda: step(2), device)
+    with bench.ROWS["s-mezo"][1](subject) as step:
+        step(0), step(1)
+        with record(activities=[ProfilerActivity.CPU, *gpu]) as recorded:
+            seconds = bench.timed(lambda: step(2), device)
     kernels = [
         (event.key, event.count, event.self_device_time_total if gpu else event.self_cpu_time_total)
         for event in recorded.key_averages()
     ]
     busy = sum(time for _, _, time in kernels) / 1e6
-    weights = sum(w.held[0].numel() for w in patch.weights)
+    weights = subject.model.num_parameters()
     whole = torch.empty(1 << (20 if day.args.tiny else 30), dtype=torch.uint8, device=device)
     copy = bench.timed(lambda: [whole.clone() for _ in range(8)], device) / 8
     bandwidth = 2 * whole.numel() / copy
