@@ -108,7 +108,9 @@ def what_moves(config: Config, run: Path, data: tasks.Data) -> masks.Rule | tupl
     if config.method == "s-mezo":
         kinds = {"constant": masks.ConstantMask, "packed": masks.PackedMask}
         if config.mask_kind in kinds:
-            return kinds[config.mask_kind](config.density)
+            return kinds[config.mask_kind](config.density, config.refresh_every)
+        if config.above:
+            return masks.MagnitudeGroup(config.density, config.above, config.refresh_every)
         return masks.SmallWeights(config.density, config.refresh_every)
     path = run / "mask.safetensors"
     if workers.RANK == 0 and not path.exists():

@@ -66,7 +66,10 @@ class Config(Settings):
     mask_kind: Literal["dynamic", "constant", "packed"] = setting(
         "dynamic", "s-mezo: taken at every step; taken once; taken once, a bit per weight"
     )
-    refresh_every: int = setting(0, "s-mezo: steps between new thresholds; 0: never")
+    refresh_every: int = setting(
+        0, "s-mezo: steps between new thresholds, or new constant masks; 0: never"
+    )
+    above: float = setting(0.0, "s-mezo: leave out this share of the smallest weights, too")
     mask: str | None = setting(None, "senszoq: a mask file; default: it is made")
     mask_from: Literal["text", "task"] = setting("text", "senszoq: what a mask is made from")
     text: str | None = setting(None, "senszoq: .txt or .jsonl for the mask; default C4")
@@ -187,7 +190,7 @@ def _check_method(config: Config) -> None:
     if config.method == "mezo" and config.density not in (None, 1):
         raise ValueError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
     others = {
-        "s-mezo": ("mask_kind", "refresh_every"),
+        "s-mezo": ("mask_kind", "refresh_every", "above"),
         "senszoq": ("bits", "mask", "mask_from", "text", "groups"),
     }
     defaults = {f.name: f.default for f in fields(config)}
@@ -197,8 +200,10 @@ def _check_method(config: Config) -> None:
                 raise ValueError(f"{flag(name)} is for --method {method}, not for {config.method}")
     if config.method == "senszoq" and (config.select or config.rounding != "stochastic"):
         raise ValueError("--select and --rounding are not for senszoq: its mask says what moves")
-    if config.refresh_every and config.mask_kind != "dynamic":
-        raise ValueError("--refresh-every takes thresholds again; a constant mask has none")
+    if not 0 <= config.above <= 1 - (config.density or 0):
+        raise ValueError(f"--above {config.above}: from 0 to 1 less --density")
+    if config.above and config.mask_kind != "dynamic":
+        raise ValueError(f"--above {config.above} is for --mask-kind dynamic")
     if config.mask and (config.text or config.mask_from != "text" or config.groups != 1):
         raise ValueError(
             f"--mask {config.mask} brings its own source; leave out --text, --mask-from, --groups"

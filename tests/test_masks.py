@@ -1,5 +1,6 @@
 """masks.py: masks, scores and files against sorting, counting, autograd and the papers."""
 
+import itertools
 import math
 
 import pytest
@@ -104,6 +105,20 @@ def test_small_weights_move_not_large_ones():
     """Density 0.25 is [S]'s sparsity 0.75: the smallest quarter, by value and not by index."""
     w = torch.tensor([0.1, -3.0, 2.0, -0.2, 5.0, 0.3, -4.0, 6.0])
     assert mask_of(masks.SmallWeights(0.25), w).tolist() == [1, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_groups_by_magnitude_share_out_the_weights():
+    """Four groups of a quarter have a quarter each, none twice, and the first is S-MeZO's."""
+    weight = torch.randn(64, 50)
+    groups = [masks.SmallWeights(0.25)]
+    groups += [masks.MagnitudeGroup(0.25, above) for above in (0.25, 0.5, 0.75)]
+    taken = [rule.mask(weight, None, rule.prepare(weight, 0)) for rule in groups]
+    assert [int(mask.sum()) for mask in taken] == [800] * 4
+    assert torch.equal(sum(mask.int() for mask in taken), torch.ones(64, 50, dtype=torch.int))
+    for smaller, larger in itertools.pairwise(taken):
+        assert weight[smaller].abs().max() <= weight[larger].abs().min()
+    with pytest.raises(ValueError, match="above 0.8: from 0 to 0.75"):
+        masks.MagnitudeGroup(0.25, 0.8)
 
 
 def test_a_weight_that_is_not_finite_is_refused():

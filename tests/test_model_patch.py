@@ -531,6 +531,20 @@ def test_select_moves_only_what_it_names():
         Patch(build("llama"), masks.Everything(), select="nothing-like-this")
 
 
+def test_a_constant_mask_stays_or_is_taken_again():
+    """It is that of before training; with refresh_every = k it is taken again every k steps."""
+    for every, follows in ((0, False), (4, True)):
+        patch = Patch(build("llama"), masks.ConstantMask(0.3, refresh_every=every))
+        weight = patch.weights[0]
+        before, theta = weight.state.clone(), weight.held[0].data
+        theta.copy_(torch.randn_like(theta))
+        patch.refresh(3)
+        assert torch.equal(weight.state, before)
+        patch.refresh(4)
+        now = masks.get_mask(theta.flatten(), masks.threshold(theta, 0.3))
+        assert torch.equal(weight.state, now) == follows
+
+
 def test_the_threshold_stays_or_is_refreshed():
     """h is fixed before training; with refresh_every = k it is taken again every k steps."""
     fixed = Patch(build("llama"), masks.SmallWeights(0.3))

@@ -30,8 +30,8 @@ ROOT = Path(train.__file__).parent
 SENSZOQ = ["--method=senszoq", "--mask-from=task", "--density=0.02", "--lr=0.3"]
 METHODS = [
     ["--method=mezo", "--lr=1e-3"],
-    ["--method=s-mezo", "--refresh-every=3"],
-    ["--method=s-mezo", "--mask-kind=constant"],
+    ["--method=s-mezo", "--refresh-every=3", "--above=0.25"],
+    ["--method=s-mezo", "--mask-kind=constant", "--refresh-every=3"],
     ["--method=s-mezo", "--mask-kind=packed", "--dtype=bfloat16"],
     ["--method=r-mezo", "--density=0.5", "--select=proj"],
     SENSZOQ,
@@ -595,7 +595,8 @@ BAD = {  # what the user types: what the one line must say
     "--method=mezo --mask-kind=packed": "is for --method s-mezo, not for mezo",
     "--mask=some": "--mask is for --method senszoq, not for s-mezo",
     "--bits=4": "--bits is for --method senszoq",
-    "--mask-kind=packed --refresh-every=5": "a constant mask has none",
+    "--above=0.9 --density=0.3": "from 0 to 1 less --density",
+    "--mask-kind=packed --above=0.25": "is for --mask-kind dynamic",
     "--method=senszoq --select=proj": "its mask says what moves",
     "--method=senszoq --mask=x --mask-from=task": "brings its own source",
     "--method=senszoq --mask=x --groups=2": "brings its own source",
