@@ -1,0 +1,433 @@
+"""How fast does each method learn, and which weights should move? Many runs of train.py.
+
+    python studies/learning.py                                    the tiny model, ten minutes
+    python studies/learning.py --model DIR --data-dir DIR --tasks sst2 --steps 1000 --short 300 \\
+        --seeds 3 --num-validation 200 --num-test 300             a real one, a day
+
+    part       question                                                   where it is claimed
+    rates      loss and accuracy against the learning rate                [S] Fig. 2a
+    methods    the same against steps, each method at its best rate       [S] Fig. 1 and 3, Table 1
+    sparsity   S-MeZO with more or fewer weights                          [S] Fig. 4
+    groups     weights by magnitude: four quarters, and from the smallest [S], replies
+    refresh    thresholds, or whole masks, taken again every k steps      [S], replies
+    drop       go on from where MeZO dropped, with small or large weights [S] Fig. 2c
+    masks      [Q]'s mask beside others of its size                       [Q] Fig. 5
+
+How it works
+    A run is a run directory of train.py under --out, named by its flags. One that was stopped goes
+    on, one that is done is not done again, one that is too short is made longer. What the tables
+    need goes to learning.json; with everything in it only the tables and the picture are made.
+    Flags that are not listed here are train.py's, for every run.
+
+    Every row has a grid of rates. They are tried with seed 0 for --short steps. The best by
+    validation accuracy is taken, ties by training loss. Test examples choose nothing. The parts
+    from sparsity to drop take --short steps at S-MeZO's best rate.
+
+What differs from the papers
+    They take 20,000 steps of models 50 times as large, and their figures have no second seed.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from harness.config import TINY, is_tiny, one_line_errors, write_json
+
+SENSZOQ = "train --method=senszoq --mask=sensitive-0.001"
+ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one of 100 M parameters)
+    "MeZO": ("train --method=mezo", (3e-4, 1e-3, 3e-3), (1e-6, 3e-6, 1e-5)),
+    "S-MeZO": ("train --method=s-mezo", (3e-3, 1e-2, 3e-2, 1e-1), (3e-6, 1e-5, 3e-5)),
+    "R-MeZO": ("train --method=r-mezo", (1e-3, 3e-3, 1e-2), (3e-6, 1e-5, 3e-5)),
+    "SensZOQ, 4 bits": (SENSZOQ, (3e-2, 1e-1, 3e-1, 1), (1e-4, 3e-4, 1e-3)),
+    "SensZOQ, 16 bits": (f"{SENSZOQ} --bits=16", (3e-2, 1e-1, 3e-1, 1), (1e-4, 3e-4, 1e-3)),
+    "MeZO, norms only": (
+        "train --method=mezo --select=norm",
+        (1e-2, 3e-2, 1e-1),
+        (1e-4, 1e-3, 1e-2),
+    ),
+    "Adam": ("first_order --method=adam", (1e-4, 3e-4, 1e-3), (1e-5, 3e-5, 1e-4)),
+    "Sparse Adam": ("first_order --method=sparse-adam", (3e-4, 1e-3, 3e-3), (1e-5, 3e-5, 1e-4)),
+    "LoRA, Adam": ("first_order --method=lora", (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)),
+}
+DENSITIES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
+KINDS = ("sensitive", "task", "largest", "random")
+
+
+class Run(NamedTuple):
+    """One run of a program: its name is its flags, and `steps` is how far it has to be."""
+
+    task: str
+    flags: str
+    lr: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        words = self.flags.replace("--", "").replace("=", "-").split()[1:]
+        return "-".join([self.task, *map(os.path.basename, words), f"{self.lr:g}", f"{self.seed}"])
+
+
+def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: int | None) -> dict:
+    """Begin a run, or go on with it, and say what the tables need of it.
+
+    Losses are means over windows of `every` steps; validation and active share have their step.
+    """
+    import torch
+
+    import train
+    from harness.log import StepLog
+    from studies import first_order
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    program, *flags = run.flags.split()
+    main = {"train": train.main, "first_order": first_order.main}[program]
+    result = folder / "result.json"
+    argv = [f"--resume={folder}", f"--steps={run.steps}"]
+    if program == "first_order" or not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # it had not begun, or cannot go on
+        argv = [f"--task={run.task}", *flags, *common, f"--lr={run.lr}", f"--seed={run.seed}"]
+        argv += [f"--steps={run.steps}", f"--eval-every={every}", f"--out={folder}"]
+    said, stopped = io.StringIO(), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main(argv)
+        except SystemExit as error:
+            if error.code == 130:
+                raise KeyboardInterrupt from error
+            stopped = said.getvalue().strip().splitlines()[-1]
+    log = StepLog(folder)
+    if not log.steps and stopped:
+        raise ValueError(f"{run.name}: {stopped}")
+    mean = [(s.loss_plus + s.loss_minus) / 2 for s in log.steps]
+    checked = [s for s in (log.start, *log.steps) if s.validation is not None]
+    return {
+        "steps": run.steps, "stopped": stopped,
+        "loss": [statistics.mean(mean[i : i + every]) for i in range(0, len(mean), every)],
+        "validation": {s.step: s.validation for s in checked},
+        "active": {s.step: s.active_density for s in checked},
+        "test": None if stopped else json.loads(result.read_text())["last"]["value"],
+    }  # fmt: skip
+
+
+class Study:
+    """The runs that are known, and a way to the others."""
+
+    def __init__(self, args, common: list[str]):
+        self.args, self.common, self.file = args, common, args.out / "learning.json"
+        self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
+        settings = {"every": args.every, "short": args.short, "model": args.model, "flags": common}
+        if self.found.setdefault("settings", settings) != settings:
+            raise ValueError(f"{self.file} has runs of other settings; give another --out")
+        self.runs = self.found.setdefault("runs", {})
+        self.tables = self.found.setdefault("tables", {})
+
+    def save(self) -> None:
+        write_json(self.file, self.found)
+
+    def grid(self, row: str) -> tuple[float, ...]:
+        return self.args.grid.get(row, ROWS[row][1 if is_tiny(self.args.model) else 2])
+
+    def flags(self, flags: str, task: str) -> str:
+        """The flags with the path of a mask file in place of its name; it is made if need be."""
+        before, _, rest = flags.partition("--mask=")
+        if not rest:
+            return flags
+        name, *more = rest.split()
+        kind, density = name.rsplit("-", 1)
+        path = self.args.out / "masks" / f"{task if kind == 'task' else kind}-{density}.safetensors"
+        if not path.exists():
+            from harness import mask
+
+            path.parent.mkdir(exist_ok=True)
+            argv = [f"--model={self.args.model}", f"--density={density}", f"--out={path}"]
+            if kind in ("largest", "random"):
+                argv += [f"--kind={kind}"]
+            elif kind == "task":
+                data = [word for word in self.common if word.startswith("--data-dir")]
+                argv += [f"--task={task}", *data]
+            else:
+                argv += [f"--length={self.args.length}", f"--samples={self.args.samples}"]
+                argv += [f"--text={self.args.text}"] if self.args.text else []
+            with contextlib.redirect_stdout(io.StringIO()):
+                mask.main(argv)
+        return " ".join([f"{before}--mask={path}", *more])
+
+    def take(self, runs: list[Run]) -> list[dict]:
+        """What is known of the runs, once they are carried out."""
+        missing = [r for r in runs if self.runs.get(r.name, {"steps": 0})["steps"] < r.steps]
+        missing = list(dict.fromkeys(missing))
+        jobs, ways, total = self.args.jobs, [], sum(run.steps for run in missing)
+        for run in missing:
+            run = run._replace(flags=self.flags(run.flags, run.task))
+            folder = (self.args.out / "runs" / run.name).absolute()
+            common = [f"--model={self.args.model}", *self.common]
+            ways.append((run, folder, self.args.every, common, 1 if jobs > 1 else None))
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=total, unit="step", disable=not missing))
+            pool = stack.enter_context(ProcessPoolExecutor(jobs)) if jobs > 1 and missing else None
+            done = [pool.submit(carry_out, *way) for way in ways] if pool else ways
+            for run, way in zip(missing, done, strict=True):
+                bar.set_description(run.name)
+                self.runs[run.name] = way.result() if pool else carry_out(*way)
+                self.save()
+                bar.update(run.steps)
+        return [self.runs[run.name] for run in runs]
+
+    def best(self, row: str, task: str, flags: str | None = None) -> float:
+        """The rate of a row's grid that is best on validation after --short steps."""
+        rates = self.grid(row)
+        runs = [Run(task, flags or ROWS[row][0], lr, 0, self.args.short) for lr in rates]
+        known = self.take(runs)
+        return max(zip(rates, known, strict=True), key=lambda pair: self.score(pair[1]))[0]
+
+    def score(self, known: dict) -> tuple[float, float]:
+        """Better is higher: validation accuracy after --short steps, then training loss."""
+        if known["stopped"]:
+            return -1.0, -math.inf
+        loss = known["loss"][: -(-self.args.short // self.args.every)][-1]
+        return of_step(known["validation"], self.args.short), -loss
+
+    def short(self, task: str, rows: dict[str, str], lr: float) -> dict:
+        """{row: columns} of runs at one rate, seed 0, --short steps."""
+        runs = [Run(task, flags, lr, 0, self.args.short) for flags in rows.values()]
+        return {
+            name: {"lr": lr, **self.columns(known)}
+            for name, known in zip(rows, self.take(runs), strict=True)
+        }
+
+    def columns(self, known: dict) -> dict:
+        if known["stopped"]:
+            return {"loss": None, "validation": None}
+        validation, loss = self.score(known)
+        return {"loss": -loss, "validation": validation}
+
+    # ------------------------------------------------------------------ the parts
+
+    def rates(self, task: str) -> dict:
+        table = {}
+        for row in self.args.rows:
+            self.best(row, task)
+            for lr in self.grid(row):
+                known = self.runs[Run(task, ROWS[row][0], lr, 0, 0).name]
+                table[f"{row}, {lr:g}"] = self.columns(known)
+        return table
+
+    def methods(self, task: str) -> dict:
+        table = {f"{n} shots": {"test": self.prompted(task, n)} for n in (0, 4)}
+        curves = {}
+        for row in self.args.rows:
+            lr, flags = self.best(row, task), ROWS[row][0]
+            seeds = range(self.args.seeds)
+            known = self.take([Run(task, flags, lr, seed, self.args.steps) for seed in seeds])
+            curves[row] = mean_of([k["validation"] for k in known])
+            tests = [k["test"] for k in known if k["test"] is not None]
+            table[row] = {
+                "lr": lr, "seeds": len(tests), "test": statistics.mean(tests) if tests else None,
+                "spread": statistics.stdev(tests) if len(tests) > 1 else None,
+                "first loss": statistics.mean(k["loss"][0] for k in known),
+                "last loss": statistics.mean(k["loss"][-1] for k in known),
+                "active": statistics.mean(list(k["active"].values())[-1] for k in known),
+            }  # fmt: skip
+        if "MeZO" in curves:
+            bar = max(curves["MeZO"].values())
+            for row, curve in curves.items():
+                reached = [step for step, value in curve.items() if value >= bar]
+                table[row][f"steps to {bar:.3f}"] = min(reached, default=None)
+        return table
+
+    def prompted(self, task: str, shots: int) -> float:
+        """Test accuracy without training, zero-shot or in-context."""
+        known = self.found.setdefault("prompted", {})
+        if (name := f"{task}, {shots}") not in known:
+            import eval
+
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                argv = [f"--model={self.args.model}", f"--task={task}", f"--shots={shots}"]
+                eval.main([*argv, *self.common])
+            known[name] = float(said.getvalue().split("accuracy ")[1].split()[0])
+        return known[name]
+
+    def sparsity(self, task: str) -> dict:
+        rows = {f"{1 - d:g}": f"train --method=s-mezo --density={d:g}" for d in DENSITIES}
+        return self.short(task, rows, self.best("S-MeZO", task))
+
+    def groups(self, task: str) -> dict:
+        quarters = (0.25, 0.5, 0.75)
+        rows = {f"0–{d:g}": f"train --method=s-mezo --density={d:g}" for d in (*quarters, 1)}
+        rows |= {
+            f"{a:g}–{a + 0.25:g}": f"train --method=s-mezo --density=0.25 --above={a:g}"
+            for a in quarters
+        }
+        return self.short(task, rows, self.best("S-MeZO", task))
+
+    def refresh(self, task: str) -> dict:
+        rows = {"mask of every step, h of before": "", "h of every 100th": " --refresh-every=100"}
+        rows |= {"h of every 5th": " --refresh-every=5"}
+        constant = " --mask-kind=constant"
+        rows |= {"mask of before": constant, "mask of every 5th": f"{constant} --refresh-every=5"}
+        rows = {name: f"train --method=s-mezo{flags}" for name, flags in rows.items()}
+        return self.short(task, rows, self.best("S-MeZO", task))
+
+    def masks(self, task: str) -> dict:
+        table = {}
+        for density in self.args.densities:
+            for kind in KINDS:
+                flags = f"train --method=senszoq --bits=16 --mask={kind}-{density:g}"
+                lr = self.best("SensZOQ, 16 bits", task, flags)
+                table |= self.short(task, {f"{kind}, {density:g}": flags}, lr)
+        return table
+
+    def drop(self, task: str) -> dict:
+        """MeZO at the largest rate of its grid; then from the first fall of its validation on."""
+        import eval
+
+        lr = self.grid("MeZO")[-1]
+        fallen = Run(task, ROWS["MeZO"][0], lr, 0, self.args.short)
+        (known,) = self.take([fallen])
+        taken = {int(step): value for step, value in known["validation"].items()}
+        best = max(taken, key=taken.get)
+        point = min((step for step in taken if step > best), default=None)
+        table = {f"MeZO, {lr:g}": {"lr": lr, "validation": taken[best], "after": best}}
+        if point is None:
+            return table
+        table["drop"] = {"lr": lr, "validation": taken[point], "after": point}
+        saved = self.args.out / "dropped" / task
+        if not saved.exists():
+            folder = self.args.out / "runs" / fallen.name
+            eval.main([f"--run={folder}", f"--step={point}", f"--save={saved}"])
+        model = f" --model={saved.absolute()}"
+        small = "train --method=s-mezo --density=0.2"
+        rows = {"on with the smallest fifth": small + model}
+        rows |= {"on with the largest fifth": small + " --above=0.8" + model}
+        return table | self.short(task, rows, self.best("S-MeZO", task))
+
+
+PARTS = ("rates", "methods", "sparsity", "groups", "refresh", "drop", "masks")
+
+
+def of_step(values: dict, step: int) -> float:
+    """The value of the last step up to `step`; keys are text after a visit to a file."""
+    taken = {int(key): value for key, value in values.items()}
+    return taken[max(key for key in taken if key <= step)]
+
+
+def mean_of(curves: list[dict]) -> dict[int, float]:
+    """The mean over seeds, at the steps that all of them have."""
+    curves = [{int(step): value for step, value in curve.items()} for curve in curves]
+    shared = sorted(set.intersection(*map(set, curves)))
+    return {step: statistics.mean(curve[step] for curve in curves) for step in shared}
+
+
+def table(title: str, rows: dict) -> str:
+    """In Markdown; a run that ended early has no numbers."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"\n{title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        values = [row.get(column) for column in columns]
+        cells = ["–" if v is None else f"{v:.3g}" for v in values]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(study: Study, task: str, path: Path) -> None:
+    """Loss, validation and active share against steps; loss against rate, sparsity and group."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    (loss, accuracy, active), (rate, sparse, group) = figure.subplots(2, 3)
+    found, every = study.tables.get(task, {}), study.args.every
+    styles = ["-", "--", ":", "-."]
+    for number, (row, of) in enumerate(found.get("methods", {}).items()):
+        if row not in ROWS:  # prompts, without steps
+            continue
+        how = {"ls": styles[number % 4], "color": str(0.65 * number / len(found["methods"]))}
+        names = [Run(task, ROWS[row][0], of["lr"], s, 0).name for s in range(study.args.seeds)]
+        known = [study.runs[name] for name in names if name in study.runs]
+        curve = mean_of([dict(enumerate(k["loss"])) for k in known])
+        loss.plot([every * (i + 0.5) for i in curve], list(curve.values()), label=row, **how)
+        for axis, what in ((accuracy, "validation"), (active, "active")):
+            curve = mean_of([k[what] for k in known])
+            axis.plot(list(curve), list(curve.values()), label=row, **how)
+    for number, row in enumerate(study.args.rows):
+        lines = {lr: found.get("rates", {}).get(f"{row}, {lr:g}", {}) for lr in study.grid(row)}
+        lines = {lr: of["loss"] for lr, of in lines.items() if of.get("loss") is not None}
+        how = {"ls": styles[number % 4], "color": str(0.65 * number / len(study.args.rows))}
+        rate.plot(list(lines), list(lines.values()), marker=".", label=row, **how)
+    for axis, part in ((sparse, "sparsity"), (group, "groups")):
+        rows = {name: of for name, of in found.get(part, {}).items() if of["loss"] is not None}
+        axis.plot(list(rows), [of["loss"] for of in rows.values()], "o-", color="black")
+        axis.tick_params(labelsize=7)
+    loss.set(xlabel="step", ylabel="training loss")
+    accuracy.set(xlabel="step", ylabel="validation accuracy")
+    active.set(xlabel="step", ylabel="active share", yscale="log")
+    rate.set(xlabel="learning rate", ylabel=f"loss, step {study.args.short}", xscale="log")
+    sparse.set(xlabel="sparsity", ylabel=f"loss, step {study.args.short}")
+    group.set(xlabel="share of the weights by magnitude", ylabel=f"loss, step {study.args.short}")
+    if found.get("methods"):
+        loss.legend(fontsize=7)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def grid(text: str) -> tuple[str, tuple[float, ...]]:
+    name, _, rates = text.partition("=")
+    if name not in ROWS:
+        raise argparse.ArgumentTypeError(f"{text}: ROW=RATE,RATE with a row of {list(ROWS)}")
+    return name, tuple(float(rate) for rate in rates.split(","))
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", default=TINY)
+    parser.add_argument("--tasks", nargs="+", default=["rte", "copa"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rates", "methods"])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--short", type=int, default=300, help="steps of all parts but methods")
+    parser.add_argument("--every", type=int, default=50, help="steps between validations")
+    parser.add_argument("--seeds", type=int, default=3, help="of methods")
+    parser.add_argument("--grid", nargs="+", type=grid, default=[], metavar="ROW=RATE,RATE")
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01],
+                        help="of masks")  # fmt: skip
+    parser.add_argument("--text", help="for [Q]'s mask; default C4")
+    parser.add_argument("--samples", type=int, default=100, help="windows of the text")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a window")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    args, common = parser.parse_known_args(argv)
+    args.grid = dict(args.grid)
+    with one_line_errors():
+        if args.short > args.steps or args.short % args.every:
+            raise ValueError(f"--short {args.short}: at most --steps, a multiple of --every")
+        (args.out / "runs").mkdir(parents=True, exist_ok=True)
+        study = Study(args, common)
+        for task in args.tasks:
+            for part in args.parts:
+                rows = getattr(study, part)(task)
+                study.tables.setdefault(task, {})[part] = rows
+                study.save()
+                print(table(f"{task}, {part}", rows), flush=True)
+            draw(study, task, args.out / f"{task}.png")
+
+
+if __name__ == "__main__":
+    main()

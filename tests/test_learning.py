@@ -1,0 +1,44 @@
+"""studies/learning.py: its runs on the tiny model, and that what is known is not done again."""
+
+import json
+
+import pytest
+
+import train
+from harness.log import StepLog
+from studies import learning
+
+FEW = ["--short=2", "--every=2", "--seeds=1", "--num-validation=4", "--num-test=4"]
+
+
+def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
+    """The best rate's run is made longer, a rate that breaks is none, a second call only draws."""
+    argv = ["--tasks=rte", "--rows", "S-MeZO", "--grid", "S-MeZO=1e-2,1e30", *FEW]
+    argv += [f"--out={tmp_path}"]
+    learning.main([*argv, "--steps=4"])
+    said = capsys.readouterr().out
+    assert "| S-MeZO | " in said and "| 4 shots | " in said
+    found = json.loads((tmp_path / "learning.json").read_text())
+    assert found["tables"]["rte"]["methods"]["S-MeZO"]["lr"] == 0.01
+    folder = tmp_path / "runs" / "rte-method-s-mezo-0.01-0"
+    known, log = found["runs"][folder.name], StepLog(folder)
+    losses = [(s.loss_plus + s.loss_minus) / 2 for s in log.steps]
+    assert known["loss"] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
+    assert known["validation"] == {str(s.step): s.validation for s in log.steps[1::2]} | {
+        "0": log.start.validation
+    }
+    monkeypatch.setattr(train, "main", lambda argv: pytest.fail("nothing to do"))
+    learning.main([*argv, "--steps=4"])
+    assert capsys.readouterr().out == said and (tmp_path / "rte.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        learning.main([*argv, "--steps=4", "--max-length=99"])
+    assert "runs of other settings" in capsys.readouterr().err
+
+
+def test_a_name_tells_runs_apart():
+    """Whatever the flags, rate or seed, another run has another name; its length has none."""
+    runs = [learning.Run("rte", flags, lr, seed, 1) for lr in (1e-3, 3e-3) for seed in (0, 1)
+            for flags in ("train --method=mezo", "train --method=s-mezo --density=0.3",
+                          "train --method=s-mezo --density=0.3 --above=0.5")]  # fmt: skip
+    assert len({run.name for run in runs}) == len(runs)
+    assert runs[0]._replace(steps=9).name == runs[0].name
