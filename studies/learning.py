@@ -158,8 +158,7 @@ class Study:
             if kind in ("largest", "random"):
                 argv += [f"--kind={kind}"]
             elif kind == "task":
-                data = [word for word in self.common if word.startswith("--data-dir")]
-                argv += [f"--task={task}", *data]
+                argv += [f"--task={task}", *data_dir(self.args)]
             else:
                 argv += [f"--length={self.args.length}", f"--samples={self.args.samples}"]
                 argv += [f"--text={self.args.text}"] if self.args.text else []
@@ -385,6 +384,10 @@ def draw(study: Study, task: str, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
+def data_dir(args) -> list[str]:
+    return [f"--data-dir={args.data_dir}"] if args.data_dir else []
+
+
 def grid(text: str) -> tuple[str, tuple[float, ...]]:
     name, _, rates = text.partition("=")
     if name not in ROWS:
@@ -399,6 +402,7 @@ def main(argv=None) -> None:
     )  # fmt: skip
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--tasks", nargs="+", default=["rte", "copa"])
+    parser.add_argument("--data-dir", help="as for train.py; the tiny model brings its own")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rates", "methods"])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--steps", type=int, default=300)
@@ -419,7 +423,7 @@ def main(argv=None) -> None:
         if args.short > args.steps or args.short % args.every:
             raise ValueError(f"--short {args.short}: at most --steps, a multiple of --every")
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
-        study = Study(args, common)
+        study = Study(args, [*common, *data_dir(args)])
         for task in args.tasks:
             for part in args.parts:
                 rows = getattr(study, part)(task)
