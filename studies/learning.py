@@ -12,6 +12,7 @@
     refresh    thresholds, or whole masks, taken again every k steps      [S], replies
     drop       go on from where MeZO dropped, with small or large weights [S] Fig. 2c
     masks      [Q]'s mask beside others of its size                       [Q] Fig. 5
+    precision  S-MeZO in 16 bits, its updates rounded one way or another  (ours)
 
 How it works
     A run is a run directory of train.py under --out, named by its flags. One that was stopped goes
@@ -283,6 +284,15 @@ class Study:
         rows = {name: f"train --method=s-mezo{flags}" for name, flags in rows.items()}
         return self.short(task, rows, self.best("S-MeZO", task))
 
+    def precision(self, task: str) -> dict:
+        halves = [(d, r) for d in ("bfloat16", "float16") for r in ("stochastic", "nearest")]
+        rows = {"float32": "train --method=s-mezo"}
+        rows |= {
+            f"{dtype}, {rounding}": f"train --method=s-mezo --dtype={dtype} --rounding={rounding}"
+            for dtype, rounding in halves
+        }
+        return self.short(task, rows, self.best("S-MeZO", task))
+
     def masks(self, task: str) -> dict:
         table = {}
         for density in self.args.densities:
@@ -317,7 +327,7 @@ class Study:
         return table | self.short(task, rows, self.best("S-MeZO", task))
 
 
-PARTS = ("rates", "methods", "sparsity", "groups", "refresh", "drop", "masks")
+PARTS = ("rates", "methods", "sparsity", "groups", "refresh", "drop", "masks", "precision")
 
 
 def of_step(values: dict, step: int) -> float:
