@@ -14,6 +14,8 @@
     cosine         how far is g ẑ from the gradient?                              √(2/πd̂), by chance
     increase       how often does a step increase the loss, of its own batch and  [S] Fig. 2b and 5
                    of another?
+    tuning         what is left of concentration and coverage after a tenth of a  [Q] Fig. 3,
+                   fine-tuning by Adam, and after all of it?                      replies
 
 How it works
     Scores are per-sample Fisher diagonals of the linears in the decoder (masks.fisher), and masks
@@ -43,12 +45,13 @@ import zo
 from harness import loading
 from harness.config import HERE, TINY, is_tiny, one_line_errors, write_json
 from model_patch import Patch
+from studies import first_order
 from studies.slopes import slope
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
 MASK = 1e-3  # [Q]'s density
-PARTS = ("concentration", "coverage", "overlap", "magnitude", "cosine", "increase")
-UNLIKE = ("out", "tasks")  # settings in which answers of one file may differ
+PARTS = ("concentration", "coverage", "overlap", "magnitude", "cosine", "increase", "tuning")
+UNLIKE = ("out", "tasks", "tuning", "adam")  # settings in which answers of one file may differ
 RULES = {"MeZO": masks.Everything(), "S-MeZO": masks.SmallWeights(0.25)}
 
 
@@ -218,6 +221,40 @@ class Study:
             counts |= {f"{name}, {which}": n / trials for which, n in worse.items()}
         return counts
 
+    def tuning(self, task: str, data) -> dict:
+        """Of weights that Adam moves: whose masks still cover the task's squared gradient?
+
+        "static" is the task's mask of before, "dynamic" its mask of now.
+        """
+        args, found = self.args, {}
+        elsewhere = {density: kinds["C4"] for density, kinds in self.masks_of_texts().items()}
+        start = [(p, p.detach().clone()) for p in self.model.parameters()]
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=args.adam, foreach=False)
+        losses = tasks.task_losses(
+            self.tokenizer, data.train[: args.samples], data.score, args.max_length
+        )
+        how = argparse.Namespace(**vars(args), seed=1, micro_batch=None)
+        static = {}
+        for t in tqdm(range(args.tuning + 1), f"tuning on {task}", leave=False):
+            if t in (0, args.tuning // 10, args.tuning):
+                own = self.fisher(losses, task)
+                mean = self.fisher(losses, task, statistic="of-mean")
+                alone = [masks.coverage({n: s}, masks.sensitive({n: s}, MASK))
+                         for n, s in mean.items()]  # fmt: skip
+                found[f"step {t}, top {MASK:g}, mean over matrices"] = sum(alone) / len(alone)
+                for density in DENSITIES:
+                    now = masks.sensitive(own, density)
+                    kinds = {"dynamic": now, "static": static.setdefault(density, now)}
+                    for name, index in (kinds | {"C4": elsewhere[density]}).items():
+                        found[f"step {t}, {density:g}, {name}"] = masks.coverage(mean, index)
+            first_order.gradient(how, self.model, self.tokenizer, data, t)
+            optimizer.step()
+        with torch.no_grad():
+            for p, theta in start:
+                p.copy_(theta)
+        self.model.zero_grad(set_to_none=True)
+        return found
+
 
 # ------------------------------------------------------------------ tables and picture
 
@@ -289,6 +326,8 @@ def main(argv=None) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=16, help="of the cosine")
     parser.add_argument("--trials", type=int, default=30, help="steps per method")
+    parser.add_argument("--tuning", type=int, default=100, help="steps of Adam, of tuning")
+    parser.add_argument("--adam", type=float, default=3e-4, help="their learning rate")
     parser.add_argument("--rates", nargs="+", type=rate, metavar="METHOD=RATE",
                         default=[("MeZO", 1e-3), ("S-MeZO", 1e-2), ("SGD", 1e-1)])  # fmt: skip
     args = parser.parse_args(argv)
@@ -309,6 +348,7 @@ def main(argv=None) -> None:
             study.scores(task, data)
             study.answer("cosine", task, lambda: study.cosine(data))  # noqa: B023, called now
             study.answer("increase", task, lambda: study.increase(data))  # noqa: B023
+            study.answer("tuning", task, lambda: study.tuning(task, data))  # noqa: B023
         print(tables(study.found))
         draw(study.found, args.out / "gradient.png")
 

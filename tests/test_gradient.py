@@ -8,11 +8,26 @@ import torch
 import masks
 from studies import gradient
 
-SMALL = ["--tasks=rte", "--samples=8", "--length=32", "--seeds=4", "--trials=2", "--batch-size=4"]
+SMALL = ["--tasks=rte", "--samples=8", "--length=32", "--seeds=4", "--trials=2", "--batch-size=4",
+         "--tuning=10"]  # fmt: skip
+
+
+def watched(part):
+    """The part, which fails where it leaves other weights than it found, by one bit."""
+
+    def call(study, *data):
+        before = [p.detach().clone() for p in study.model.parameters()]
+        found = part(study, *data)
+        assert all(map(torch.equal, before, study.model.parameters()))
+        return found
+
+    return call
 
 
 def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
-    """Shares are shares, a task's own mask covers most, and a second call only draws."""
+    """Shares are shares, a task's own mask covers most, weights stay, a second call only draws."""
+    for part in ("increase", "tuning"):
+        monkeypatch.setattr(gradient.Study, part, watched(getattr(gradient.Study, part)))
     argv = [*SMALL, f"--out={tmp_path}"]
     gradient.main(argv)
     found = json.loads((tmp_path / "gradient.json").read_text())
@@ -21,6 +36,10 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
         assert 0 <= min(of.values()) and max(of.values()) == of["task"] <= 1, density
     assert sum(found["magnitude"]["rte"].values()) == pytest.approx(1)
     assert all(0 <= share <= 1 for share in found["increase"]["rte"].values())
+    tuned = found["tuning"]["rte"]
+    for step in (0, 1, 10):
+        static, dynamic = (tuned[f"step {step}, 0.01, {name}"] for name in ("static", "dynamic"))
+        assert 0 <= static <= dynamic <= 1 and (step or static == dynamic)
     cosine = found["cosine"]["rte"]
     assert 0.2 < cosine["MeZO"] / cosine["MeZO, by chance"] < 3
     monkeypatch.setattr(gradient.loading, "load_model", lambda *_: pytest.fail("nothing to do"))
@@ -38,18 +57,3 @@ def test_quarters_are_by_magnitude():
     assert gradient.quarters(weights, scores) == {
         "quarter 1": 0, "quarter 2": 0, "quarter 3": 0, "quarter 4": 1,
     }  # fmt: skip
-
-
-def test_steps_are_single_ones_from_the_original_weights(tmp_path, monkeypatch):
-    """The trials of every method leave the weights as they were, to the bit."""
-    original = gradient.Study.increase
-
-    def watched(study, data):
-        before = [p.detach().clone() for p in study.model.parameters()]
-        found = original(study, data)
-        assert all(map(torch.equal, before, study.model.parameters()))
-        return found
-
-    monkeypatch.setattr(gradient.Study, "increase", watched)
-    gradient.main([*SMALL, f"--out={tmp_path}"])
-    assert (tmp_path / "gradient.png").exists()
