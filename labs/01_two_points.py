@@ -1,12 +1,12 @@
 """Lab 1. Two points see the slope.
 
 Zeroth-order training has no gradient. It draws a direction z and computes the loss at two points,
-θ + ε z and θ − ε z. Their difference tells the slope along z. The estimate of the gradient is the
+θ + ε z and θ − ε z. Their difference gives the slope along z. The estimate of the gradient is this
 slope times z ([S] §2.2.1, and eq. 2 without its mask).
 
-How much of the gradient is in it? Its cosine with the true gradient is √(2/πd) on average, where d
-is the number of weights. It is never negative: the step after it never begins uphill. At d = 10 it
-is 0.25. For a model of seven billion weights it is 0.00001.
+How much of the gradient does the estimate see? The measure is the cosine between the two. For d
+weights it is √(2/πd) on average. At d = 10 that is 0.25. For a model of seven billion weights it is
+0.00001. But the cosine is never negative. So a step against the estimate begins downhill.
 
 Write the estimate. The check takes the true gradient from autograd.
 """
@@ -40,23 +40,26 @@ def problem(d):
 
 
 def measure():
-    """{d: (cosine of every draw, slope seen, true slope)}."""
+    """{d: (cosine of every draw, slope seen, true slope, how far θ was moved)}."""
     found = {}
     for d in SIZES:
         loss, theta = problem(d)
         theta.requires_grad_()
         (gradient,) = torch.autograd.grad(loss(theta), theta)
-        theta = theta.detach()
+        theta, before = theta.detach(), theta.detach().clone()
         noise = zo.gaussian(2, 0, (DRAWS, d)).double()
-        guess = torch.stack([estimate(loss, theta, z, EPS) for z in noise])
+        guess = [lab.tensor("estimate", estimate(loss, theta, z, EPS), z.shape) for z in noise]
+        guess = torch.stack(guess)
         cosine = torch.cosine_similarity(guess, gradient[None], dim=1)
         seen = (guess * noise).sum(1) / (noise * noise).sum(1)  # the factor before z
-        found[d] = cosine, seen, noise @ gradient
+        found[d] = cosine, seen, noise @ gradient, float((theta - before).abs().max())
     return found
 
 
 def numbers(found):
-    listed = []
+    moved = max(float(moved) for *_, moved in found.values())
+    back = "`estimate` wrote into θ and left it elsewhere. Compute with new tensors."
+    listed = [lab.near("how far θ was moved", moved, 0, 1e-9, back)]
     for d, (cosine, *_) in found.items():
         target = math.sqrt(2 / (math.pi * d))
         hint = "The estimate is a number times z. The number is the slope along z."
@@ -64,10 +67,16 @@ def numbers(found):
             hint = "The estimate points downhill. A gradient points uphill: l⁺ comes first."
         name = f"mean cosine with the gradient, d = {d:,}"
         listed.append(lab.near(name, float(cosine.mean()), target, 0.1 * target, hint))
-    _, seen, true = found[SIZES[0]]
+    _, seen, true, _ = found[SIZES[0]]
     ratio = float((seen @ true) / (true @ true))  # least squares
-    hint = "The direction is right and the length is not. The two points are 2ε apart."
-    return [*listed, lab.near("slope seen over true slope, d = 10", ratio, 1, 1e-3, hint)]
+    length = "The direction is right and the length is not. θ + ε z and θ − ε z are 2ε apart."
+    below = sum(int((cosine < 0).sum()) for cosine, *_ in found.values())
+    bend = "From θ to one side, the loss also bends. Go to both sides: a bend is the same on both."
+    return [
+        *listed,
+        lab.near("slope seen over true slope, d = 10", ratio, 1, 1e-3, length),
+        lab.near("draws with a negative cosine, of 1,600", below, 0, 0, bend),
+    ]
 
 
 def picture(found, figure):
@@ -78,7 +87,7 @@ def picture(found, figure):
     left.set(xlabel="d, how many weights", ylabel="cosine with autograd's gradient")
     left.legend()
     for (d, (cosine, *_)), style in zip(list(found.items())[:2], ("-", "--"), strict=True):
-        right.hist(cosine.tolist(), bins=25, range=(-1, 1), histtype="step", linestyle=style,
+        right.hist(cosine.tolist(), bins=40, range=(-1, 1), histtype="step", linestyle=style,
                    label=f"d = {d}")  # fmt: skip
     right.set(xlabel="cosine of one draw", ylabel="draws", xticks=(-1, -0.5, 0, 0.5, 1))
     right.legend()

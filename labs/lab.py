@@ -52,6 +52,17 @@ def fact(what: str, value: float) -> Number:
     return Number(what, "", value, True, "")
 
 
+def tensor(name: str, found, shape, dtype=None) -> torch.Tensor:
+    """What the student's function `name` returned. SystemExit, with what is wrong, if unfit."""
+    wanted = f"a tensor of shape {tuple(shape)}" + (f" and of {dtype}" if dtype else "")
+    if not isinstance(found, torch.Tensor):
+        sys.exit(f"Not yet. {name} must return {wanted}. It returned {found!r}.")
+    if found.shape != shape or found.dtype != (dtype or found.dtype):
+        yours = f"shape {tuple(found.shape)} and {found.dtype}"
+        sys.exit(f"Not yet. {name} must return {wanted}. It returned {yours}.")
+    return found
+
+
 def report(title: str, numbers: list[Number]) -> int:
     """Print target, yours and verdict of every number, and one hint. 0: all are met, 1: not yet."""
     print(f"{title}\n{'':<52}{'target':>16}{'yours':>12}")
