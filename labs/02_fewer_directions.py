@@ -14,7 +14,7 @@ Look at the first steps of the picture, and at the last.
 """
 
 import lab
-import numpy
+import numpy as np
 import torch
 
 import zo
@@ -84,7 +84,7 @@ def measure():
 def numbers(found):
     runs, masked = found
     steps = [len(norms) for norms in runs.values()]
-    exponent = numpy.polyfit(numpy.log([d_hat + 4 for d_hat in SIZES]), numpy.log(steps), 1)[0]
+    exponent = np.polyfit(np.log(np.array(SIZES) + 4), np.log(steps), 1)[0]
     hint = "The rate falls with d̂, but not like 1 / (d̂ + 4). η stands before eq. 24."
     if rate(8) == rate(32):
         hint = "The rate is that of 32 weights, whatever the mask. Theorem 1's η falls with d̂."
@@ -97,8 +97,7 @@ def numbers(found):
         lab.near("rate(32) over Theorem 1's η", rate(D) * 4 * (D + 4) * L, 1, 1e-6, moved),
     ]
     for name, (k, c, target, _) in masked.items():
-        name = f"gain of a mask with {name}"
-        listed.append(lab.near(name, gain(k, c, 200), target, 0.1 * target, more))
+        listed.append(lab.near(f"gain, mask of {name}", gain(k, c, 200), target, target / 10, more))
     return listed
 
 

@@ -1,12 +1,12 @@
 """Lab 3. Algorithm 3, as printed and as meant.
 
-[S] moves the small weights of each layer. Algorithm 3 is to find them. It prints "if θ ≤ h then
-θ = 1". The threshold h is the 25th percentile of |θ|, so a quarter of the weights should move. Run
+[S] moves the small weights of each layer. Its Algorithm 3 is to find them. It says "if θ ≤ h then
+θ = 1". The threshold h is the 25th percentile of |θ|. So a quarter of the weights should move. Run
 this file and see how many do. Then mend `get_mask`.
 
-[S] §3.3 also speaks of a mask that has one bit for each weight. A byte holds eight weights. Weight
-j is bit j mod 8 of byte j div 8, and bit 0 is the lowest. So far `pack` takes a whole byte for each
-weight. Mend it, too. The project's own reader, `masks.PackedMask.mask`, reads your bytes.
+[S] §3.3 also names a mask with one bit for each weight. A byte then holds eight weights. Weight j
+is bit j % 8 of byte j // 8. Bit 0 is the lowest: it counts 1, and bit 7 counts 128. So far `pack`
+takes a whole byte for each weight. Mend it, too. The project's `masks.PackedMask` reads your bytes.
 """
 
 import lab
@@ -39,20 +39,28 @@ def measure():
     meant = torch.zeros(N, dtype=torch.bool)
     meant[order[: int(DENSITY * N)]] = True
     mask = get_mask(theta, theta.abs()[order[int(DENSITY * N) - 1]])
-    packed = pack(meant)
+    lab.tensor("get_mask", mask, theta.shape, torch.bool)
+    packed = pack(meant).flatten()
     element = torch.arange(min(N, 8 * packed.numel()), dtype=torch.int32)
-    return theta, mask, meant, masks.PackedMask.mask(theta, element, packed), packed
+    read = masks.PackedMask.mask(theta, element, packed.to(torch.uint8))
+    return theta, mask, meant, read, packed
 
 
 def numbers(found):
     theta, mask, meant, read, packed = found
-    large, bits = (mask & ~meant).sum(), (read != meant[: len(read)]).sum() + N - len(read)
-    negative = "All negative weights move, however large. Small is a matter of |θ|."
+    large, small = int((mask & ~meant).sum()), int((meant & ~mask).sum())
+    bits = (read != meant[: len(read)]).sum() + N - len(read)
+    which = "Small weights are left out. Negative ones move, too, and so does the one at |θ| = h."
+    if large:
+        which = "Weights above the threshold move. Only those of |θ| ≤ h should."
+    if mask[theta < 0].all():
+        which = "All negative weights move, however large. Small is a matter of |θ|."
     byte = "Eight weights share a byte. Make rows of eight, shift each weight, add, end in uint8."
-    order = "Eight weights share a byte, but not in their places. The first is the lowest bit."
+    order = "A byte is not the mask of its eight weights. The first weight is the lowest bit."
     return [
-        lab.near("share of the weights that move", float(mask.float().mean()), 0.25, 0, negative),
-        lab.near("weights that move and should not", int(large), 0, 0, negative),
+        lab.near("share of the weights that move", float(mask.float().mean()), 0.25, 1e-4, which),
+        lab.near("weights that move and should not", large, 0, 0, which),
+        lab.near("weights that should move and do not", small, 0, 0, which),
         lab.near("bytes of the packed mask for each weight", packed.nbytes / N, 0.125, 0, byte),
         lab.near("weights whose bit is not their mask", int(bits), 0, 0, order),
     ]
@@ -67,7 +75,7 @@ def picture(found, figure):
     left.legend()
     bits = torch.stack([packed[:32] >> bit & 1 for bit in range(8)], dim=1)
     right.imshow(bits.flip(1).numpy(), aspect="auto", cmap="gray_r", vmin=0, vmax=1)
-    right.set(xlabel="bit", ylabel="byte", title="the first 32 bytes", xticks=range(8))
+    right.set(xlabel="bit", ylabel="byte", title="the first 32 bytes: black is 1", xticks=range(8))
     right.set_xticklabels(range(7, -1, -1))
 
 
