@@ -72,8 +72,14 @@ def test_a_lab_marks_its_gap_and_asks_its_question(path):
 WRONG = [  # (lab, function, a classic mistake, words of the sentence that helps)
     ("01", "estimate", lambda f, t, z, e: (f(t + e * z) - f(t - e * z)) / e * z, "2ε apart"),
     ("01", "estimate", lambda f, t, z, e: (f(t - e * z) - f(t + e * z)) / (2 * e) * z, "downhill"),
+    ("01", "estimate", lambda f, t, z, e: (f(t + e * z) - f(t)) / e * z, "both sides"),
+    ("02", "rate", lambda d_hat: 1 / (d_hat + 4), "right for 32 weights"),
+    ("03", "get_mask", lambda theta, h: theta.abs() < h, "the one at |θ| = h"),
     ("03", "pack", lambda m: (m.view(-1, 8) * 2 ** lab.torch.arange(7, -1, -1)).sum(1).byte(),
      "lowest"),
+    ("04", "probe", lambda t, h, z, e: (t + (s := e * (t.abs() <= h) * z), t - s, t - 2 * s),
+     "third step"),
+    ("05", "probe", lambda t, f, z, e: (f(t + 2 * e * z), f(t)), "θ − ε z"),
     ("08", "common", lambda s: [sum(m[i] / m[2] for m in s) / len(s) for i in (0, 1)],
      "sum of counts"),
 ]  # fmt: skip
@@ -88,6 +94,14 @@ def test_a_classic_mistake_gets_its_own_sentence(number, function, mistake, word
     setattr(module, function, mistake)
     code, verdict = judged(module, capsys)
     assert code == 1 and words in verdict
+
+
+def test_an_answer_of_another_shape_is_told_its_shape():
+    """Who returns the slope alone is told which shape is wanted."""
+    module = lab.load(LABS[0])
+    module.estimate = lambda loss, theta, z, eps: loss(theta)
+    with pytest.raises(SystemExit, match=r"estimate must return a tensor of shape \(10,\)"):
+        module.measure()
 
 
 def test_every_draw_of_lab_9_has_a_bug_where_it_says():
