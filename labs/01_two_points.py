@@ -4,9 +4,10 @@ Zeroth-order training has no gradient. It draws a direction z and computes the l
 θ + ε z and θ − ε z. Their difference gives the slope along z. The estimate of the gradient is this
 slope times z ([S] §2.2.1, and eq. 2 without its mask).
 
-How much of the gradient does the estimate see? The measure is the cosine between the two. For d
-weights it is √(2/πd) on average. At d = 10 that is 0.25. For a model of seven billion weights it is
-0.00001. But the cosine is never negative. So a step against the estimate begins downhill.
+How much of the gradient does the estimate see? The measure is the cosine between the estimate and
+the true gradient. For d weights it is √(2/πd) on average. At d = 10 that is 0.25. For a model of
+seven billion weights it is 0.00001. But the cosine is never negative. So a step against the
+estimate begins downhill.
 
 Write the estimate. The check takes the true gradient from autograd.
 """

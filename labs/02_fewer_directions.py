@@ -1,16 +1,16 @@
 """Lab 2. Fewer directions, fewer steps.
 
 [S] Theorem 1 says what a mask gains. Where d̂ weights move, ‖m ⊙ ∇L‖² falls to σ² in about d̂ L / σ²
-steps. (In a rate, L is the loss's largest curvature.) But a mask alone saves no step: the learning
-rate η must grow, too. The theorem's η is in its proof (appendix I, before eq. 24). So far `rate` is
-that of 32 weights. Make it that of d̂ weights. Then the steps grow like d̂ + 4.
+steps. In d̂ L / σ², L is the largest curvature of the loss. But a mask alone saves no step: the
+learning rate η must grow, too. The theorem's η is in its proof (appendix I, before eq. 24). So far
+`rate` is that of 32 weights. Make it that of d̂ weights. Then the steps grow like d̂ + 4.
 
 A reviewer asked ([S] on OpenReview): "Would you get the best convergence if you update only 1
 parameter?" Let a mask hold k of d weights, and a share c of ‖∇L‖². Let the loss be a round bowl,
 with curvature L in every direction. There the best η is 1/(L (k + 2)). A step then lowers the loss
-by c ‖∇L‖² / (2L (k + 2)) on average. A step without a mask has k = d and c = 1. Write `gain`: the
-first gain divided by the second. The check measures it for four masks. Then answer the reviewer.
-Look at the first steps of the picture, and at the last.
+by c ‖∇L‖² / (2L (k + 2)) on average. A step without a mask has k = d and c = 1. Write `gain`: what
+a step with the mask gains, divided by what a step without it gains. The check measures it for four
+masks. Then answer the reviewer: look at the first steps of the picture, and at the last.
 """
 
 import lab
@@ -90,7 +90,7 @@ def numbers(found):
         hint = "The rate is that of 32 weights, whatever the mask. Theorem 1's η falls with d̂."
     moved = "`rate` was right for 32 weights, and must stay so. Only what depends on d̂ changes."
     fast = "A run blew up, or did not arrive in 3,000 steps. η stands before eq. 24."
-    more = "Put k and c into the formula, then d and 1. Divide the first by the second."
+    more = "Put k and c into the formula, then d and 1 in their place. Divide the two."
     listed = [
         lab.near("runs that arrive, of 4", sum(n[-1] <= TARGET for n in runs.values()), 4, 0, fast),
         lab.near("exponent p: steps ~ (d̂ + 4)^p", exponent, 1, 0.15, hint),

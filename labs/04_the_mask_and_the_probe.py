@@ -1,6 +1,6 @@
 """Lab 4. The mask must not see the probe.
 
-[S] Algorithm 1 adds ε ẑ to the weights, takes 2 ε ẑ away, and adds ε ẑ again. Here ẑ is m ⊙ z. Then
+[S] Algorithm 1 adds ε ẑ to the weights, takes 2 ε ẑ away, and adds ε ẑ again (ẑ = m ⊙ z). Then
 every weight is where it was. [S] §3.3 says what can go wrong: the mask depends on the weights, and
 the probe changes the weights. Take a weight just below the threshold. The probe pushes it above.
 Now it is outside the mask. So its ε z is never taken away.
