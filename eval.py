@@ -10,6 +10,9 @@ Accuracies come with their standard error, √(p (1 − p) / n), and n.
 
 A run is its log: θ_T follows from the original weights and one (seed, a) per step, with no forward
 pass. The last step is taken again, as train.py does: another model, other data or settings show.
+
+Of a run with --adapter, --save writes the adapter, which peft.PeftModel.from_pretrained reads. Of
+S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold the mask.
 """
 
 from pathlib import Path
@@ -18,8 +21,8 @@ import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imp
 import quant
 import tasks
 import train
+from harness import adapter, loading
 from harness import config as configs
-from harness import loading
 from harness.config import Settings
 from harness.log import StepLog
 
@@ -88,6 +91,7 @@ def main(argv=None) -> None:
         print(line)
         if save is not None:
             quant.join(model)
+            model = adapter.merged(model)  # S-MeZO's LoRA; others as they are
             model.save_pretrained(save)
             tokenizer.save_pretrained(save)
 

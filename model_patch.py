@@ -125,7 +125,9 @@ class Patch:
             self.rule, self.device = what_moves, next(model.parameters()).device
             self._parametrize(select)
         with torch.no_grad():
-            self.total = sum(p.numel() for p in model.parameters())
+            # bitsandbytes packs two of 4 bits into a byte
+            shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]
+            self.total = sum(shape.numel() for shape in shapes)
         packed = [p for p in self.sparse.parts.values() if p.bits == 4] if self.sparse else []
         self.total += sum(part.shape.numel() for part in packed)
 

@@ -443,7 +443,8 @@ def model_inputs(model, input_ids: Tensor, attention_mask: Tensor, keep: int = 0
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     more = {"position_ids": positions, "logits_to_keep": keep}
-    known = inspect.signature(model.forward).parameters
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wraps it
+    known = inspect.signature(inner.forward).parameters
     return inputs | {name: value for name, value in more.items() if name in known}
 
 

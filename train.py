@@ -39,8 +39,8 @@ import model_patch
 import quant
 import tasks
 import zo
+from harness import adapter, loading, log, mask, workers
 from harness import config as configs
-from harness import loading, log, mask, workers
 from harness.config import Config
 
 
@@ -101,7 +101,7 @@ def what_moves(config: Config, run: Path, data: tasks.Data) -> masks.Rule | tupl
 
     The four methods differ here, and only here.
     """
-    if config.method == "mezo":
+    if config.method == "mezo" or config.adapter:  # S-MeZO masks A B, not A and B
         return masks.Everything()
     if config.method == "r-mezo":
         return masks.RandomMask(config.density, config.seed)
@@ -126,8 +126,10 @@ def open_model(config: Config, run: Path, moves) -> tuple:
     how = (config.model, config.dtype, config.device, config.trust_remote_code)
     device = loading.choose_device(config.device)
     if config.method != "senszoq":
-        model = loading.load_model(*how)
-        movable = sum(p.numel() for p in model.parameters())
+        model = loading.load_model(*how, nf4=config.bits == 4)
+        if config.adapter:
+            model = adapter.attach(model, config)
+        movable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     else:
         index, _, matrices = moves
         path = run / "mask.safetensors"
@@ -143,8 +145,9 @@ def open_model(config: Config, run: Path, moves) -> tuple:
         for name in index.keys() - moves.parts.keys():
             split(model, name, model.get_parameter(name).detach())
     fused = loading.compiles(config.compile, movable, device)
+    select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(
-        model, moves, eps=config.eps, select=config.select, rounding=config.rounding, fused=fused
+        model, moves, eps=config.eps, select=select, rounding=config.rounding, fused=fused
     )
     if device == "cpu":
         loading.keep_freed_memory()
@@ -199,11 +202,14 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     loading.choose_device(config.device)
     data = tasks.load(config)
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
-    config.max_length = loading.usable_length(config.max_length, model_config)
+    taken = adapter.TOKENS if config.adapter == "prefix" else 0
+    config.max_length = loading.usable_length(config.max_length, model_config, taken)
+    if config.adapter:
+        adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
     kind = loading.quantised(model_config)
-    if kind and config.method == "senszoq" and config.bits != 16:
+    if kind and (config.bits == 4 or config.method == "senszoq" and config.bits is None):
         raise ValueError(
-            f"--model {config.model} is quantised ({kind}), and senszoq reads 16 bits: unpack it "
+            f"--model {config.model} is quantised ({kind}), and 4 bits are made of 16: unpack it "
             "with python eval.py --model … --task … --save FOLDER, or use --bits 16"
         )
     if config.mask:  # a mask of another model is found before this one is loaded

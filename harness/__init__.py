@@ -1,4 +1,4 @@
-"""What a long run needs and no paper speaks of: settings, loading, the log, workers, bench."""
+"""What a long run needs beside the papers: settings, loading, adapters, log, workers, bench."""
 
 import sys
 

@@ -57,10 +57,15 @@ class Config(Settings):
     """Every setting of a run. None is filled in by `fill_in`."""
 
     method: Literal["s-mezo", "mezo", "r-mezo", "senszoq"] = setting("s-mezo", "what moves")
-    bits: Literal[4, 16] | None = setting(None, "senszoq: of the weights that stand still")
+    adapter: Literal["lora", "prefix"] | None = setting(
+        None, "new tensors move, the weights do not"
+    )
+    bits: Literal[4, 16] | None = setting(
+        None, "senszoq, or mezo with an adapter: of the weights that stand still"
+    )
     density: float | None = setting(None, "share of the weights that move, in (0, 1]")
     lr: float | None = setting(None, "learning rate η")
-    eps: float = setting(1e-3, "perturbation scale ε")
+    eps: float | None = setting(None, "perturbation scale ε")
     steps: int | None = setting(None, "training steps")
     seed: int = setting(0, "of noise, random mask and batch order")
     mask_kind: Literal["dynamic", "constant", "packed"] = setting(
@@ -94,6 +99,11 @@ GRIDS = {  # [S] Tables 6 and 7: one value out of each grid
     "llama": ("[S] Table 6", {"mezo": 1e-6, "s-mezo": 3e-6, "r-mezo": 3e-6}),
     "mistral": ("[S] Table 7", {"mezo": 1e-7, "s-mezo": 3e-6, "r-mezo": 3e-6}),
 }
+ADAPTERS = {  # adapter and method: η, ε, and the source of η; what is not here makes no sense
+    ("lora", "mezo"): (5e-5, 1e-2, "MeZO appendix E: of 1e-4 and 5e-5; tune it"),
+    ("lora", "s-mezo"): (5e-5, 1e-2, "as MeZO-LoRA's, [S] does not say; tune it"),
+    ("prefix", "mezo"): (1e-3, 1e-1, "MeZO appendix E: of 1e-2 and 1e-3; tune it"),
+}
 TINY_RATES = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
     "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
     "s-mezo": {"sst2": 3e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
@@ -110,6 +120,7 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
     source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
     found = {
         "lr": (rates.get(config.method), f"{source}: of the grid for {config.method}; tune it"),
+        "eps": (1e-3, "both papers"),
         "steps": (20_000, "both papers"),
         "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
     }
@@ -128,6 +139,9 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
         if config.task in rates and not config.train_file:
             found["lr"] = rates[config.task], "best of the grid in tiny/compare.py"
         found["steps"] = 300, "enough for the tiny model"
+    if config.adapter:
+        lr, eps, source = ADAPTERS[config.adapter, config.method]
+        found |= {"lr": (lr, source), "eps": (eps, f"MeZO appendix E, {config.adapter}")}
     steps = config.steps or found["steps"][0]
     found["eval_every"] = max(1, steps // 10), "steps / 10"
     sources = {}
@@ -177,6 +191,14 @@ def check_numbers(config: Settings) -> None:
             raise ValueError(f"{flag(name)} {value}: above 0 and finite")
 
 
+USES = {  # setting: the methods that have a use for it
+    **dict.fromkeys(("mask_kind", "refresh_every", "above"), ["s-mezo"]),
+    **dict.fromkeys(("mask", "mask_from", "text", "groups"), ["senszoq"]),
+    **dict.fromkeys(("select", "rounding"), ["mezo", "s-mezo", "r-mezo"]),
+    "bits": ["senszoq", "mezo --adapter lora", "mezo --adapter prefix"],
+}
+
+
 def _check_method(config: Config) -> None:
     """ValueError for a setting that the method has no use for: it would be ignored in silence."""
     import masks
@@ -189,17 +211,18 @@ def _check_method(config: Config) -> None:
         raise ValueError(f"--select {config.select}: no regular expression: {error}") from error
     if config.method == "mezo" and config.density not in (None, 1):
         raise ValueError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
-    others = {
-        "s-mezo": ("mask_kind", "refresh_every", "above"),
-        "senszoq": ("bits", "mask", "mask_from", "text", "groups"),
-    }
-    defaults = {f.name: f.default for f in fields(config)}
-    for method, names in others.items():
-        for name in names:
-            if method != config.method and getattr(config, name) != defaults[name]:
-                raise ValueError(f"{flag(name)} is for --method {method}, not for {config.method}")
-    if config.method == "senszoq" and (config.select or config.rounding != "stochastic"):
-        raise ValueError("--select and --rounding are not for senszoq: its mask says what moves")
+    if config.adapter and (config.adapter, config.method) not in ADAPTERS:
+        methods = ", ".join(method for adapter, method in ADAPTERS if adapter == config.adapter)
+        raise ValueError(
+            f"--adapter {config.adapter} is for --method {methods}, not for {config.method}"
+        )
+    method = config.method + (f" --adapter {config.adapter}" if config.adapter else "")
+    for f in fields(config):
+        methods = USES.get(f.name, [method])
+        if method not in methods and getattr(config, f.name) != f.default:
+            raise ValueError(
+                f"{flag(f.name)} is for --method {', '.join(methods)}, not for {method}"
+            )
     if not 0 <= config.above <= 1 - (config.density or 0):
         raise ValueError(f"--above {config.above}: from 0 to 1 less --density")
     if config.above and config.mask_kind != "dynamic":
@@ -308,7 +331,8 @@ def new_run(config: Config) -> Path:
             raise ValueError(f"--out {run} was just taken by another process") from None
         return run
     data = Path(config.train_file).stem if config.train_file else config.task
-    name = f"{Path(config.model).name}-{data}-{config.method}-seed{config.seed}"
+    method = "-".join(filter(None, (config.method, config.adapter)))
+    name = f"{Path(config.model).name}-{data}-{method}-seed{config.seed}"
     for number in range(1, 10_000):
         run = Path("runs", name + (f"-{number}" if number > 1 else ""))
         try:

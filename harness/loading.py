@@ -90,15 +90,16 @@ def skeleton(config, trust_remote_code: bool = False):
 
 
 def load_model(
-    name: str, dtype="auto", device="auto", trust_remote_code=False, split=None, index=()
+    name: str, dtype="auto", device="auto", trust_remote_code=False, split=None, index=(), nf4=False
 ) -> torch.nn.Module:
     """A causal LM in eval mode. ValueError where there is none, or it would compute nonsense.
 
     dtype auto: the checkpoint's own on a GPU, float32 on a CPU. `split(model, name, weight)` is
     called for a matrix of `index` as it is read, and takes its place, unless others are tied to it.
+    `nf4`: bitsandbytes' 4-bit linear layers, which stand still under an adapter.
     FP8 and MXFP4 checkpoints become plain weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     device = choose_device(device)
     if ":" in device:
@@ -112,12 +113,17 @@ def load_model(
             for part in (config, config.get_text_config()):
                 if getattr(part, "quantization_config", None):
                     part.quantization_config["dequantize"] = True
+        kind = dtype if dtype == "auto" else getattr(torch, dtype)
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=config.dtype if dtype == "auto" else kind,
+        )  # fmt: skip
         model, read = AutoModelForCausalLM.from_pretrained(
             locate(name),
             config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=None if device == "cpu" else {"": device},  # never twice
-            quantization_config=quantiser,
+            dtype=kind,
+            device_map=None if device == "cpu" and not nf4 else {"": device},  # never twice
+            quantization_config=four_bits if nf4 else quantiser,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
@@ -137,6 +143,8 @@ def load_model(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"--model {name} has a PEFT adapter; merge it first: merge_and_unload")
     model.eval()  # OPT has dropout 0.1, which would drown the probes
+    for module in model.modules() if nf4 else ():
+        module.support_avx512bf16_for_cpu = False  # or bitsandbytes computes in bf16, come what may
     if not packed:
         check_stored(name)
     check_model(model, name, read)
@@ -291,9 +299,10 @@ def vocabulary(model_config) -> int:
     return model_config.get_text_config().vocab_size
 
 
-def usable_length(max_length: int, model_config) -> int:
-    """max_length, or the number of positions that the model has where that is less."""
-    return min(max_length, getattr(model_config, "max_position_embeddings", None) or max_length)
+def usable_length(max_length: int, model_config, taken: int = 0) -> int:
+    """max_length, or the number of the model's positions that are not taken, where that is less."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    return min(max_length, positions - taken) if positions else max_length
 
 
 def compiles(setting: str, weights: int, device: str) -> bool:

@@ -50,9 +50,9 @@ import tasks
 import train
 from harness import config as configs
 from harness import loading, log, workers
+from harness.adapter import LORA
 from harness.config import Settings, setting
 
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}  # as MeZO's
 RATES = {  # method: (rate, its source), and the tiny model's
     "adam": ((5e-5, "[S] Table 6, FT with Adam: of {1e-5, 5e-5, 8e-5}; tune it"), 3e-4),
     "sparse-adam": ((2e-4, "[S], reply to a reviewer: better than 1e-4; tune it"), 3e-3),

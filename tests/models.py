@@ -29,7 +29,7 @@ HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period":
 ARCHITECTURES = {  # name: (model type, what differs from SIZES; None: left out)
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None}),
     "opt-350m": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "mistral": ("mistral", {"sliding_window": 8}),
     "qwen3": ("qwen3", {}),
