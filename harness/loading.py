@@ -170,12 +170,13 @@ def check_stored(name: str) -> None:
 
 
 @torch.no_grad()
-def check_model(model, name: str, read: dict) -> None:
+def check_model(model, name: str, read: dict | None = None) -> None:
     """ValueError where a model would train, and be scored, to numbers that mean nothing.
 
     `read`: what transformers says of the checkpoint's names. The rest asks the model itself, with
     twelve tokens: do logits depend on a later token, or on padding to the left?
     """
+    read = read or {"missing_keys": [], "unexpected_keys": []}
     left = [key for key in read["unexpected_keys"] if not HARMLESS.search(key)]
     for keys, what in (
         (read["missing_keys"], "lacks these weights, which would be drawn at random"),

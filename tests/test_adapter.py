@@ -262,7 +262,7 @@ BAD = {  # what the user types: what the one line must say
     "--adapter=lora --method=mezo --rounding=nearest": "--rounding is for --method mezo, s-mezo",
     "--adapter=lora --method=mezo --density=0.5": "mezo moves all weights",
     "--adapter=lora --method=mezo --text=x": "is for --method senszoq, not for mezo --adapter lora",
-    "--adapter=lora --method=mezo --bits=4 --eps=1": "no multiple of 64",
+    "--adapter=lora --method=mezo --bits=4 --eps=1": "no whole blocks of 64",
     "--adapter=lora --method=mezo --eps=0": "above 0 and finite",
 }
 
@@ -283,7 +283,7 @@ def test_what_makes_no_sense_is_one_line(typed, folder, tmp_path, capsys, monkey
         ("mamba", "mezo-prefix", "--adapter prefix: "),
         ("deepseek-v3", "mezo-prefix", "--adapter prefix: "),
         # padding takes places of its window of 8, and so drives the prefix out
-        ("mistral", "mezo-prefix", "does not read it as it reads its tokens"),
+        ("mistral", "mezo-prefix", "with a prefix (mistral) minds padding"),
     ],
 )
 def test_models_without_a_place_for_an_adapter(name, kind, says, folder, tmp_path, capsys):

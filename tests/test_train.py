@@ -597,7 +597,7 @@ BAD = {  # what the user types: what the one line must say
     "--bits=4": "--bits is for --method senszoq",
     "--above=0.9 --density=0.3": "from 0 to 1 less --density",
     "--mask-kind=packed --above=0.25": "is for --mask-kind dynamic",
-    "--method=senszoq --select=proj": "its mask says what moves",
+    "--method=senszoq --select=proj": "is for --method mezo, s-mezo, r-mezo, not for senszoq",
     "--method=senszoq --mask=x --mask-from=task": "brings its own source",
     "--method=senszoq --mask=x --groups=2": "brings its own source",
     "--method=senszoq --mask-from=task --text=x.txt": "would be ignored",
