@@ -258,7 +258,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     ("a prefix that peft drew", "harness.adapter",
      "initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)", "pass",
      "test_adapter::test_a_prefix_begins_as_five_tokens_in_front"),
-    ("the prefix's tokens not counted as positions", "tasks",
+    ("positions that peft's wrapping hides", "tasks",
      'model.get_base_model() if hasattr(model, "get_base_model") else model', "model",
      "test_adapter::test_a_prefix_begins_as_five_tokens_in_front"),
     # ------------------------------------------------------------ models that compute nonsense
