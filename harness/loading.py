@@ -114,16 +114,18 @@ def load_model(
                 if getattr(part, "quantization_config", None):
                     part.quantization_config["dequantize"] = True
         kind = dtype if dtype == "auto" else getattr(torch, dtype)
-        four_bits = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=config.dtype if dtype == "auto" else kind,
-        )  # fmt: skip
+        method = quantiser
+        if nf4:
+            method = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=config.dtype if dtype == "auto" else kind,
+            )  # fmt: skip
         model, read = AutoModelForCausalLM.from_pretrained(
             locate(name),
             config=config,
             dtype=kind,
             device_map=None if device == "cpu" and not nf4 else {"": device},  # never twice
-            quantization_config=four_bits if nf4 else quantiser,
+            quantization_config=method,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
