@@ -408,15 +408,24 @@ def sensitive(scores: dict[str, Tensor], density: float) -> dict[str, Tensor]:
     return {name: top(scores[name], k) for name, k in ks.items() if scores[name].any()}
 
 
-def sensitive_index(model, losses, density: float, *, groups: int = 1, **how) -> dict[str, Tensor]:
+def sensitive_index(
+    model, losses, density: float, *, groups: int = 1, then=lambda *_: None, **how
+) -> dict[str, Tensor]:
     """`sensitive(fisher(model, losses, **how), density)`, with one of `groups` parts of the scores
-    in memory at a time, for as many passes over `losses`, a list."""
+    in memory at a time, for as many passes over `losses`, a list.
+
+    `then(scores, index)` is called of each part, for what else needs the scores.
+    """
     weights, index = decoder_linears(model), {}
     how_many(weights, density)  # before the work
     names, size = list(weights), -(-len(weights) // groups)
     for first in range(0, len(names), size):
         part = {name: weights[name] for name in names[first : first + size]}
-        index |= sensitive(fisher(model, losses, weights=part, **how), density)
+        scores = fisher(model, losses, weights=part, **how)
+        found = sensitive(scores, density)
+        then(scores, found)
+        index |= found
+        del scores  # before the next are made
     if not index:
         raise ValueError("no gradient reaches any matrix: the losses do not depend on them")
     return index
@@ -488,39 +497,46 @@ def _sample(weight: Tensor) -> list[float]:
     return [float(f"{v:.6g}") for v in flat[:: max(1, flat.numel() // 8)][:8].float().tolist()]
 
 
-def save(path, index: dict[str, Tensor], weights: dict[str, Tensor], provenance: dict) -> None:
+def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | None = None) -> None:
     """Write {name: positions}, which weights they are of, and where they come from (JSON values).
 
-    A file of that name is replaced by a complete one or not at all.
+    `codebooks`: other tensors, as quant.Codebooks needs them. A file of that name is replaced by a
+    complete one or not at all.
     """
     from safetensors.torch import save_file
 
     about = {"provenance": provenance, "matrices": signature({n: weights[n] for n in index})}
-    save_file(index, f"{path}.tmp", {key: json.dumps(value) for key, value in about.items()})
+    tensors = index | (codebooks or {})
+    save_file(tensors, f"{path}.tmp", {key: json.dumps(value) for key, value in about.items()})
     os.replace(f"{path}.tmp", path)
 
 
-def load(path) -> tuple[dict[str, Tensor], dict, dict]:
-    """(index, provenance, matrices) of a mask file, without a model. ValueError where it is none.
+def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, dict | None]:
+    """(index, provenance, matrices, codebooks) of a mask file, without a model.
 
-    `matrices` is what `signature` said of the model that the mask was made for.
+    `matrices` is what `signature` said of the model that the mask was made for. `codebooks`: for
+    the quantiser kmeans. ValueError where the file is none, or was made without them.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            index = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}  # not read yet
         provenance, matrices = json.loads(about["provenance"]), json.loads(about["matrices"])
-        if set(index) != set(matrices):
-            raise ValueError("its matrices are not those it speaks of")
+        index = {name: tensors.pop(name) for name in sorted(matrices)}
     except FileNotFoundError as error:
         raise ValueError(f"no mask file {path}; python -m harness.mask makes one") from error
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no complete mask file ({error}); make it again") from error
     for name, places in index.items():
         check_places(places, zo.MAX_ELEMENTS, f"{path}: {name}")
-    return index, provenance, matrices
+    if quantiser == "kmeans" and not tensors:
+        raise ValueError(
+            f"{path} has no codebooks, which are fitted while a mask is made; make one with "
+            "python -m harness.mask --quantiser kmeans"
+        )
+    return index, provenance, matrices, tensors if quantiser == "kmeans" else None
 
 
 def check_places(places: Tensor, numel: int, name: str) -> None:

@@ -128,8 +128,8 @@ class Patch:
             # bitsandbytes packs two of 4 bits into a byte
             shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]
             self.total = sum(shape.numel() for shape in shapes)
-        packed = [p for p in self.sparse.parts.values() if p.bits == 4] if self.sparse else []
-        self.total += sum(part.shape.numel() for part in packed)
+        parts = self.sparse.parts.values() if self.sparse else ()
+        self.total += sum(part.shape.numel() for part in parts if part.packed is not None)
 
     def _parametrize(self, select: str) -> None:
         """Give every parameter that moves a `MaskedWeight`, and every module that has it, too."""
@@ -177,13 +177,13 @@ class Patch:
         assert not self.model.training, "the model was put into training mode after patching"
         self.shift = zo.Shift.of(a, seed, self.device)
         if self.sparse:
-            self.sparse.read = self._shifted_values()
+            self.sparse.visible = self._shifted_values()
         try:
             yield
         finally:
             self.shift, self.reading, self.copies = None, None, {}
             if self.sparse:
-                self.sparse.read = self.sparse.values
+                self.sparse.visible = self.sparse.values
 
     @torch.no_grad()
     def losses(self, inputs: dict, loss_fn, seed: int) -> list[Tensor]:
@@ -256,7 +256,7 @@ class Patch:
     def __str__(self):
         if self.sparse:
             move, tensors = self.sparse.values.numel(), len(self.sparse.parts)
-            rest = f"; the rest of {tensors} matrices is in {self.sparse.bits} bits"
+            rest = f"; the rest of these is in {self.sparse}"
         else:
             move = round(self.active_density() * sum(w.held[0].numel() for w in self.weights))
             tensors, rest = len(self.weights), ""

@@ -5,37 +5,48 @@
     code       paper
     index      where m = 1: per matrix, the flat positions of its moving weights
     values     w_sparse: one fp32 vector, (k,), of the moving weights of all matrices
-    codes      w_dense ≈ (1 − m) ⊙ w in NF4: two codes per byte, and a scale per block of 64
+    codes      w_dense ≈ (1 − m) ⊙ w: four bits per weight, two codes to a byte
+    NF4Blocks  what codes mean: 16 fixed levels, times a scale for every block of 64 weights
+    Codebooks  what they mean in [Q]: 16 levels for every row, by k-means (SqueezeLLM's way)
 
 How it works
     `DenseSparse` owns `values`, and a step of [Q] is Algorithm 1 on that vector: `values += a z`.
     Every matrix of the index gets a parametrization (torch.nn.utils.parametrize), `Parts`. When
-    a layer asks for its weight, `Parts` makes the dense matrix, puts its slice of `read` into the
-    moving places and answers with that. `read` is `values`, or `values ± ε z` while a probe is open
-    (model_patch.py). With bits=4 the dense matrix is unpacked from its codes, with bits=16 it is a
-    copy of the parameter. That is the only difference between the two.
+    a layer asks for its weight, `Parts` makes the dense matrix, puts its slice of `visible` into
+    the moving places and answers with that. `visible` is `values`, or `values ± ε z` while a probe
+    is open (model_patch.py). With bits=4 the dense matrix is decoded from its codes, with bits=16
+    it is a copy of the parameter as it was loaded. That is the only difference between the two.
 
-    The k values leave first. Their places become 0, which NF4 represents exactly. So dense + sparse
-    is w there bit for bit, and a large value no longer stretches its block's scale.
+    The k values leave first. NF4 gets a 0 in their places, which it represents exactly, and k-means
+    counts them as nothing. So dense + sparse is w there bit for bit, and a large value no longer
+    stretches its block's scale or takes a level of its row.
 
     NF4 (Dettmers et al., 2023) is a table of 16 levels, the quantiles of a normal distribution
     scaled to [−1, 1]. A block of 64 weights is divided by its largest magnitude, and each goes to
     the nearest level. `nf4_encode` and `nf4_decode` say it in torch; bitsandbytes does the work,
     and a test holds the two equal.
 
+    k-means chooses a row's 16 levels so that Σ F (w − level)² is small. F are the mask's squared
+    gradients, which exist only while it is made. So levels and codes are fitted there, matrix by
+    matrix, and kept in its file: half a byte per weight, where F would take two. No run fits again.
+
 What differs from the paper
-    [Q] quantises with SqueezeLLM, a 16-entry codebook per output row fitted by k-means weighted
-    with squared gradients. NF4 needs no fitting and has kernels for CPU and CUDA.
+    NF4 is the default: it needs no fitting and has kernels for CPU and CUDA. k-means has the lower
+    error where F differs much within a row, as it does. Were all F equal and the weights normal,
+    scales would win: a squared error of 0.0085 of the weights' own, to 0.0095 with k-means.
 
 What it costs
     0.5159 bytes per weight: 4-bit codes, an 8-bit scale per block, an fp32 number for every 256 of
-    the scales. That is 3.34 GB for Llama-2-7B's 6.476e9 weights. Each place has 8 bytes of position
-    and 4 of value: 0.08 GB at density 0.001. While a layer computes, its matrix in 16 bits.
+    the scales. That is 3.34 GB for Llama-2-7B's 6.476e9 weights; with k-means 3.28, as a row has 16
+    levels. Each place has 8 bytes of position and 4 of value: 0.08 GB at density 0.001. While a
+    layer computes, its matrix in 16 bits; while k-means unpacks it, in plain torch, 9 bytes more.
 """
 
 import logging
+from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -68,6 +79,90 @@ def nf4_decode(codes: Tensor, scales: Tensor) -> Tensor:
     return (levels[codes.long()].view(-1, BLOCK) * scales[:, None]).flatten()
 
 
+def kmeans(weight: Tensor, importance: Tensor, rounds: int = 50) -> tuple[Tensor, Tensor]:
+    """(codes, levels), (rows, n) uint8 and (rows, 16) fp32, of (rows, n) weights, row by row.
+
+    Levels are k-means centres in ascending order, and a code is the number of the nearest one.
+    Σ importance · (w − level)² becomes small, not smallest, and 0 where 16 levels suffice. No
+    library fits many weighted rows at once; [Q]'s code asks scikit-learn for one after the other.
+    """
+    w, order = weight.double().sort(dim=1)
+    importance = importance.double().gather(1, order)
+    # a cluster is a run of the sorted row, and its sums are differences of these
+    sums = [F.pad(x.cumsum(1), (1, 0)) for x in (importance, importance * w)]
+
+    def means(start, end):  # of runs, and how much of Σ importance · w² they explain
+        mass, moment = (x.gather(1, end) - x.gather(1, start) for x in sums)
+        mean = moment / mass.clamp(min=1e-30)
+        return mean, mean * moment
+
+    cuts = torch.tensor([0, w.shape[1]], device=w.device).expand(len(w), 2).contiguous()
+    place = torch.arange(w.shape[1], device=w.device).expand(w.shape).contiguous()
+    for _ in range(15):  # 15 times the one cut that lowers the error most
+        run = torch.searchsorted(cuts, place, right=True)
+        start, end = cuts.gather(1, run - 1), cuts.gather(1, run)
+        gain = means(start, place)[1] + means(place, end)[1] - means(start, end)[1]
+        cuts = torch.cat([cuts, gain.argmax(1, keepdim=True)], 1).sort(1).values
+    for _ in range(rounds):  # Lloyd: a level is the mean of its run, a cut is amid two levels
+        start, end = cuts[:, :-1], cuts[:, 1:]
+        first, last = start.clamp(max=w.shape[1] - 1), (end - 1).clamp(min=0)
+        levels = means(start, end)[0].clamp(w.gather(1, first), w.gather(1, last))
+        middles = (levels[:, 1:] + levels[:, :-1]) / 2
+        cuts = torch.cat([cuts[:, :1], torch.searchsorted(w, middles), cuts[:, -1:]], 1)
+    return torch.searchsorted(middles, weight.double()).to(torch.uint8), levels.float()
+
+
+class NF4Blocks:
+    """A matrix in NF4, by bitsandbytes: 4-bit codes, and scales in 8 bits."""
+
+    kind = "4-bit NF4"
+
+    def __init__(self, weight: Tensor):
+        from bitsandbytes.functional import quantize_4bit  # two seconds, and only this needs it
+
+        # A row per block: bitsandbytes 0.50's CPU kernel errs where blocks straddle the rows.
+        self.codes, self.scales = quantize_4bit(
+            weight.view(-1, BLOCK), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+        )
+
+    def decode(self) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.codes, self.scales)
+
+
+class Codebooks:
+    """A matrix as [Q] has it: 4-bit codes, and 16 levels per row (GPT-2's are inputs, not outputs).
+
+    `codes`, `levels`: what `fit` gave. `like`: a tensor of the matrix's shape, dtype and device.
+    """
+
+    kind = "4-bit k-means"
+
+    def __init__(self, codes: Tensor, levels: Tensor, like: Tensor):
+        self.codes, self.shape = codes.to(like.device), like.shape
+        self.levels = levels.to(like.device, like.dtype)
+
+    @staticmethod
+    def fit(weight: Tensor, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, two to a byte; levels, (rows, 16) fp32), on the CPU.
+
+        `scores`: squared gradients, the importance of a weight. At `places` it is 0.
+        """
+        importance = scores / scores.mean(1, keepdim=True).clamp(min=1e-30)
+        importance += 1e-6  # so all weights of a row that no gradient reaches count alike
+        importance.view(-1)[places.to(scores.device, torch.int64)] = 0
+        size = max(1, (1 << 18) // weight.shape[1])  # rows at a time: bounds the temporaries
+        parts = map(kmeans, weight.split(size), importance.split(size))
+        codes, levels = map(torch.cat, zip(*parts, strict=True))
+        codes = F.pad(codes.flatten(), (0, codes.numel() % 2))
+        return (codes[0::2] << 4 | codes[1::2]).cpu(), levels.cpu()
+
+    def decode(self) -> Tensor:
+        codes = torch.stack([self.codes >> 4, self.codes & 15], 1).flatten()[: self.shape.numel()]
+        return self.levels.gather(1, codes.view(self.shape).long())
+
+
 class DenseSparse:
     """[Q]'s model: the matrices of an index read as dense + sparse, and only `values` moves.
 
@@ -77,13 +172,15 @@ class DenseSparse:
     patch = model_patch.Patch(model, sparse)
 
     `index`: {parameter name: flat positions, (k,) int, sorted}. `values` has the places of the
-    matrices one after the other, in the order of their names.
+    matrices one after the other, in the order of their names. bits: 4, or 16 for a dense part as it
+    was loaded, also in 32 bits. `codebooks`: {f"{name}.codes": …, f"{name}.levels": …}; None: NF4.
     """
 
-    def __init__(self, index: dict[str, Tensor], bits: int = 4, device="cpu"):
+    def __init__(self, index: dict, bits: int = 4, device="cpu", codebooks: dict | None = None):
         if bits not in (4, 16):
-            raise ValueError(f"bits {bits}: 4, or 16 for the dense part as it is")
+            raise ValueError(f"bits {bits}: 4, or 16 for the dense part as it was loaded")
         self.index, self.bits = dict(sorted(index.items())), bits
+        self.codebooks = codebooks
         ends = torch.tensor([len(places) for places in self.index.values()]).cumsum(0).tolist()
         starts = [0, *ends][:-1]
         self.slices = {
@@ -91,7 +188,7 @@ class DenseSparse:
             for name, start, end in zip(self.index, starts, ends, strict=True)
         }
         self.values = torch.zeros(ends[-1] if ends else 0, device=device)
-        self.read = self.values  # what the layers see
+        self.visible = self.values  # to the layers
         self.parts: dict[str, Parts] = {}
 
     def split(self, model: nn.Module, name: str, weight: Tensor | None = None) -> None:
@@ -111,7 +208,7 @@ class DenseSparse:
         self.parts[name] = part = Parts(self, name, places, weight)
         owners = [(m, n) for m in model.modules() for n, p in m._parameters.items()
                   if p is parameter]  # fmt: skip
-        if part.bits == 4:  # a tensor without elements holds the name
+        if part.packed is not None:  # a tensor without elements holds the name
             parameter = nn.Parameter(weight.new_empty(0), requires_grad=False)
         elif parameter.is_meta:  # nor has it been loaded
             parameter = nn.Parameter(weight.clone(), requires_grad=False)
@@ -125,38 +222,38 @@ class DenseSparse:
         """How many weights the matrices of the index have."""
         return sum(part.shape.numel() for part in self.parts.values())
 
+    def __str__(self):
+        kinds = Counter(getattr(part.packed, "kind", part.dtype) for part in self.parts.values())
+        return " and ".join(f"{kind} ({n})" for kind, n in kinds.items()).replace("torch.", "")
+
 
 class Parts(nn.Module):
     """The dense and the sparse part of one matrix: what torch asks when a layer wants a weight."""
 
     def __init__(self, sparse: DenseSparse, name: str, places: Tensor, weight: Tensor):
         super().__init__()
-        self.sparse, self.part, self.places = sparse, sparse.slices[name], places
+        self.sparse, self.slice, self.places = sparse, sparse.slices[name], places
         self.shape, self.was_read = weight.shape, False
-        self.bits = sparse.bits if weight.numel() % BLOCK == 0 else 16  # it fills no blocks
-        if self.bits == 4:
-            from bitsandbytes.functional import quantize_4bit  # two seconds, and only this needs it
-
-            dense = weight.detach().reshape(-1).clone()
-            dense[places] = 0
-            # A row per block: bitsandbytes 0.50's CPU kernel errs where blocks straddle the rows.
-            # Plain attributes: buffers would be empty ones when transformers is done loading.
-            self.codes, self.state = quantize_4bit(
-                dense.view(-1, BLOCK), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-            )
+        # Plain attributes: buffers would be empty ones when transformers is done loading.
+        self.packed, self.dtype = None, weight.dtype
+        if sparse.bits == 4 and sparse.codebooks is not None:
+            fitted = (sparse.codebooks[f"{name}.{kind}"] for kind in ("codes", "levels"))
+            self.packed = Codebooks(*fitted, weight)
+        elif sparse.bits == 4 and weight.numel() % BLOCK == 0:  # else it fills no blocks
+            dense = weight.detach().clone(memory_format=torch.contiguous_format)
+            dense.view(-1)[places] = 0
+            self.packed = NF4Blocks(dense)
 
     def dense(self, parameter: Tensor) -> Tensor:
         """The matrix in 16 (or 32) bits, in fresh memory."""
-        if self.bits == 16:
+        if self.packed is None:
             return parameter.detach().clone(memory_format=torch.contiguous_format)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.codes, self.state).view(self.shape)
+        return self.packed.decode().view(self.shape)
 
     def forward(self, parameter: Tensor) -> Tensor:
         self.was_read = True
         weight = self.dense(parameter)
-        weight.view(-1)[self.places] = self.sparse.read[self.part].to(weight.dtype)
+        weight.view(-1)[self.places] = self.sparse.visible[self.slice].to(weight.dtype)
         return weight
 
 

@@ -97,7 +97,7 @@ def losses(patch, batches, seed: int) -> tuple[float, float]:
 
 
 def what_moves(config: Config, run: Path, data: tasks.Data) -> masks.Rule | tuple:
-    """A rule of [S]; of [Q] what masks.load gives: index, provenance, matrices.
+    """A rule of [S]; of [Q] what masks.load gives: index, provenance, matrices, codebooks.
 
     The four methods differ here, and only here.
     """
@@ -118,7 +118,7 @@ def what_moves(config: Config, run: Path, data: tasks.Data) -> masks.Rule | tupl
             os.replace(shutil.copy(config.mask, f"{path}.tmp"), path)
         else:
             mask.make(config, path, (data.train, data.score))
-    return workers.broadcast(masks.load(path) if workers.RANK == 0 else None)
+    return workers.broadcast(masks.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 
 def open_model(config: Config, run: Path, moves) -> tuple:
@@ -131,9 +131,9 @@ def open_model(config: Config, run: Path, moves) -> tuple:
             model = adapter.attach(model, config)
         movable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     else:
-        index, _, matrices = moves
+        index, _, matrices, codebooks = moves
         path = run / "mask.safetensors"
-        moves = quant.DenseSparse(index, bits=config.bits, device=device)
+        moves = quant.DenseSparse(index, config.bits, device, codebooks)
         movable = len(moves.values)
 
         def split(model, name, weight):
@@ -215,7 +215,7 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     if config.mask:  # a mask of another model is found before this one is loaded
         own = run and run / "mask.safetensors"  # needs the user's file no longer
         path = own if own and own.exists() else config.mask
-        _, provenance, matrices = masks.load(path)
+        _, provenance, matrices, _ = masks.load(path, config.quantiser)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
         masks.check_shapes(path, matrices, masks.decoder_linears(shapes))
         density = provenance["density"]

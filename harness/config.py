@@ -22,6 +22,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 HERE = Path(__file__).resolve().parent.parent
 TINY = "tiny/model"
+QUANTISER = "senszoq, 4 bits: nf4, or [Q]'s kmeans, fitted with the mask"
 
 
 def setting(default, help: str):
@@ -63,6 +64,7 @@ class Config(Settings):
     bits: Literal[4, 16] | None = setting(
         None, "senszoq, or mezo with an adapter: of the weights that stand still"
     )
+    quantiser: Literal["nf4", "kmeans"] = setting("nf4", QUANTISER)
     density: float | None = setting(None, "share of the weights that move, in (0, 1]")
     lr: float | None = setting(None, "learning rate η")
     eps: float | None = setting(None, "perturbation scale ε")
@@ -193,7 +195,7 @@ def check_numbers(config: Settings) -> None:
 
 USES = {  # setting: the methods that have a use for it
     **dict.fromkeys(("mask_kind", "refresh_every", "above"), ["s-mezo"]),
-    **dict.fromkeys(("mask", "mask_from", "text", "groups"), ["senszoq"]),
+    **dict.fromkeys(("quantiser", "mask", "mask_from", "text", "groups"), ["senszoq"]),
     **dict.fromkeys(("select", "rounding"), ["mezo", "s-mezo", "r-mezo"]),
     "bits": ["senszoq", "mezo --adapter lora", "mezo --adapter prefix"],
 }
@@ -227,6 +229,8 @@ def _check_method(config: Config) -> None:
         raise ValueError(f"--above {config.above}: from 0 to 1 less --density")
     if config.above and config.mask_kind != "dynamic":
         raise ValueError(f"--above {config.above} is for --mask-kind dynamic")
+    if config.quantiser == "kmeans" and config.bits == 16:
+        raise ValueError("--quantiser kmeans is of 4 bits: leave out --bits 16")
     if config.mask and (config.text or config.mask_from != "text" or config.groups != 1):
         raise ValueError(
             f"--mask {config.mask} brings its own source; leave out --text, --mask-from, --groups"
@@ -356,7 +360,7 @@ def load(run: Path, changes: dict) -> Config:
     """The settings of a run, with what the command line says now over them."""
     fixed = {"out": "a run stays where it is"}
     if (run / "mask.safetensors").exists():
-        makes_it = ("density", "mask", "mask_from", "text", "groups")
+        makes_it = ("density", "mask", "mask_from", "text", "groups", "quantiser")
         fixed |= dict.fromkeys(makes_it, "it has its mask")
     for name in fixed.keys() & changes.keys():
         raise ValueError(f"{flag(name)} cannot be changed in {run}: {fixed[name]}; start a new run")

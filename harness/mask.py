@@ -5,6 +5,9 @@
 
 Scoring 7B takes 40 GB where training takes 4, so it is often done on another machine. train.py
 comes through `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
+
+With --quantiser kmeans the file has the weights, too, in 4 bits: half a byte each, in host memory
+until it is written. They are fitted here because the squared gradients are.
 """
 
 from dataclasses import dataclass
@@ -15,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 import masks
+import quant
 import tasks
 from harness import config as configs
 from harness import loading
-from harness.config import Settings, setting
+from harness.config import QUANTISER, Settings, setting
 
 
 @dataclass
@@ -34,6 +38,7 @@ class MaskConfig(Settings):
     samples: int = setting(100, "texts or examples")
     length: int = setting(512, "tokens of a text")
     seed: int = setting(0, "of the texts drawn and of --kind random")
+    quantiser: Literal["nf4", "kmeans"] = setting("nf4", QUANTISER)
     groups: int = setting(1, "score 1/n of the matrices at a time, in n passes")
 
 
@@ -69,12 +74,19 @@ def make(config, path, examples=None) -> None:
     if scored and dtype == "auto" and device != "cpu":
         dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
     model = loading.load_model(settings.model, dtype, device, settings.trust_remote_code)
-    weights = masks.decoder_linears(model)
+    weights, codebooks = masks.decoder_linears(model), {}
+
+    def fit(scores, index):
+        for name, places in index.items() if settings.quantiser == "kmeans" else ():
+            codes, levels = quant.Codebooks.fit(weights[name].detach(), scores[name], places)
+            codebooks.update({f"{name}.codes": codes, f"{name}.levels": levels})
+
     if scored:
         about |= {"statistic": settings.statistic, "samples": len(losses)}
+        about |= {"quantiser": settings.quantiser}
         index = masks.sensitive_index(
             model, tqdm(losses, "scoring", unit=" samples"), settings.density,
-            groups=settings.groups, statistic=settings.statistic,
+            groups=settings.groups, statistic=settings.statistic, then=fit,
         )  # fmt: skip
     elif settings.kind == "random":
         index = masks.random_index(weights, settings.density, settings.seed)
@@ -83,7 +95,7 @@ def make(config, path, examples=None) -> None:
         index = by_size(weights, settings.density)
     if without := len(weights) - len(index):
         print(f"{without} of {len(weights)} matrices stay still: too small, or without a gradient")
-    masks.save(path, index, weights, about | {"torch": str(torch.__version__)})
+    masks.save(path, index, weights, about | {"torch": str(torch.__version__)}, codebooks)
 
 
 def main(argv=None) -> None:
@@ -96,8 +108,11 @@ def main(argv=None) -> None:
         Path(f"{config.out}.tmp").touch()  # what cannot be written is said before the work
         Path(f"{config.out}.tmp").unlink()
         configs.check_numbers(config)
-        if config.kind != "sensitive" and (config.text or config.mask_from != "text"):
-            raise ValueError(f"--kind {config.kind} scores nothing: leave out --text, --mask-from")
+        needs_scores = config.text or config.mask_from != "text" or config.quantiser != "nf4"
+        if config.kind != "sensitive" and needs_scores:
+            raise ValueError(
+                f"--kind {config.kind} scores nothing: leave out --text, --mask-from, --quantiser"
+            )
         examples = None
         if config.mask_from == "task" and config.kind == "sensitive":
             configs.check(config)

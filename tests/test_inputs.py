@@ -434,6 +434,7 @@ def test_a_matrix_that_fills_no_block_stays_in_16_bits():
         sparse.split(model, name)
     assert torch.equal(model[0].weight, before)
     assert not torch.equal(model[1].weight, torch.zeros(64, 10))
+    assert str(sparse) == "float32 (1) and 4-bit NF4 (1)"
     quant.join(model)
     assert torch.equal(model[0].weight, before)
 
@@ -630,7 +631,13 @@ def test_an_edited_configuration_is_one_line(name, value, folder, tmp_path, caps
 def test_a_mask_that_is_made_stays(folder, tmp_path, capsys):
     """What a mask was made of cannot be changed afterwards: it would be ignored."""
     run(folder, tmp_path / "run", *SENSZOQ)
-    for flag in ("--density=0.5", "--mask-from=text", "--groups=2", "--out=other"):
+    for flag in (
+        "--density=0.5",
+        "--mask-from=text",
+        "--groups=2",
+        "--quantiser=kmeans",
+        "--out=other",
+    ):
         error = refused(train.main, [f"--resume={tmp_path}/run", "--steps=9", flag], capsys)
         assert f"{flag.split('=')[0]} cannot be changed" in error
 

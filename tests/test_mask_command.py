@@ -8,6 +8,7 @@ import torch
 from models import WORDS
 
 import masks
+import quant
 import tasks
 from harness import loading, mask
 
@@ -46,10 +47,28 @@ def test_a_mask_of_a_text_is_what_the_functions_compute(folder, text, tmp_path, 
     facts = {"kind": "sensitive", "statistic": "per-sample", "samples": 7, "length": 16, "seed": 3}
     facts |= {"density": 0.01, "source": str(text), "model": f"{folder}/model"}
     assert made.items() >= facts.items()
-    _, _, matrices = masks.load(tmp_path / "a")
+    matrices = masks.load(tmp_path / "a")[2]
     masks.check_shapes("a", matrices, masks.decoder_linears(model))
     assert equal(index, command(folder, tmp_path / "b", *flags, "--groups=4")[0])
     assert not equal(index, command(folder, tmp_path / "c", *flags, "--statistic=of-mean")[0])
+
+
+def test_codebooks_are_those_of_the_scores(folder, text, tmp_path):
+    """--quantiser kmeans: beside the same places, what Codebooks.fit gives, whatever --groups."""
+    flags = [f"--text={text}", "--samples=5", "--length=16", "--quantiser=kmeans"]
+    index, made = command(folder, tmp_path / "a", *flags, "--groups=3")
+    assert made["quantiser"] == "kmeans"
+    assert equal(index, command(folder, tmp_path / "b", *flags[:-1])[0])
+    *_, found = masks.load(tmp_path / "a", "kmeans")
+    tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
+    model = loading.load_model(f"{folder}/model")
+    windows = tasks.text_windows(tokenizer, tasks.read_texts(str(text)), 5, 16, 0)
+    for name, scores in masks.fisher(model, tasks.text_losses(windows)).items():
+        weight = model.get_parameter(name).detach()
+        codes, levels = quant.Codebooks.fit(weight, scores, index[name])
+        assert torch.equal(found.pop(f"{name}.codes"), codes)
+        assert torch.equal(found.pop(f"{name}.levels"), levels)
+    assert not found
 
 
 def test_a_mask_of_a_task_is_of_its_training_loss(folder, tmp_path):
@@ -111,6 +130,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
         (["--mask-from=task", "--task=ret"], "unknown task 'ret'"),
         (["--kind=tallest"], "invalid choice"),
         (["--kind=random"], "--kind random scores nothing"),
+        (["--kind=random", "--text=", "--quantiser=kmeans"], "leave out --text, --mask-from, --q"),
         (["--device=tpu"], "--device tpu"),
         (["--model={tmp_path}"], "has no config.json"),
         (["--out={tmp_path}/no/where"], "in a folder that exists"),

@@ -145,7 +145,7 @@ def test_a_step_of_q_equals_the_literal_algorithm_1_on_k_values(name, four, dtyp
 
     patch = Patch(model, sparse, eps=EPS)
     plus, minus = patch.losses(inputs, loss_fn, SEED)
-    assert torch.equal(sparse.values, values) and sparse.read is sparse.values
+    assert torch.equal(sparse.values, values) and sparse.visible is sparse.values
     ones = [torch.ones_like(values, dtype=torch.bool)]
     want = zo.sparse_mezo_step([values], loss, lambda _: ones, lr=LR, eps=EPS, seed=SEED)
     assert plus.item() == want[0]

@@ -1,6 +1,8 @@
 """quant.py: w = dense + sparse, in 4 and in 16 bits. Steps of [Q] are in test_model_patch.py."""
 
 import copy
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,8 +38,9 @@ def index_of(model, density=0.03):
     return masks.random_index(masks.decoder_linears(model), density)
 
 
-def split(model, bits, index=None):
-    sparse = quant.DenseSparse(index_of(model) if index is None else index, bits=bits)
+def split(model, bits, index=None, codebooks=None):
+    index = index_of(model) if index is None else index
+    sparse = quant.DenseSparse(index, bits=bits, codebooks=codebooks)
     for name in sparse.index:
         sparse.split(model, name)
     return sparse
@@ -95,6 +98,138 @@ def test_packing_is_idempotent_and_zero_stays_zero(seed, scale, zeros):
     assert (once.view_as(weight) - weight).abs().max() <= width * weight.abs().max() * 1.001
 
 
+# ------------------------------------------------------------------ k-means
+
+
+NOWHERE = torch.tensor([], dtype=torch.int32)
+
+
+def fitted(weight, scores, places=NOWHERE):
+    """The weights that codes and codebooks stand for."""
+    return quant.Codebooks(*quant.Codebooks.fit(weight, scores, places), weight).decode()
+
+
+def heavy(rows, columns, seed=0):
+    """Scores as real ones are: a few of them hold most of the sum."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) ** 4
+
+
+def least_error(w, f, k=16):
+    """Of one row, by dynamic programming over the ends of k runs of its sorted weights."""
+    f = f[w.argsort()].double()
+    w = w.sort().values.double()
+    n, cost = len(w), torch.full((len(w) + 1, len(w) + 1), float("inf"), dtype=torch.float64)
+    for start in range(n):
+        mass, moment, square = (x[start:].cumsum(0) for x in (f, f * w, f * w * w))
+        cost[start, start + 1 :] = square - moment**2 / mass
+        cost[start, start] = 0
+    best = cost[0]
+    for _ in range(k - 1):
+        best = (best[:, None] + cost).amin(0)
+    return float(best[n])
+
+
+def test_of_a_normal_row_the_levels_are_lloyd_and_maxs():
+    """With equal weights k-means finds Max's table of 1960; NF4's scales are worth more there."""
+    table = [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733]
+    w = torch.distributions.Normal(0, 1).icdf((torch.arange(1 << 16) + 0.5) / (1 << 16))[None]
+    codes, levels = quant.kmeans(w, torch.ones_like(w), rounds=1000)
+    want = torch.tensor([-x for x in reversed(table)] + table)
+    torch.testing.assert_close(levels[0], want, atol=0.01, rtol=0)
+    error = (w - levels.gather(1, codes.long())).square().mean()
+    assert float(error) == pytest.approx(0.009497, rel=0.01)
+    shuffled = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    nf4 = quant.nf4_decode(*quant.nf4_encode(shuffled)) - shuffled
+    assert float(nf4.square().mean()) == pytest.approx(0.0085, rel=0.02)
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_the_error_is_close_to_the_least(columns):
+    """Σ F (w − level)² is in no row below the least there is, and in all a sixth more at most."""
+    w, f = some_weight(24, columns), heavy(24, columns)
+    error = (f * (w - fitted(w, f)) ** 2).double().sum(1)
+    least = torch.tensor([least_error(*row) for row in zip(w, f, strict=True)])
+    assert (error > 0.999 * least).all() and error.sum() < 7 / 6 * least.sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 300), (5, 21), (1, 7), (40, 1)])
+def test_sixteen_different_weights_in_a_row_are_exact(shape, dtype):
+    """Each row is met to the bit with levels of its own, also where its scores are 0."""
+    generator = torch.Generator().manual_seed(1)
+    choices = torch.randn(shape[0], 16, generator=generator).to(dtype)
+    weight = choices.gather(1, torch.randint(16, shape, generator=generator))
+    scores = heavy(*shape)
+    scores[0] = 0
+    scores[:, ::3] = 0
+    assert bitwise(fitted(weight, scores), weight)
+    assert bitwise(fitted(weight, torch.zeros(shape)), weight)
+
+
+def test_what_moves_counts_for_nothing():
+    """Whatever stands at the moving places, the rest gets the same levels and codes."""
+    weight, scores, places = some_weight(), heavy(64, 96), torch.arange(0, 64 * 96, 50)
+    rest = torch.ones(64 * 96, dtype=torch.bool)
+    rest[places] = False
+    once = fitted(weight, scores, places)
+    weight.view(-1)[places] = 10.0
+    assert bitwise(once.flatten()[rest], fitted(weight, scores, places).flatten()[rest])
+
+
+def models_with_scores():
+    for name in ("llama", "opt", "gpt2", "mixtral", "phi3"):
+        losses = [
+            partial(lambda i, m: loss_fn(m(**i, use_cache=False).logits), batch(seed=s))
+            for s in range(8)
+        ]
+        yield build(name), losses
+    model = loading.load_model(str(Path(quant.__file__).parent / "tiny/model"))
+    rows = torch.randint(100, (8, 1, 32), generator=torch.Generator().manual_seed(0))
+    yield model, [partial(lambda i, m: m(i, labels=i, use_cache=False).loss, row) for row in rows]
+
+
+def test_kmeans_has_no_more_weighted_error_than_nf4():
+    """Σ F (w − ŵ)² with squared gradients, over the places that stand still, in every matrix."""
+    for model, losses in models_with_scores():
+        scores = masks.fisher(model, losses)
+        index = masks.sensitive(scores, 0.01)
+        for name, places in index.items():
+            w, f = model.get_parameter(name).detach(), scores[name].clone()
+            layer, part = split_one(w, places)
+            f.view(-1)[places.long()] = 0
+            ours, nf4 = fitted(w, scores[name], places), part.dense(layer.weight)
+            assert (f * (w - ours) ** 2).sum() <= (f * (w - nf4) ** 2).sum(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_a_model_in_codebooks_is_one_of_its_decoded_weights(name, dtype):
+    """It computes, probes, updates and joins as the plain model with those weights does."""
+    model, plain, inputs = build(name, dtype), build(name, dtype), batch()
+    index, books = index_of(model), {}
+    for number, (n, places) in enumerate(index.items()):
+        w = plain.get_parameter(n).detach()
+        codes, levels = quant.Codebooks.fit(w, heavy(*w.shape, number), places)
+        books |= {f"{n}.codes": codes, f"{n}.levels": levels}
+        decoded, flat = quant.Codebooks(codes, levels, w).decode(), places.long()
+        decoded.view(-1)[flat] = w.flatten()[flat]
+        w.copy_(decoded)
+        assert codes.nbytes == w.numel() / 2 and levels.shape == (len(w), 16)
+    sparse, other = split(model, 4, index, books), split(plain, 16, index)
+    patches = [Patch(model, sparse, eps=EPS), Patch(plain, other, eps=EPS)]
+    assert str(patches[0]).endswith(f"the rest of these is in 4-bit k-means ({len(index)})")
+    assert patches[0].total == patches[1].total
+    losses = [patch.losses(inputs, loss_fn, SEED) for patch in patches]
+    assert losses[0] == losses[1]
+    for patch in patches:
+        patch.update(SEED, 0.1)
+        patch.remove()
+    quant.join(model), quant.join(plain)
+    theirs = dict(plain.named_parameters())
+    assert all(bitwise(p, theirs[n]) for n, p in model.named_parameters())
+
+
 # ------------------------------------------------------------------ w = dense + sparse
 
 
@@ -124,7 +259,7 @@ def test_blocks_that_straddle_rows_are_unpacked_rightly():
     _, part = split_one(weight, torch.tensor([0]))
     weight[0, 0] = 0
     codes, scales = quant.nf4_encode(weight)
-    assert torch.equal(part.codes.flatten(), codes[0::2] << 4 | codes[1::2])
+    assert torch.equal(part.packed.codes.flatten(), codes[0::2] << 4 | codes[1::2])
     # the scales went through 8 bits, which keeps each to 1 % of the largest
     want = quant.nf4_decode(codes, scales).view_as(weight)
     assert (part.dense(None) - want).abs().max() < 0.01 * scales.max()
@@ -144,8 +279,8 @@ def test_a_large_value_does_not_stretch_its_block():
 def test_the_bytes_per_weight_are_those_of_the_docstring():
     """0.5159 bytes per weight in 4 bits, beside 8 bytes of position and 4 of value per place."""
     _, part = split_one(some_weight(512, 512), torch.arange(0, 512 * 512, 1000))
-    scales = part.state.absmax.nbytes + part.state.state2.absmax.nbytes
-    assert (part.codes.nbytes + scales) / 512**2 == pytest.approx(0.5159, abs=1e-4)
+    scales = part.packed.scales.absmax.nbytes + part.packed.scales.state2.absmax.nbytes
+    assert (part.packed.codes.nbytes + scales) / 512**2 == pytest.approx(0.5159, abs=1e-4)
     assert part.places.nbytes == 8 * len(part.places)
     assert part.sparse.values.nbytes == 4 * len(part.places)
 
@@ -200,7 +335,7 @@ def test_loading_splits_matrix_by_matrix(name, tmp_path):
 
     got = loading.load_model(str(tmp_path), device="cpu", split=take, index=index)
     assert sorted(seen) == sorted(index)
-    assert all(part.codes.numel() for part in here.parts.values())
+    assert all(part.packed.codes.numel() for part in here.parts.values())
     assert got.num_parameters() < whole.num_parameters()  # no full matrix is left
     there = split(whole, 4, index)
     assert torch.equal(here.values, there.values)
@@ -289,8 +424,8 @@ def test_probes_change_nothing_and_updates_the_values_alone(bits, dtype):
         for name, part in sparse.parts.items():
             found[f"{name} places"] = part.places.clone()
             if bits == 4:
-                found[f"{name} codes"] = part.codes.clone()
-                found[f"{name} scales"] = part.state.absmax.clone()
+                found[f"{name} codes"] = part.packed.codes.clone()
+                found[f"{name} scales"] = part.packed.scales.absmax.clone()
         return found
 
     before, start = stored(), sparse.values.clone()
@@ -341,7 +476,7 @@ def test_four_bits_and_sixteen_draw_the_same_noise():
         assert patch.active_density() == k / sum(w.numel() for w in linears.values())
         assert str(patch) == (
             f"{k:,} of {total:,} weights move, in {len(index)} tensors; "
-            f"the rest of {len(index)} matrices is in {bits} bits"
+            f"the rest of these is in {'4-bit NF4' if bits == 4 else 'float32'} ({len(index)})"
         )
     assert bitwise(*vectors)
 

@@ -35,6 +35,7 @@ METHODS = [
     ["--method=s-mezo", "--mask-kind=packed", "--dtype=bfloat16"],
     ["--method=r-mezo", "--density=0.5", "--select=proj"],
     SENSZOQ,
+    [*SENSZOQ, "--quantiser=kmeans"],
     [*SENSZOQ, "--bits=16", "--dtype=bfloat16"],
 ]
 
@@ -523,7 +524,9 @@ def test_a_run_brings_its_own_mask(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], SENSZOQ, [*SENSZOQ, "--bits=16"]], ids=["s-mezo", "senszoq", "16"]
+    "flags",
+    [[], SENSZOQ, [*SENSZOQ, "--quantiser=kmeans"], [*SENSZOQ, "--bits=16"]],
+    ids=["s-mezo", "senszoq", "kmeans", "16"],
 )
 def test_eval_gives_the_numbers_of_the_run(flags, folder, tmp_path, capsys):
     """A run at its best, last or any step answers as it did, and so does its saved checkpoint."""
@@ -598,6 +601,9 @@ BAD = {  # what the user types: what the one line must say
     "--above=0.9 --density=0.3": "from 0 to 1 less --density",
     "--mask-kind=packed --above=0.25": "is for --mask-kind dynamic",
     "--method=senszoq --select=proj": "is for --method mezo, s-mezo, r-mezo, not for senszoq",
+    "--quantiser=kmeans": "--quantiser is for --method senszoq, not for s-mezo",
+    "--method=senszoq --quantiser=kmeans --bits=16": "leave out --bits 16",
+    "--method=senszoq --quantiser=squeeze": "invalid choice",
     "--method=senszoq --mask=x --mask-from=task": "brings its own source",
     "--method=senszoq --mask=x --groups=2": "brings its own source",
     "--method=senszoq --mask-from=task --text=x.txt": "would be ignored",
@@ -655,13 +661,20 @@ def test_bad_input_is_one_line(typed, folder, ready, tmp_path, capsys, monkeypat
     assert contents(tmp_path) == before and not Path("new").exists()
 
 
-def test_a_mask_and_another_density_do_not_go_together(folder, tmp_path, capsys):
-    """The density of a mask is its own, and another one beside --mask is refused."""
+@pytest.mark.parametrize(
+    "flag, line",
+    [
+        ("--density=0.1", "is 0.01"),
+        ("--quantiser=kmeans", "has no codebooks, which are fitted while a mask is made"),
+    ],
+)
+def test_a_mask_says_what_goes_with_it(flag, line, folder, tmp_path, capsys):
+    """Beside --mask another density is refused, and k-means where the file has no codebooks."""
     weights = masks.decoder_linears(AutoModelForCausalLM.from_pretrained(folder / "model"))
     file = tmp_path / "mask.safetensors"
     masks.save(file, masks.largest(weights, 0.01), weights, {"density": 0.01})
-    flags = ["--method=senszoq", f"--mask={file}", "--density=0.1"]
-    assert "is 0.01" in refused(train.main, arguments(folder, tmp_path / "run", *flags), capsys)
+    flags = ["--method=senszoq", f"--mask={file}", flag]
+    assert line in refused(train.main, arguments(folder, tmp_path / "run", *flags), capsys)
     assert not (tmp_path / "run").exists()
 
 
