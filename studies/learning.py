@@ -54,6 +54,13 @@ ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one 
     "R-MeZO": ("train --method=r-mezo", (1e-3, 3e-3, 1e-2), (3e-6, 1e-5, 3e-5)),
     "SensZOQ, 4 bits": (SENSZOQ, (3e-2, 1e-1, 3e-1, 1), (1e-4, 3e-4, 1e-3)),
     "SensZOQ, 16 bits": (f"{SENSZOQ} --bits=16", (3e-2, 1e-1, 3e-1, 1), (1e-4, 3e-4, 1e-3)),
+    "MeZO, LoRA": ("train --method=mezo --adapter=lora", (3e-3, 1e-2, 3e-2), (5e-5, 1e-4, 3e-4)),
+    "S-MeZO, LoRA": (
+        "train --method=s-mezo --adapter=lora",
+        (3e-2, 1e-1, 3e-1),
+        (5e-5, 1e-4, 3e-4),
+    ),
+    "MeZO, prefix": ("train --method=mezo --adapter=prefix", (3e-1, 1, 3), (1e-3, 1e-2, 3e-2)),
     "MeZO, norms only": (
         "train --method=mezo --select=norm",
         (1e-2, 3e-2, 1e-1),
