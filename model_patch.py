@@ -82,7 +82,7 @@ class Patch:
     """A model whose weights can be probed and updated. `remove` gives the ordinary model back.
 
     patch = Patch(model, masks.SmallWeights(0.25))
-    loss_plus, loss_minus = patch.losses(inputs, loss_fn, seed)
+    loss_plus, loss_minus = patch.losses(batch, loss_fn, seed)
     patch.update(seed, float(-lr * zo.projected_grad(loss_plus, loss_minus, patch.eps)))
 
     what_moves: a rule of masks.py ([S], MeZO), or a quant.DenseSparse ([Q]). eps: ε, 1e-3 in both
@@ -186,16 +186,16 @@ class Patch:
                 self.sparse.visible = self.sparse.values
 
     @torch.no_grad()
-    def losses(self, inputs: dict, loss_fn, seed: int) -> list[Tensor]:
-        """[l⁺, l⁻] of [S] Algorithm 1 on one batch, 0-dim tensors. θ is not written.
+    def losses(self, batch, loss_fn, seed: int) -> list:
+        """[l⁺, l⁻] of [S] Algorithm 1 on one batch, whatever that is. θ is not written.
 
-        `inputs`: the model's keyword arguments. `loss_fn`: its logits to a scalar, in fp32.
+        `loss_fn(model, batch)`: a number, such as tasks.loss; it need not have a derivative.
         ValueError names a parameter that moves and that no forward has read yet.
         """
         losses = []
         for a in (+self.eps, -self.eps):
             with self.probe(seed, a):
-                losses.append(loss_fn(self.model(**inputs, use_cache=False).logits))
+                losses.append(loss_fn(self.model, batch))
         parts = self.sparse.parts if self.sparse else {w.name: w for w in self.weights}
         if unread := [name for name, part in parts.items() if not part.was_read]:
             way_out = "its mask cannot be of use" if self.sparse else "leave it out with --select"

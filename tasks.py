@@ -572,6 +572,11 @@ def check_tokens(tokenizer, ids: Iterable[int], vocabulary: int) -> None:
         )
 
 
+def loss(model, batch: Batch) -> Tensor:
+    """Scalar: the training loss of a batch, in one forward pass."""
+    return batch.loss(model(**batch.inputs(model), use_cache=False).logits)
+
+
 def minibatch(
     examples: list[Example], tokenizer, *, score: str, micro_batch: int, max_length: int, device
 ) -> Iterable[Batch]:
@@ -647,9 +652,9 @@ def text_losses(windows: Tensor) -> list:
 def task_losses(tokenizer, examples, score: str, max_length: int = 2048) -> list:
     """Per example a function of the model, the loss that train.py would train it with."""
 
-    def loss(example, model):
+    def loss_of(example, model):
         how = {"score": score, "max_length": max_length, "device": model.device}
         batch = collate(tokenizer, [example], **how)
-        return batch.loss(model(**batch.inputs(model), use_cache=False).logits)
+        return loss(model, batch)
 
-    return [partial(loss, example) for example in examples]
+    return [partial(loss_of, example) for example in examples]

@@ -90,7 +90,7 @@ def losses(patch, batches, seed: int) -> tuple[float, float]:
     """l⁺ and l⁻ of one minibatch, in as many parts as memory asks for, all under the same z."""
     total = np.zeros(3)  # Σ n·l⁺, Σ n·l⁻, Σ n
     for batch in batches:
-        loss_plus, loss_minus = patch.losses(batch.inputs(patch.model), batch.loss, seed)
+        loss_plus, loss_minus = patch.losses(batch, tasks.loss, seed)
         total += batch.count * np.array([float(loss_plus), float(loss_minus), 1.0])
     total = workers.all_sum(total)  # 24 bytes; one process: itself
     return float(total[0] / total[2]), float(total[1] / total[2])

@@ -125,11 +125,12 @@ class Subject:
         self.inputs["logits_to_keep"] = 1
 
     @staticmethod
-    def loss_of(logits):
+    def loss_of(model, inputs):
+        logits = model(**inputs, use_cache=False).logits
         return -torch.log_softmax(logits[:, -1].float(), -1)[:, 5].mean()
 
     def loss(self):
-        return self.loss_of(self.model(**self.inputs, use_cache=False).logits)
+        return self.loss_of(self.model, self.inputs)
 
     @torch.no_grad()
     def two_forwards(self, number=0):

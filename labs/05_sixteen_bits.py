@@ -57,14 +57,14 @@ def here():
     before = [p.clone() for p in model.parameters()]
     patch = Patch(model, masks.SmallWeights(0.25))
     for t in range(100):
-        patch.losses({"input_ids": WORDS}, lambda logits: logits.sum(), zo.step_seed(5, t))
+        patch.losses(WORDS, lab.next_word, zo.step_seed(5, t))
     patch.remove()
     return sum(int((a != b).sum()) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def blurred(eps):
     """Correlation of the slope that bf16 activations show with autograd's, over 100 directions."""
-    model, loss = lab.Small().double(), lambda: lab.next_word(WORDS)(model(WORDS).logits)
+    model, loss = lab.Small().double(), lambda: lab.next_word(model, WORDS)
     theta = parameters_to_vector(model.parameters()).detach()
     gradient = parameters_to_vector(torch.autograd.grad(loss(), list(model.parameters())))
     for layer in model.children():

@@ -89,7 +89,7 @@ def train(m, model, moves, lr):
     patch, losses, words = m.model_patch.Patch(model, moves), [], torch.arange(16)[None]
     for t in range(STEPS):
         seed = m.zo.step_seed(9, t)
-        l_plus, l_minus = patch.losses({"input_ids": words}, lab.next_word(words), seed)
+        l_plus, l_minus = patch.losses(words, lab.next_word, seed)
         patch.update(seed, float(-lr * m.zo.projected_grad(l_plus, l_minus, patch.eps)))
         losses.append(float(l_plus + l_minus) / 2)
     return losses

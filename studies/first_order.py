@@ -143,7 +143,7 @@ def gradient(config: Config, model, tokenizer, data: tasks.Data, t: int) -> floa
     count, total = sum(batch.count for batch in batches), 0.0
     model.zero_grad()
     for batch in batches:  # gradients add up over the parts
-        loss = batch.loss(model(**batch.inputs(model), use_cache=False).logits)
+        loss = tasks.loss(model, batch)
         loss = loss * (batch.count / count)
         loss.backward()
         total += loss.item()

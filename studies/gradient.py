@@ -160,7 +160,7 @@ class Study:
 
     def gradient(self, batch) -> dict:
         """autograd's, of every parameter."""
-        batch.loss(self.model(**batch.inputs(self.model), use_cache=False).logits).backward()
+        tasks.loss(self.model, batch).backward()
         found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         return found
@@ -198,7 +198,7 @@ class Study:
 
         @torch.no_grad()
         def loss(batch):
-            return float(batch.loss(self.model(**batch.inputs(self.model), use_cache=False).logits))
+            return float(tasks.loss(self.model, batch))
 
         before = [loss(batch) for batch in drawn]
         for name, rate in self.args.rates.items():
@@ -210,7 +210,7 @@ class Study:
                         self.model.get_parameter(key).data.sub_(rate * g)
                 else:
                     seed = zo.step_seed(3, t)
-                    plus, minus = patch.losses(drawn[t].inputs(self.model), drawn[t].loss, seed)
+                    plus, minus = patch.losses(drawn[t], tasks.loss, seed)
                     patch.update(seed, -rate * float(zo.projected_grad(plus, minus, patch.eps)))
                 worse["own batch"] += loss(drawn[t]) > before[t]
                 worse["another"] += loss(drawn[t + 1]) > before[t + 1]

@@ -53,8 +53,7 @@ def main() -> None:
     tokenizer, _ = loading.load_tokenizer(args.model)
     model = loading.load_model(args.model, args.dtype)
     batch = tasks.collate(tokenizer, data.train, score=data.score, device=model.device)
-    inputs = batch.inputs(model)
-    batch.loss(model(**inputs, use_cache=False).logits).backward()
+    tasks.loss(model, batch).backward()
     gradients = {name: p.grad.float() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     print("| | ε | correlation | regression | rms error | rms slope |\n|---|---|---|---|---|---|")
@@ -64,7 +63,7 @@ def main() -> None:
         seeds = [zo.step_seed(0, t) for t in range(args.seeds)]
         true = np.array([slope(patch, gradients, seed) for seed in seeds])
         for patch.eps in args.eps:
-            losses = [patch.losses(inputs, batch.loss, seed) for seed in seeds]
+            losses = [patch.losses(batch, tasks.loss, seed) for seed in seeds]
             g = np.array([float(zo.projected_grad(*pair, patch.eps)) for pair in losses])
             r, fit = np.corrcoef(g, true)[0, 1], (g @ true) / (true @ true)
             error, size = np.sqrt(np.mean((g - true) ** 2)), np.sqrt(np.mean(true**2))

@@ -27,12 +27,12 @@ LAST_LINE = "perturb_parameters(theta, -lr * g, seed, masks)"
 PROBES = """        losses = []
         for a in (+self.eps, -self.eps):
             with self.probe(seed, a):
-                losses.append(loss_fn(self.model(**inputs, use_cache=False).logits))
+                losses.append(loss_fn(self.model, batch))
 """
 IN_PLACE = """        losses = []
         for a in (self.eps, -2 * self.eps):
             self.update(seed, a)
-            losses.append(loss_fn(self.model(**inputs, use_cache=False).logits))
+            losses.append(loss_fn(self.model, batch))
         self.update(seed, self.eps)
         return losses
 """

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import transformers
-from models import ARCHITECTURES, MHA, SIZES, VOCAB, loss_fn
+from models import ARCHITECTURES, MHA, SIZES, VOCAB, loss_of
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -200,9 +200,8 @@ class Trial:
         model = loading.load_model(self.folder, dtype="float32", device="cpu", **how)
         return model.requires_grad_(False)
 
-    @torch.no_grad()
     def loss(self, model):
-        return loss_fn(model(**batch(model), use_cache=False).logits)
+        return loss_of(model, batch(model))
 
     def load(self):
         expect(same(self.open(), self.built), "other weights were loaded than were saved")
@@ -215,7 +214,7 @@ class Trial:
         down = copy.deepcopy(literal)
         zo.perturb_parameters([p.detach() for p in down.parameters()], -EPS, SEED, moving)
         patch = Patch(model, masks.SmallWeights(0.25), eps=EPS, rounding="nearest")
-        plus, minus = patch.losses(batch(model), loss_fn, SEED)
+        plus, minus = patch.losses(batch(model), loss_of, SEED)
         held = [w.held[0] for w in patch.weights]
         expect(all(map(torch.equal, held, theta)), "a probe wrote to the weights")
         want = zo.sparse_mezo_step(
@@ -255,7 +254,7 @@ class Trial:
             return self.loss(literal)
 
         patch = Patch(model, sparse, eps=EPS)
-        plus, minus = patch.losses(batch(model), loss_fn, SEED)
+        plus, minus = patch.losses(batch(model), loss_of, SEED)
         ones = [torch.ones_like(values, dtype=torch.bool)]
         want = zo.sparse_mezo_step([values], joined_loss, lambda _: ones, lr=LR, eps=EPS, seed=SEED)
         expect(plus.isfinite() and plus != minus, f"the losses are {plus} and {minus}")

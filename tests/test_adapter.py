@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from models import SIZES, batch, build, loss_fn, loss_of
+from models import SIZES, batch, build, loss_of
 from test_train import arguments, contents, equal, files, refused, run
 from test_train import trained as trained  # a fixture
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,7 +69,7 @@ def test_a_step_is_algorithm_1_on_the_adapters_tensors(name, kind):
     literal, inputs = copy.deepcopy(model), batch()
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     patch = Patch(model, masks.Everything(), eps=EPS, select=adapter.MOVES)
-    plus, minus = patch.losses(inputs, loss_fn, SEED)
+    plus, minus = patch.losses(inputs, loss_of, SEED)
     patch.update(SEED, float(-LR * zo.projected_grad(plus, minus, EPS)))
     patch.remove()
 

@@ -450,7 +450,7 @@ def test_no_advice_that_is_refused(folder):
     patch = model_patch.Patch(model, sparse)
     inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
     with pytest.raises(ValueError, match="no forward reads model.layers.0.spare") as error:
-        patch.losses(inputs, lambda logits: logits.sum(), zo.step_seed(0, 0))
+        patch.losses(inputs, lambda m, batch: m(**batch).logits.sum(), zo.step_seed(0, 0))
     assert "--select" not in str(error.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, batch, build, loss_fn, loss_of, needs_gpu
+from models import ARCHITECTURES, batch, build, loss_of, needs_gpu
 from torch import nn
 
 import masks
@@ -78,7 +78,7 @@ def compare(model, rule, inputs, **how):
     get_masks = masks_by(rule, theta)
     minus_model = moved(literal, get_masks, -EPS)
     patch = Patch(model, rule, eps=EPS, rounding="nearest", **how)
-    plus, minus = patch.losses(inputs, loss_fn, SEED)
+    plus, minus = patch.losses(inputs, loss_of, SEED)
     assert all(torch.equal(w.held[0], before[w.name]) for w in patch.weights), "a probe wrote to θ"
     assert minus == loss_of(minus_model, inputs)  # it is θ − ε ẑ, rounded once
     old = copy.deepcopy(literal)
@@ -144,7 +144,7 @@ def test_a_step_of_q_equals_the_literal_algorithm_1_on_k_values(name, four, dtyp
         return loss_of(literal, inputs)
 
     patch = Patch(model, sparse, eps=EPS)
-    plus, minus = patch.losses(inputs, loss_fn, SEED)
+    plus, minus = patch.losses(inputs, loss_of, SEED)
     assert torch.equal(sparse.values, values) and sparse.visible is sparse.values
     ones = [torch.ones_like(values, dtype=torch.bool)]
     want = zo.sparse_mezo_step([values], loss, lambda _: ones, lr=LR, eps=EPS, seed=SEED)
@@ -167,7 +167,7 @@ def test_weights_keep_their_bits_through_100_probes(dtype, device="cpu"):
     before, inputs = bits(model), {key: tensor.to(device) for key, tensor in batch().items()}
     patch = Patch(model, SMALL)
     for step in range(100):
-        plus, minus = patch.losses(inputs, loss_fn, zo.step_seed(0, step))
+        plus, minus = patch.losses(inputs, loss_of, zo.step_seed(0, step))
         assert torch.isfinite(plus) and plus != minus
     patch.remove()
     assert same(before, bits(model))
@@ -177,7 +177,7 @@ def test_probe_and_update_use_the_same_noise_and_mask():
     """An update by a = ε gives the very weights that l⁺ was computed with."""
     model, inputs = build("qwen3").requires_grad_(False), batch()
     patch = Patch(model, SMALL, eps=EPS)
-    plus, _ = patch.losses(inputs, loss_fn, SEED)
+    plus, _ = patch.losses(inputs, loss_of, SEED)
     patch.update(SEED, EPS)
     patch.remove()
     assert loss_of(model, inputs) == plus
@@ -206,7 +206,7 @@ def test_a_weight_that_lies_transposed_moves_like_any_other():
     other.lm_head.weight.data = other.lm_head.weight.data.T.contiguous().T
     for which in (model, other):
         patch = Patch(which, SMALL)
-        patch.losses(batch(), loss_fn, SEED)
+        patch.losses(batch(), loss_of, SEED)
         patch.update(SEED, 0.1)
         patch.remove()
     assert same(bits(model), bits(other))
@@ -236,7 +236,7 @@ def test_noise_does_not_depend_on_the_global_generator():
         torch.manual_seed(reseed)
         state = torch.get_rng_state()
         patch = Patch(model, SMALL)
-        losses.append(patch.losses(batch(), loss_fn, SEED))
+        losses.append(patch.losses(batch(), loss_of, SEED))
         patch.update(SEED, 0.01)
         assert torch.equal(torch.get_rng_state(), state)
     assert losses[0] == losses[1]
@@ -245,7 +245,7 @@ def test_noise_does_not_depend_on_the_global_generator():
 def test_fused_probes_equal_eager_ones():
     """One compiled loop for noise, mask and add differs from the lines as written by rounding."""
     patches = [Patch(build("llama-tied"), SMALL, fused=fused) for fused in (False, True)]
-    eager, fused = (torch.stack(patch.losses(batch(), loss_fn, SEED)) for patch in patches)
+    eager, fused = (torch.stack(patch.losses(batch(), loss_of, SEED)) for patch in patches)
     torch.testing.assert_close(fused, eager, rtol=1e-6, atol=0)
 
 
@@ -399,7 +399,7 @@ def test_copies_do_not_pile_up(name):
 
     for module in model.modules():
         module.register_forward_hook(count)
-    patch.losses(batch(), loss_fn, SEED)
+    patch.losses(batch(), loss_of, SEED)
     assert 0 < max(sizes) <= 2 * max(layers)
 
 
@@ -412,18 +412,18 @@ def test_an_exception_inside_a_probe_leaves_an_ordinary_model(error):
     model, inputs = build("llama"), batch()
     plain = loss_of(model, inputs)
     patch = Patch(model, SMALL)
-    want = patch.losses(inputs, loss_fn, SEED)
+    want = patch.losses(inputs, loss_of, SEED)
 
-    def fails(logits):
+    def fails(model, batch):
         raise error
 
-    hook = model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: fails(0))
-    for loss in (loss_fn, fails):  # in the middle of forward, and after it
+    hook = model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: fails(0, 0))
+    for loss in (loss_of, fails):  # in the middle of forward, and after it
         with pytest.raises(error):
             patch.losses(inputs, loss, SEED)
         hook.remove()
         assert loss_of(model, inputs) == plain
-    assert patch.losses(inputs, loss_fn, SEED) == want
+    assert patch.losses(inputs, loss_of, SEED) == want
 
 
 def test_remove_gives_an_ordinary_model_back(tmp_path):
@@ -477,7 +477,7 @@ def test_the_modes_and_models_that_cannot_be_patched_are_refused():
             Patch(model, second)
     model.train()
     with pytest.raises(AssertionError, match="training mode"):
-        patch.losses(batch(), loss_fn, SEED)
+        patch.losses(batch(), loss_of, SEED)
     split = build("llama")
     dense_sparse(split, 4)
     with pytest.raises(ValueError, match="patched or split already"):
@@ -498,10 +498,10 @@ def test_weights_that_cannot_move_are_refused_by_name():
     model.spare = nn.Linear(3, 3)
     patch = Patch(model.eval(), masks.Everything())
     with pytest.raises(ValueError, match=r"no forward reads spare\.weight \(2 such"):
-        patch.losses(batch(), loss_fn, SEED)
+        patch.losses(batch(), loss_of, SEED)
     patch.remove()
     patch = Patch(model, masks.Everything(), select="^(?!spare)")
-    patch.losses(batch(), loss_fn, SEED)
+    patch.losses(batch(), loss_of, SEED)
 
 
 def test_numbers_that_cannot_be_meant_never_reach_the_weights():
@@ -513,7 +513,7 @@ def test_numbers_that_cannot_be_meant_never_reach_the_weights():
             patch.update(SEED, a)
     for seed in (-1, 1 << 63):
         with pytest.raises(AssertionError, match="does not fit"):
-            patch.losses(batch(), loss_fn, seed)
+            patch.losses(batch(), loss_of, seed)
     patch.remove()
     assert same(before, bits(model))
 
@@ -614,7 +614,7 @@ def test_on_a_gpu_a_probe_needs_one_layer_more():
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     patch = Patch(model, SMALL)
     peaks = []
-    for step in (lambda: loss_of(model, inputs), lambda: patch.losses(inputs, loss_fn, SEED)):
+    for step in (lambda: loss_of(model, inputs), lambda: patch.losses(inputs, loss_of, SEED)):
         step()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -634,7 +634,7 @@ def test_on_a_gpu_fused_equals_eager(rule, dtype, rounding):
     for model, fused in zip(models, (False, True), strict=True):
         before = bits(model)
         patch = Patch(model, RULES[rule], eps=EPS, rounding=rounding, fused=fused)
-        losses.append(torch.stack(patch.losses(inputs, loss_fn, SEED)))
+        losses.append(torch.stack(patch.losses(inputs, loss_of, SEED)))
         assert all(torch.equal(w.held[0], before[w.name]) for w in patch.weights)
         patch.update(SEED, 0.01)
         patch.remove()
@@ -657,7 +657,7 @@ def test_on_a_gpu_q_is_the_literal_step_on_k_values(four):
     for name in index:
         sparse.split(model, name)
     patch, start = Patch(model, sparse, eps=EPS), sparse.values.clone()
-    plus, minus = patch.losses(inputs, loss_fn, SEED)
+    plus, minus = patch.losses(inputs, loss_of, SEED)
     z = zo.gaussian(SEED, 0, start.shape, device="cuda")
     for loss, a in ((plus, EPS), (minus, -EPS)):
         sparse.values.copy_(start + a * z)

@@ -220,7 +220,7 @@ def test_a_model_in_codebooks_is_one_of_its_decoded_weights(name, dtype):
     patches = [Patch(model, sparse, eps=EPS), Patch(plain, other, eps=EPS)]
     assert str(patches[0]).endswith(f"the rest of these is in 4-bit k-means ({len(index)})")
     assert patches[0].total == patches[1].total
-    losses = [patch.losses(inputs, loss_fn, SEED) for patch in patches]
+    losses = [patch.losses(inputs, loss_of, SEED) for patch in patches]
     assert losses[0] == losses[1]
     for patch in patches:
         patch.update(SEED, 0.1)
@@ -340,7 +340,7 @@ def test_loading_splits_matrix_by_matrix(name, tmp_path):
     there = split(whole, 4, index)
     assert torch.equal(here.values, there.values)
     assert loss_of(got, inputs) == loss_of(whole, inputs)
-    losses = [Patch(m, s).losses(inputs, loss_fn, SEED) for m, s in ((got, here), (whole, there))]
+    losses = [Patch(m, s).losses(inputs, loss_of, SEED) for m, s in ((got, here), (whole, there))]
     assert losses[0] == losses[1]
 
 
@@ -385,7 +385,7 @@ def test_join_gives_an_ordinary_model(name, bits, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loss_of(again, inputs) == want
-    Patch(model, masks.Everything()).losses(inputs, loss_fn, SEED)  # it can move otherwise now
+    Patch(model, masks.Everything()).losses(inputs, loss_of, SEED)  # it can move otherwise now
     quant.join(copied)
     assert loss_of(copied, inputs) == want
 
@@ -436,7 +436,7 @@ def test_probes_change_nothing_and_updates_the_values_alone(bits, dtype):
             assert bitwise(plain[name], before[f"{path}.parametrizations.{attribute}.original"])
     patch = Patch(model, sparse, eps=EPS)
     for step in range(30):
-        plus, minus = patch.losses(inputs, loss_fn, zo.step_seed(1, step))
+        plus, minus = patch.losses(inputs, loss_of, zo.step_seed(1, step))
         assert torch.isfinite(plus) and plus != minus
     assert bitwise(start, sparse.values)
     for step in range(10):
@@ -486,13 +486,13 @@ def test_an_exception_inside_a_probe_leaves_the_values(bits):
     """The layers read `values` again when the model has failed in the middle."""
     model, inputs = build("llama"), batch()
     patch = Patch(model, split(model, bits), eps=EPS)
-    plain, want = loss_of(model, inputs), patch.losses(inputs, loss_fn, SEED)
+    plain, want = loss_of(model, inputs), patch.losses(inputs, loss_of, SEED)
     hook = model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        patch.losses(inputs, loss_fn, SEED)
+        patch.losses(inputs, loss_of, SEED)
     hook.remove()
     assert loss_of(model, inputs) == plain
-    assert patch.losses(inputs, loss_fn, SEED) == want
+    assert patch.losses(inputs, loss_of, SEED) == want
 
 
 def test_a_matrix_that_no_forward_reads_is_named():
@@ -501,4 +501,4 @@ def test_a_matrix_that_no_forward_reads_is_named():
     model.spare = nn.Linear(64, 4).eval()
     sparse = split(model, 4, {"spare.weight": torch.tensor([5]), **index_of(model)})
     with pytest.raises(ValueError, match=r"no forward reads spare\.weight \(1 such"):
-        Patch(model, sparse).losses(batch(), loss_fn, SEED)
+        Patch(model, sparse).losses(batch(), loss_of, SEED)
