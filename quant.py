@@ -32,8 +32,8 @@ How it works
 
 What differs from the paper
     NF4 is the default: it needs no fitting and has kernels for CPU and CUDA. k-means has the lower
-    error where F differs much within a row, as it does. Were all F equal and the weights normal,
-    scales would win: a squared error of 0.0085 of the weights' own, to 0.0095 with k-means.
+    Σ F (w − level)² where F differs much within a row, as in 192 of SmolLM2-135M's 210 matrices.
+    Were all F equal and the weights normal, scales would win: 0.0085 of Σ w², to 0.0095.
 
 What it costs
     0.5159 bytes per weight: 4-bit codes, an 8-bit scale per block, an fp32 number for every 256 of

@@ -190,7 +190,7 @@ def models_with_scores():
 
 
 def test_kmeans_has_no_more_weighted_error_than_nf4():
-    """Σ F (w − ŵ)² with squared gradients, over the places that stand still, in every matrix."""
+    """Σ F (w − ŵ)² of what stands still is no more than NF4's, in every matrix of six models."""
     for model, losses in models_with_scores():
         scores = masks.fisher(model, losses)
         index = masks.sensitive(scores, 0.01)
