@@ -50,7 +50,7 @@ class MaskedWeight(nn.Module):
         self.patch, self.name, self.number = patch, name, stream
         self.layer = name.rpartition(".")[0]  # of a tied weight, its first
         self.held = (parameter,)  # in a tuple: it is registered already, under `original`
-        self.stream = zo.word(stream, parameter.device)
+        self.stream = zo.word(stream)
         self.was_read = False
         self.prepare()
 
@@ -175,7 +175,7 @@ class Patch:
     def probe(self, seed: int, a: float):
         """Inside it the model computes at θ + a m⊙z. Afterwards at θ, whatever happened."""
         assert not self.model.training, "the model was put into training mode after patching"
-        self.shift = zo.Shift.of(a, seed, self.device)
+        self.shift = zo.Shift.of(a, seed)
         if self.sparse:
             self.sparse.visible = self._shifted_values()
         try:
@@ -212,7 +212,7 @@ class Patch:
         `seed` is the probes' own. Computed in fp32 and rounded once, to θ's dtype.
         """
         assert abs(a) < float("inf"), f"an update of {a} leaves no weight finite; skip the step"
-        shift = zo.Shift.of(a, seed, self.device)
+        shift = zo.Shift.of(a, seed)
         if self.sparse:
             self._shifted_values(shift, out=self.sparse.values)
         for weight in self.weights:
@@ -222,7 +222,7 @@ class Patch:
         """[Q]: values + a z, all of them, one stream."""
         values, everything = self.sparse.values, masks.Everything()
         return zo.apply(
-            values, shift or self.shift, zo.word(0, self.device), everything.mask,
+            values, shift or self.shift, zo.word(0), everything.mask,
             everything.prepare(values, 0), out=out, fused=self.fused,
         )  # fmt: skip
 

@@ -135,24 +135,32 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ).
 
     The radius takes 31 bits of word 0. The angle inside a quadrant takes 30 bits of word 1, and its
-    two upper bits are the signs. Logarithm, cosine and sine are written out as series, to 2e-7: the
-    loop is a fifth faster than with the library's functions, which serve all arguments.
+    two upper bits are the signs. Logarithm, cosine and sine are polynomials, to 2e-7: the library's
+    functions serve all arguments, and cost more. Each is the closest of its degree (minimax). So
+    its coefficients are nearly those of the Taylor series, which would need more of them.
     """
-    radius = (-2.0 * log(((word0 & 0x7FFFFFFF).float() + 0.5) * 2.0**-31)) ** 0.5
-    angle = ((word1 & 0x3FFFFFFF).float() + 0.5) * (math.pi / 2 * 2.0**-30)  # (0, π/2]
+    unit = math.radians(90) * 2.0**-30  # Dynamo takes math.pi for an input, in fp64
+    x = minus_two_log((word0 & 0x7FFFFFFF).float() * 2.0**-31 + 2.0**-32)  # of u in (0, 1]
+    radius = x * x.rsqrt()  # √x: on a GPU one instruction, where √ rounded right takes a dozen
+    angle = (word1 & 0x3FFFFFFF).float() * unit + unit / 2  # (0, π/2]
     square = angle * angle
-    cosine = horner(square, [(-1) ** n / math.factorial(2 * n) for n in range(7)])
-    sine = angle * horner(square, [(-1) ** n / math.factorial(2 * n + 1) for n in range(6)])
+    cosine = horner(square, [1.0, -0.5, 0.041666638, -0.0013888362, 2.4760160e-5, -2.6051481e-7])
+    sine = angle * horner(square, [1.0, -0.16666648, 0.0083328998, -1.9800897e-4, 2.5904867e-6])
     return radius * signed(cosine, word1), radius * signed(sine, word1 << 1)
 
 
-def log(u: Tensor) -> Tensor:
-    """log u of fp32 numbers above 0: u = 2ᵉ m, and log m = 2 artanh((m − 1) / (m + 1))."""
+def minus_two_log(u: Tensor) -> Tensor:
+    """−2 log u of fp32 numbers in (0, 1]: u = 2ᵉ m, and log m is a polynomial in m − 1.
+
+    It is above 0: at u = 1 it is 2e-30, so that x / √x is no 0 / 0.
+    """
     bits = u.view(torch.int32)
-    exponent = (bits - 0x3F3504F3) >> 23  # so that m is between √½ and √2
-    m = (bits - (exponent << 23)).view(torch.float32)
-    t = (m - 1) / (m + 1)
-    return exponent.float() * math.log(2) + 2 * t * horner(t * t, [1, 1 / 3, 1 / 5, 1 / 7, 1 / 9])
+    exponent = bits - 0x3F3504F3 & -(1 << 23)  # e · 2²³, so that m is between √½ and √2
+    m = (bits - exponent).view(torch.float32)
+    log_m = [-1e-30, 0.99999982, -0.50000668, 0.33336183, -0.24959342, 0.19873036, -0.17333479,
+             0.16420068, -0.10102291]  # fmt: skip
+    two_log_2 = 2 * math.log(2) * 2.0**-23
+    return horner(m - 1, [-2 * c for c in log_m]) - exponent.float() * two_log_2
 
 
 def horner(x: Tensor, coefficients: list[float]) -> Tensor:
@@ -169,31 +177,34 @@ def signed(x: Tensor, word: Tensor) -> Tensor:
     return (x.view(torch.int32) ^ (word & -(1 << 31))).view(torch.float32)
 
 
-def word(number: int, device="cpu") -> Tensor:
-    """The low 32 bits of a number, as a 0-dim int32 tensor. It is filled where it is used."""
+def word(number: int) -> Tensor:
+    """The low 32 bits of a number, as a 0-dim int32 tensor.
+
+    It is on the CPU, also where θ is on a GPU. The kernel gets it as an argument. Made on the GPU
+    it would cost a launch, and every read of it a load.
+    """
     signed = (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
-    return torch.full((), signed, dtype=torch.int32, device=device)
+    return torch.full((), signed, dtype=torch.int32)
 
 
 class Shift(NamedTuple):
-    """How far, and along which z: `a` and the seed as tensors, so that no value is compiled in."""
+    """How far, and along which z: on the CPU, as tensors, so that no value is compiled in."""
 
     a: Tensor  # 0-dim fp32
     key0: Tensor  # 0-dim int32: the run's seed
     key1: Tensor  # 0-dim int32: the step
 
     @classmethod
-    def of(cls, a: float, seed: int, device) -> "Shift":
+    def of(cls, a: float, seed: int) -> "Shift":
         assert 0 <= seed < MAX_RUN_SEED << 32, f"seed {seed} does not fit: use step_seed"
-        a = torch.full((), a, dtype=torch.float32, device=device)
-        return cls(a, word(seed >> 32, device), word(seed, device))
+        return cls(torch.full((), a, dtype=torch.float32), word(seed >> 32), word(seed))
 
 
 def gaussian(seed: int, stream: int, shape, *, device="cpu") -> Tensor:
     """The noise z of one tensor, fp32 of `shape`: a pure function of (seed, stream, shape)."""
-    n, shift = math.prod(shape), Shift.of(0.0, seed, device)
+    n, shift = math.prod(shape), Shift.of(0.0, seed)
     draw = torch.arange((n + 1) // 2, dtype=torch.int32, device=device)
-    words = threefry(draw, word(stream, device), shift.key0, shift.key1)
+    words = threefry(draw, word(stream), shift.key0, shift.key1)
     cosine, sine = normal_pair(*words)
     return torch.cat([cosine, sine[: n // 2]]).view(shape)
 
@@ -227,6 +238,8 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     `outs` and `thetas` are pairs. The second of a pair begins `half` elements after the first.
     Both numbers are words: Triton would take Python's for 64 bits, and all that follows from them.
     """
+    if thetas[0].numel() % 16 == 0:
+        pass  # the compiler makes a loop for either answer: a GPU moves 16 bytes at a time in this
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):
@@ -246,6 +259,7 @@ _fused = torch.compile(
     fullgraph=True,
     options={
         "triton.autotune_pointwise": False,  # its trials would copy what is written
+        "assume_aligned_inputs": True,  # those that are not are copied for the call
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
         "cpp.dynamic_threads": True,  # a kernel first compiled for a small tensor is not serial
         # torch 2.13 keeps compiled loops on disk and forgets for which vectors: a loop for AVX-512
@@ -263,7 +277,7 @@ def apply(
 ) -> Tensor:  # fmt: skip
     """θ + a·m⊙z of a whole contiguous tensor, in its dtype: `out`, which may be θ, or a new tensor.
 
-    `stream`: `word(number)` on θ's device. `mask(theta, element, state)`: a rule of masks.py.
+    `stream`: `word(number)`. `mask(theta, element, state)`: a rule of masks.py.
     `fused`: one compiled loop, as fast as memory allows. Otherwise the same lines run in chunks,
     ten times slower. The two agree to the last bit or two of z.
     """
@@ -272,13 +286,13 @@ def apply(
     n, half = flat.numel(), (flat.numel() + 1) // 2
     in_place = into.data_ptr() == flat.data_ptr()
     assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
-    fused = fused and n % 2 == 0
-    step, kernel = (half, _fused) if fused else (CHUNK, _apply)
+    step = max(1, n // 2) if fused else CHUNK
     for start in range(0, half, step):
         ends = [(start, min(start + step, half)), (half + start, min(half + start + step, n))]
         thetas = [flat[a:b].data for a, b in ends]
         # in place the very same objects: of two that overlap the compiler makes a base, or fails
         outs = thetas if in_place else [into[a:b].data for a, b in ends]
-        first, apart = word(start, theta.device), word(half, theta.device)
-        kernel(outs, thetas, first, apart, shift, stream, mask, state, stochastic)
+        # of an odd number the element in the middle has no partner, and no loop of its own
+        kernel = _fused if fused and thetas[0].shape == thetas[1].shape else _apply
+        kernel(outs, thetas, word(start), word(half), shift, stream, mask, state, stochastic)
     return result

@@ -319,9 +319,8 @@ def compiles(setting: str, weights: int, device: str) -> bool:
     if setting == "no" or setting == "auto" and device == "cpu" and weights < 10e6:
         return False
     theta, everything = torch.zeros(256, device=device), masks.Everything()
-    shift = zo.Shift.of(0.0, 0, device)
     try:
-        zo.apply(theta, shift, zo.word(0, device), everything.mask, theta[:0], fused=True)
+        zo.apply(theta, zo.Shift.of(0.0, 0), zo.word(0), everything.mask, theta[:0], fused=True)
         return True
     except torch.OutOfMemoryError:
         raise

@@ -26,7 +26,7 @@ from model_patch import Patch
 def slope(patch: Patch, gradients: dict, seed: int) -> float:
     """⟨∇L, m⊙z⟩ in fp64, with the mask and the noise of a probe."""
     total, everything = 0.0, masks.Everything()
-    shift = zo.Shift.of(1.0, seed, patch.device)
+    shift = zo.Shift.of(1.0, seed)
     for weight in patch.weights:
         theta, gradient = weight.held[0].detach(), gradients[weight.name]
         element = torch.arange(theta.numel(), dtype=torch.int32, device=theta.device)

@@ -79,7 +79,8 @@ def test_logarithm_and_angles_are_right_to_3e_7():
     """The series of log, cos and sin equal float64 libraries over all of their arguments."""
     u = torch.cat([2.0 ** -torch.linspace(0, 32, 1_000_001), 1 - torch.arange(1, 999) * 2.0**-24])
     exact = u.double().log()
-    assert ((zo.log(u) - exact).abs() <= 3e-7 * exact.abs().clamp(min=1)).all()
+    error = (zo.minus_two_log(u) / -2 - exact).abs()
+    assert (error <= 2e-7 * exact.abs().clamp(min=1)).all()
     number = torch.arange(0, 1 << 30, 1021, dtype=torch.int32)  # of the angle, between the signs
     middle = torch.full_like(number, 0x1B4E81B4)  # 2⁻¹·⁵⁵…, where r is about 1
     angle = (number.double() + 0.5) * (math.pi / 2 / 2**30)
@@ -250,7 +251,7 @@ def small_thirds(theta, element, state):
 
 def move(theta, a=1.0, seed=LAST, mask=small_thirds, **how):
     h, stream = torch.tensor(0.5, dtype=theta.dtype), zo.word(zo.MASK_STREAM - 1)
-    return zo.apply(theta, zo.Shift.of(a, seed, "cpu"), stream, mask, h, **how)
+    return zo.apply(theta, zo.Shift.of(a, seed), stream, mask, h, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
@@ -283,7 +284,7 @@ def test_a_loop_compiled_for_few_weights_runs_on_all_threads():
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_the_fused_loop_is_the_eager_one(dtype):
     """Only z's last bits differ, in vectors and what is left of them, and after rounding."""
-    for n in (30, 1000, 8198, 4 * zo.CHUNK + 6):
+    for n in (1, 3, 30, 1024, 8199, 4 * zo.CHUNK + 6):
         theta = weight(n, dtype)
         want, got = (move(theta, stochastic=True, fused=fused) for fused in (False, True))
         close = dict(rtol=3e-7, atol=6e-7)
@@ -295,8 +296,6 @@ def test_the_fused_loop_is_the_eager_one(dtype):
         assert torch.equal(got[still], theta[still])
         move(theta, stochastic=True, fused=True, out=theta)
         assert torch.equal(theta, got)
-    theta = weight(8199, dtype)  # an odd number is for the eager loop
-    assert torch.equal(move(theta, fused=True), move(theta))
 
 
 # ------------------------------------------------------------------ stochastic rounding
