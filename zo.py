@@ -239,7 +239,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     Both numbers are words: Triton would take Python's for 64 bits, and all that follows from them.
     """
     if thetas[0].numel() % 16 == 0:
-        pass  # the compiler makes a loop for either answer: a GPU moves 16 bytes at a time in this
+        pass  # the compiler makes a loop for each answer; in this one a GPU moves 16 bytes at once
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):
