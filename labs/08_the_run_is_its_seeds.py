@@ -2,14 +2,13 @@
 
 A step of zeroth-order training is θ ← θ + a m ⊙ z, with a = −η · proj_grad ([S] Algorithm 1, last
 loop). z follows from the seed, and m follows from θ. So two numbers are the whole step, and a list
-of them is the whole run. This lab trains a small model, keeps (seed, a) of every step, and deletes
-the weights. Write `rebuild`. It makes the trained weights from the first ones and the log. They
-must be the same to the bit.
+of them is the whole run. This lab trains a small model and keeps (seed, a) of every step. Write
+`rebuild`. It makes the trained weights from the first ones and the log, to the bit.
 
-The second half has two workers. Each has its own part of a batch, 5 examples and 3. They can take
-the same step if they know the same two losses. Each sends three numbers of 8 bytes: the sum of its
-examples' l⁺, the sum of their l⁻, and how many they are. Write `common`: what a worker makes of all
-the messages. So far each worker believes its own message, which comes first.
+The second half has two workers. Each has its own part of a batch. They take the same step if they
+know the same two losses, those of the whole batch. Each sends three numbers of 8 bytes: the sum of
+its examples' l⁺, the sum of their l⁻, and how many they are. Write `common`: what a worker makes of
+all the messages. So far each worker believes its own message, which comes first.
 """
 
 import lab
@@ -19,7 +18,7 @@ import masks
 import zo
 from model_patch import Patch
 
-STEPS, LR, SHARES = 100, 0.05, (5, 3)
+STEPS, LR = 100, 0.05
 
 
 def rebuild(patch, log):
@@ -48,81 +47,71 @@ def weights(patch):
 
 
 def batch(t):
-    """The t-th batch: 8 texts of 4 words, from the project's noise."""
-    return zo.gaussian(zo.step_seed(8, t), 9, (8, 4)).mul(1000).long() % 16
+    """The t-th batch: 8, 7 or 6 texts of 4 words, from the project's noise."""
+    return zo.gaussian(zo.step_seed(8, t), 9, (8 - t % 3, 4)).mul(1000).long() % 16
 
 
-def message(patch, words, seed):
-    """What a worker sends of its examples: three numbers, float64."""
+def message(patch, seed, words):
+    """What a worker sends of its examples: three numbers."""
     both = patch.losses(words, lab.next_word, seed)
-    return torch.tensor([*both, 1.0]).double() * len(words)
+    return [float(loss) * len(words) for loss in both] + [len(words)]
 
 
-def train():
-    """(weights before, weights after, log, loss of every step) of one worker."""
-    patch, log, losses = patched(), [], []
-    before = weights(patch)
-    for t in range(STEPS):
-        seed, words = zo.step_seed(8, t), batch(t)
-        l_plus, l_minus = patch.losses(words, lab.next_word, seed)
-        log.append((seed, float(-LR * zo.projected_grad(l_plus, l_minus, patch.eps))))
-        patch.update(*log[-1])
-        losses.append(float(l_plus + l_minus) / 2)
-    return before, weights(patch), log, losses
-
-
-def two_workers():
-    """(both workers' weights, largest error of a loss, bytes that a worker sends in a step)."""
-    patches, error = [patched() for _ in SHARES], 0.0
-    for t in range(20):
-        seed, words = zo.step_seed(8, t), batch(t)
-        parts = words.split(SHARES)
-        sent = [message(p, part, seed) for p, part in zip(patches, parts, strict=True)]
-        whole = (message(patches[0], words, seed) / len(words)).tolist()[:2]
-        for i, patch in enumerate(patches):
-            both = common([m.tolist() for m in sent[i:] + sent[:i]])
-            patch.update(seed, float(-LR * zo.projected_grad(*both, patch.eps)))
-            error = max(error, *(abs(a - b) for a, b in zip(both, whole, strict=True)))
-    return [weights(patch) for patch in patches], error, sent[0].nbytes
+def step(patch, seed, both):
+    """One step, and what the log keeps of it."""
+    a = float(-LR * zo.projected_grad(*both, patch.eps))
+    patch.update(seed, a)
+    return seed, a
 
 
 def measure():
-    before, after, log, losses = train()
-    fresh, path = patched(), []
+    alone, fresh, (one, two), error = patched(), patched(), (patched(), patched()), 0.0
+    path, rebuilt, log = [weights(alone)], [weights(fresh)], []
+    for t in range(STEPS):
+        seed, words = zo.step_seed(8, t), batch(t)
+        sent = [message(one, seed, words[:5]), message(two, seed, words[5:])]
+        both, others = common(sent), common(sent[::-1])
+        *totals, count = message(one, seed, words)
+        error = max(error, *(abs(a - b / count) for a, b in zip(both, totals, strict=True)))
+        step(one, seed, both), step(two, seed, others)
+        *totals, count = message(alone, seed, words)
+        log.append(step(alone, seed, [total / count for total in totals]))
+        path.append(weights(alone))
     update = fresh.update
-    fresh.update = lambda *step: (update(*step), path.append(weights(fresh)))
+    fresh.update = lambda *pair: (update(*pair), rebuilt.append(weights(fresh)))
     rebuild(fresh, log)
-    return before, after, log, losses, path, weights(fresh), *two_workers()
+    return log, path, rebuilt, weights(one) - weights(two), error
 
 
 def numbers(found):
-    before, after, log, _, _, rebuilt, (one, two), error, sent = found
-    text = "".join(f"{seed},{a!r}\n" for seed, a in log)
-    distance = lambda a, b: float((a - b).norm() / (after - before).norm())  # noqa: E731
-    replay = "Go through the log from its first step, and make each step's update."
+    log, path, rebuilt, apart, error = found
+    replay = f"`rebuild` has made {len(rebuilt) - 1} updates, and the log has {STEPS}."
+    if len(rebuilt) == len(path):
+        right = sum(map(torch.equal, rebuilt, path)) - 1
+        replay = f"The first {right} updates are right. Each takes its own seed and a, in order."
     agree = "The workers' losses differ, so they part. Each must add up all messages, not its own."
     whole = "The workers agree, but not on the whole batch. Divide the sums by the sum of counts."
     return [
-        lab.near("weights that differ from the trained ones", int((rebuilt != after).sum()), 0, 0,
-                 replay),
-        lab.fact("bytes of log for one step", len(text) / STEPS),
-        lab.near("distance between the workers, of the way trained", distance(one, two), 0, 1e-6,
-                 agree),
+        lab.near("weights that differ from the trained ones",
+                 int((rebuilt[-1] != path[-1]).sum()), 0, 0, replay),
+        lab.fact("bytes of log for one step", sum(len(f"{s},{a!r}\n") for s, a in log) / STEPS),
+        lab.near("workers' distance, of the trained run's length",
+                 float(apart.norm() / (path[-1] - path[0]).norm()), 0, 1e-6, agree),
         lab.near("error of a loss, beside the whole batch's", error, 0, 1e-5, whole),
-        lab.fact("bytes that a worker sends in a step", sent),
+        lab.fact("bytes that a worker sends in a step", 3 * 8),
     ]  # fmt: skip
 
 
 def picture(found, figure):
-    before, after, log, losses, path, *_, sent = found
+    _, path, rebuilt, *_ = found
     left, right = figure.subplots(1, 2)
-    left.plot(losses, label="loss", lw=0.8)
-    far = [float((w - after).norm() / (before - after).norm()) for w in [before, *path]]
-    left.plot(far, "--", label="rebuilt weights: distance still to go")
-    left.set(xlabel="step", title=f"{len(path)} steps rebuilt")
+    for name, run, how in (("trained", path, {"color": "0.8", "lw": 5}), ("rebuilt", rebuilt, {})):
+        far = [float((w - path[-1]).norm() / (path[0] - path[-1]).norm()) for w in run]
+        left.plot(far, label=name, **how)
+    left.set(xlabel="step", ylabel="distance to the trained weights", ylim=(0, None))
     left.legend()
     sizes = {"weights of 7B,\n16 bits": 13.5e9, "log of\n20,000 steps": 20_000 * 40,
-             "gradients,\none step": 13.5e9, "a worker,\none step": sent}  # fmt: skip
+             "gradients,\none step": 13.5e9, "a worker,\none step": 3 * 8}  # fmt: skip
     right.bar(list(sizes), list(sizes.values()), color=["0.3", "0.7", "0.3", "0.7"], log=True)
     right.set(ylabel="bytes")
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 IMPORTED_ONCE = ["torch", "transformers.models.llama.modeling_llama", "hypothesis", "pytest"]
 
+CURVE = "a loss curve shows it"  # and so labs/09_find_the_bug.py may draw it
 LAST_LINE = "perturb_parameters(theta, -lr * g, seed, masks)"
 PROBES = """        losses = []
         for a in (+self.eps, -self.eps):
@@ -38,50 +39,50 @@ IN_PLACE = """        losses = []
 """
 
 # fmt: off
-MUTANTS = [  # (what a student writes, module, old, new, the test that turns red)
+MUTANTS = [  # (what a student writes, module, old, new, the test that turns red, CURVE or nothing)
     # ------------------------------------------------------------ Algorithms 1 and 2, the noise
     ("the update goes uphill", "zo",
      LAST_LINE, "perturb_parameters(theta, lr * g, seed, masks)",
-     "test_zo::test_a_step_goes_downhill"),
+     "test_zo::test_a_step_goes_downhill", CURVE),
     ("noise redrawn for the update", "zo",
      LAST_LINE, "perturb_parameters(theta, -lr * g, seed + 1, masks)",
-     "test_theorems::test_algorithm_1_is_its_parts"),
+     "test_theorems::test_algorithm_1_is_its_parts", CURVE),
     ("the update forgets the mask", "zo",
      LAST_LINE, "perturb_parameters(theta, -lr * g, seed, [m | True for m in masks])",
-     "test_theorems::test_algorithm_1_is_its_parts"),
+     "test_theorems::test_algorithm_1_is_its_parts", CURVE),
     ("mask of the second probe from θ + ε ẑ", "zo",
      "perturb_parameters(theta, -2 * eps, seed, masks)",
      "perturb_parameters(theta, -2 * eps, seed, get_masks(theta))",
-     "test_zo::test_the_masks_are_taken_once_from_unperturbed_weights"),
+     "test_zo::test_the_masks_are_taken_once_from_unperturbed_weights", CURVE),
     ("mask of the update from θ after the probes", "zo",
      LAST_LINE, "perturb_parameters(theta, -lr * g, seed, get_masks(theta))",
      "test_zo::test_the_masks_are_taken_once_from_unperturbed_weights"),
     ("−2ε written as −ε", "zo",
      "perturb_parameters(theta, -2 * eps, seed, masks)",
      "perturb_parameters(theta, -eps, seed, masks)",
-     "test_theorems::test_step_is_algorithm_1"),
+     "test_theorems::test_step_is_algorithm_1", CURVE),
     ("θ not restored before the update", "zo",
      "    perturb_parameters(theta, eps, seed, masks)\n    g =", "    g =",
-     "test_theorems::test_step_is_algorithm_1"),
+     "test_theorems::test_step_is_algorithm_1", CURVE),
     ("2ε written as ε in eq. 2", "zo",
      "(loss_plus - loss_minus) / (2 * eps)", "(loss_plus - loss_minus) / eps",
-     "test_theorems::test_two_points_see_the_slope"),
+     "test_theorems::test_two_points_see_the_slope", CURVE),
     ("l⁻ − l⁺ in eq. 2", "zo",
      "(loss_plus - loss_minus) / (2 * eps)", "(loss_minus - loss_plus) / (2 * eps)",
-     "test_theorems::test_lemma_1"),
+     "test_theorems::test_lemma_1", CURVE),
     ("probes forget the mask: d directions, not k", "zo",
      "a * (mask * z.to(wide))", "a * z.to(wide)",
-     "test_theorems::test_second_moment"),
+     "test_theorems::test_second_moment", CURVE),
     ("one noise stream for all tensors", "zo",
      "z_i = gaussian(seed, stream, ", "z_i = gaussian(seed, 0, ",
-     "test_theorems::test_algorithm_2_adds_its_own_noise_to_every_tensor"),
+     "test_theorems::test_algorithm_2_adds_its_own_noise_to_every_tensor", CURVE),
     ("noise from the global generator", "zo",
      "z_i = gaussian(seed, stream, theta_i.shape, device=theta_i.device)",
      "z_i = torch.randn(theta_i.shape, device=theta_i.device)",
-     "test_theorems::test_algorithm_2_adds_its_own_noise_to_every_tensor"),
+     "test_theorems::test_algorithm_2_adds_its_own_noise_to_every_tensor", CURVE),
     ("Box-Muller without its 2", "zo",
      "radius = x * x.rsqrt()", "radius = (x / 2) * (x / 2).rsqrt()",
-     "test_theorems::test_lemma_1"),
+     "test_theorems::test_lemma_1", CURVE),
     ("a rotation by one too few", "zo",
      "turn = ROTATIONS[i % 8]", "turn = ROTATIONS[i % 8] - 1",
      "test_zo::test_threefry_gives_random123s_known_answers"),
@@ -117,16 +118,16 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     # ------------------------------------------------------------ Algorithm 3, the masks
     ("θ ≤ h, the absolute value forgotten", "masks",
      "return theta.abs() <= h", "return theta <= h",
-     "test_theorems::test_algorithm_3_selects_the_smallest"),
+     "test_theorems::test_algorithm_3_selects_the_smallest", CURVE),
     ("sparsity read as density", "masks",
      "round(check_density(density) * magnitude.numel())",
      "round((1 - check_density(density)) * magnitude.numel())",
-     "test_masks::test_small_weights_move_not_large_ones"),
+     "test_masks::test_small_weights_move_not_large_ones", CURVE),
     ("random mask: a normal draw below the density", "masks",
      "return zo.threefry(element, stream, seed, stream)[0] < bound",
      "z = zo.normal_pair(*zo.threefry(element, stream, seed, stream))[0]\n"
      "        return z < (bound + 2**31) / 2**32",
-     "test_masks::test_the_random_mask_has_the_density_asked_for"),
+     "test_masks::test_the_random_mask_has_the_density_asked_for", CURVE),
     ("packed mask: bits in the other order", "masks",
      "(state[element >> 3] >> (element & 7) & 1)",
      "(state[element >> 3] >> (7 - (element & 7)) & 1)",
@@ -140,7 +141,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "test_model_patch::test_weights_keep_their_bits_through_100_probes"),
     ("both probes at θ + ε ẑ", "model_patch",
      "for a in (+self.eps, -self.eps):", "for a in (+self.eps, +self.eps):",
-     "test_model_patch::test_a_step_equals_the_literal_algorithm_1"),
+     "test_model_patch::test_a_step_equals_the_literal_algorithm_1", CURVE),
     ("tied head perturbed once", "model_patch",
      "                if p in found:\n",
      '                if p in found and module is not getattr(self.model, "lm_head", None):\n',
@@ -148,11 +149,11 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     ("one noise stream for equal shapes", "model_patch",
      "self.stream = zo.word(stream)",
      "self.stream = zo.word(parameter.numel() % 1000)",
-     "test_model_patch::test_a_step_equals_the_literal_algorithm_1"),
+     "test_model_patch::test_a_step_equals_the_literal_algorithm_1", CURVE),
     ("noise redrawn for the update", "model_patch",
      "        shift = zo.Shift.of(a, seed)\n        if self",
      "        shift = zo.Shift.of(a, seed + 1)\n        if self",
-     "test_model_patch::test_probe_and_update_use_the_same_noise_and_mask"),
+     "test_model_patch::test_probe_and_update_use_the_same_noise_and_mask", CURVE),
     ("dropout left on", "model_patch",
      "if any(module.training for module in model.modules()):", "if False:",
      "test_model_patch::test_the_modes_and_models_that_cannot_be_patched_are_refused"),
@@ -171,7 +172,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "test_masks::test_groups_by_magnitude_share_out_the_weights"),
     ("scratch handed out while somebody holds it", "model_patch",
      "if fits and holders(buffer) == alone:", "if fits:",
-     "test_model_patch::test_weights_that_are_alive_at_once_share_no_memory"),
+     "test_model_patch::test_weights_that_are_alive_at_once_share_no_memory", CURVE),
     ("a copy of the layer before kept for this one", "model_patch",
      "if self.layer != patch.reading:", "if False:",
      "test_model_patch::test_copies_do_not_pile_up"),
@@ -282,7 +283,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     ("largest: indices negated, not magnitudes", "masks",
      "name: top(weights[name].abs(), k)",
      "name: (-top(weights[name].abs(), k) % weights[name].numel()).sort().values.int()",
-     "test_masks::test_largest_and_smallest_rank_values_not_places"),
+     "test_masks::test_largest_and_smallest_rank_values_not_places", CURVE),
     ("top-k over all matrices, not per matrix", "masks",
      "    return {name: top(scores[name], k) for name, k in ks.items() if scores[name].any()}",
      "    flat = torch.cat([s.flatten() for s in scores.values()])\n"
@@ -321,7 +322,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "test_quant::test_probes_change_nothing_and_updates_the_values_alone"),
     ("every matrix reads the first one's values", "quant",
      "self.sparse.visible[self.slice]", "self.sparse.visible[: len(self.places)]",
-     "test_model_patch::test_a_step_of_q_equals_the_literal_algorithm_1_on_k_values"),
+     "test_model_patch::test_a_step_of_q_equals_the_literal_algorithm_1_on_k_values", CURVE),
 ]
 # fmt: on
 
@@ -350,7 +351,7 @@ def verdict(mutant, tests) -> str:
         for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
             shutil.copy(path, copy)
         if mutant:
-            _, module, old, new, _ = mutant
+            _, module, old, new, *_ = mutant
             source = copy / f"{module.replace('.', '/')}.py"
             text = source.read_text(encoding="utf-8")
             if text.count(old) != 1:
@@ -369,13 +370,13 @@ def main() -> int:
     context.set_forkserver_preload(IMPORTED_ONCE)
     bad = 0
     with ProcessPoolExecutor(WORKERS, mp_context=context, max_tasks_per_child=1) as pool:
-        original = pool.submit(verdict, None, sorted({m[-1] for m in mutants}))
-        found = [pool.submit(verdict, m, [m[-1]]) for m in mutants]
+        original = pool.submit(verdict, None, sorted({m[4] for m in mutants}))
+        found = [pool.submit(verdict, m, [m[4]]) for m in mutants]
         print(f"{'mutant':<50} {'module':<12} killed by", flush=True)
         for mutant, answer in zip(mutants, found, strict=True):
             survived = answer.result() != "killed"
             bad += survived
-            by = f"{answer.result()} ({mutant[-1]})" if survived else mutant[-1]
+            by = f"{answer.result()} ({mutant[4]})" if survived else mutant[4]
             print(f"{mutant[0]:<50} {mutant[1]:<12} {by}", flush=True)
     if original.result() != "passed":
         print(f"these tests should pass on the source as it is: {original.result()}")

@@ -1,16 +1,13 @@
-"""Lab 6: the quarter with the largest gradients of the task itself."""
+"""Lab 6: in each tensor the hundredth with the largest gradients of the task itself."""
 
 import masks
 
 
-class Yours(masks.Rule):
-    def __init__(self, gradient):
-        super().__init__(density=0.25)
-        self.gradient = gradient
+class Yours(masks.ConstantMask):
+    def __init__(self, gradients):
+        super().__init__(density=0.01)
+        self.gradients = gradients
 
     def prepare(self, weight, stream):
-        return self.gradient.abs() > masks.threshold(self.gradient, 1 - self.density)
-
-    @staticmethod
-    def mask(theta, element, state):
-        return state[element]
+        size = self.gradients[stream].abs()
+        return size > masks.threshold(size, 1 - self.density)

@@ -1,0 +1,89 @@
+"""The race of lab 6: rules of masks.py on the tiny model and RTE, each with three rates."""
+
+import contextlib
+import io
+
+import lab  # noqa: F401  # so that the project's modules are found
+import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import masks
+import tasks
+import zo
+from harness import config, loading
+
+STEPS, SEEDS, RATES, EPS = 40, (1, 3), (30, 100, 300), 1e-3  # RATES are r = η (k + 2)
+
+
+class Tiny:
+    """The tiny model, and its loss of some training examples of RTE."""
+
+    def __init__(self):
+        self.tokenizer, _ = loading.load_tokenizer(config.TINY)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+            self.model = loading.load_model(config.TINY, device="cpu")
+        self.data = tasks.load_examples("rte", data_dir=config.HERE / "tiny/data")
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.gradients = torch.autograd.grad(self.loss(range(16))(), self.model.parameters())
+
+    def loss(self, chosen):
+        """A function of no argument: the loss at the model's weights."""
+        (batch,) = tasks.minibatch(
+            [self.data.train[i] for i in chosen], self.tokenizer, score=self.data.score,
+            micro_batch=len(chosen), max_length=128, device="cpu",
+        )  # fmt: skip
+        inputs = batch.inputs(self.model)
+        return lambda: batch.loss(self.model(**inputs, use_cache=False).logits)
+
+    def sensitive(self):
+        """[Q]'s mask of the tiny model's own text: for each parameter its places, or none."""
+        texts = tasks.read_texts(config.HERE / "tiny/data/c4.jsonl")
+        windows = tasks.text_windows(self.tokenizer, texts, samples=32, length=64, seed=0)
+        index = masks.sensitive_index(self.model, tasks.text_losses(windows), 0.001)
+        return [index.get(name, []) for name in self.names]
+
+    def overlap(self, kind):
+        """The share of each matrix's steepest tenth that is also in the tenth of a `kind`."""
+        weights = masks.decoder_linears(self.model)
+        steep = {n: g.square() for n, g in zip(self.names, self.gradients, strict=True)}
+        steep = masks.sensitive({name: steep[name] for name in weights}, 0.1)
+        return masks.overlap(steep, kind(weights, 0.1))
+
+
+@torch.no_grad()
+def run(tiny, rules):
+    """({name: {r: the loss of every step, a mean over the seeds}}, {name: mask before training}).
+
+    θ is one vector, and so is z, which all rules share.
+    """
+    start = parameters_to_vector(tiny.model.parameters())
+    sizes = [p.numel() for p in tiny.model.parameters()]
+    element = [torch.arange(n, dtype=torch.int32) for n in sizes]
+    states = {
+        name: [rule.prepare(weight, i) for i, weight in enumerate(start.split(sizes))]
+        for name, rule in rules.items()
+    }
+    if [(m.dtype, m.shape) for m in states["yours"]] != [(torch.bool, (n,)) for n in sizes]:
+        raise SystemExit("Not yet. `prepare` must return one boolean for each weight.")
+
+    def mask(name, theta):
+        return torch.cat([*map(rules[name].mask, theta.split(sizes), element, states[name])])
+
+    def loss_at(theta):
+        vector_to_parameters(theta, tiny.model.parameters())
+        return float(loss())
+
+    losses = {name: {r: torch.zeros(STEPS) for r in RATES} for name in rules}
+    for seed in SEEDS:
+        at = {(name, r): start for name in rules for r in RATES}
+        for t in range(STEPS):
+            loss = tiny.loss(tasks.batches(len(tiny.data.train), 8, seed, t))
+            z = zo.gaussian(zo.step_seed(seed, t), 0, start.shape)
+            for (name, r), theta in at.items():
+                m = mask(name, theta)
+                l_plus, l_minus = (loss_at(theta + a * m * z) for a in (EPS, -EPS))
+                g = zo.projected_grad(l_plus, l_minus, EPS)
+                at[name, r] = theta - r / (int(m.sum()) + 2) * g * m * z
+                losses[name][r][t] += (l_plus + l_minus) / 2 / len(SEEDS)
+    vector_to_parameters(start, tiny.model.parameters())
+    return losses, {name: mask(name, start) for name in rules}
