@@ -4,9 +4,10 @@
     python eval.py --model MODEL --task rte --shots 32       in-context, 32 solved examples
     python eval.py --run runs/…                              a run of train.py, at its best step
     python eval.py --run runs/… --step last --save DIR       the same as a Hugging Face checkpoint
+    python eval.py --run runs/… --generate 5                 and how it continues 5 prompts
 
 An example counts as right when the right option has the highest mean log-probability (tasks.py).
-Accuracies come with their standard error, √(p (1 − p) / n), and n.
+Accuracies come with their standard error, √(p (1 − p) / n), and n. Completions have a perplexity.
 
 A run is its log: θ_T follows from the original weights and one (seed, a) per step, with no forward
 pass. The last step is taken again, as train.py does: another model, other data or settings show.
@@ -18,6 +19,8 @@ S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold th
 from pathlib import Path
 
 import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
+import torch
+
 import quant
 import tasks
 import train
@@ -28,27 +31,31 @@ from harness.log import StepLog
 
 
 def evaluate(config: Settings, split: str, shots: int):
-    """(line to print, model, tokenizer) of a model as it is, zero-shot or in-context."""
+    """(line to print, model, tokenizer, examples) of a model as it is, zero-shot or in-context."""
     configs.check(config)
-    data = tasks.load(config)
+    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
+    config.max_length = loading.usable_length(config.max_length, model_config)
+    data = tasks.load(config, tokenizer)
+    config.batch_size = config.batch_size or data.batch_size
     examples = getattr(data, split)
     if not 0 <= shots <= len(data.train):
         raise ValueError(f"--shots {shots}: from 0 to {len(data.train)}, the training examples")
-    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
-    config.max_length = loading.usable_length(config.max_length, model_config)
+    if shots and not isinstance(examples[0].prompt, str):
+        raise ValueError(f"--shots {shots}: texts and conversations have no demonstrations")
     if shots:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"
     vocabulary = loading.vocabulary(model_config)
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary):
+    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.score):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
-    found = train.accuracy(config, model, tokenizer, examples)
-    return f"{config.model}, {how}, {data.source}: {split} accuracy {found}", model, tokenizer
+    found = train.score(config, model, tokenizer, examples)
+    line = f"{config.model}, {how}, {data.source}: {split} {data.metric} {found}"
+    return line, model, tokenizer, examples
 
 
 def evaluate_run(run: Path, step: str, changes: dict, split: str):
-    """(line to print, model, tokenizer) of a run of train.py after its best, last or any step."""
+    """(line to print, model, tokenizer, examples) of a run after its best, last or any step."""
     config = configs.load(run, changes)
     log = StepLog(run)
     after = {"best": log.best_step(), "last": len(log.steps)}.get(step)
@@ -56,12 +63,29 @@ def evaluate_run(run: Path, step: str, changes: dict, split: str):
         if not step.isdecimal() or int(step) > len(log.steps):
             raise ValueError(f"--step {step}: best, last, or 0 … {len(log.steps)}, as logged")
         after = int(step)
-    data = tasks.load(config)
     tokenizer, _ = loading.load_tokenizer(config.model, config.trust_remote_code)
+    data = tasks.load(config, tokenizer)
     model = train.rebuild(config, run, tokenizer, data, log.steps, after)
-    found = train.accuracy(config, model, tokenizer, getattr(data, split))
+    examples = getattr(data, split)
+    found = train.score(config, model, tokenizer, examples)
     which = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
-    return f"{which}, {data.source}: {split} accuracy {found}", model, tokenizer
+    line = f"{which}, {data.source}: {split} {data.metric} {found}"
+    return line, model, tokenizer, examples
+
+
+def show_continuations(model, tokenizer, examples: list, tokens: int = 64) -> None:
+    """Print how the model continues each prompt, of a text its first half, greedily."""
+    longest = loading.usable_length(2048, model.config)
+    for example in examples:
+        ids, length = tasks.encode(tokenizer, example, longest)[example.label]
+        start = len(ids) - length if len(ids) - length > 1 else len(ids) // 2
+        prompt = torch.tensor([ids[:start]], device=model.device)
+        whole = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
+            eos_token_id=tokenizer.eos_token_id, max_new_tokens=min(tokens, longest - start),
+        )[0]  # fmt: skip
+        shown = (tokenizer.decode(part) for part in (ids[:start][-tokens:], whole[start:]))
+        print("...{!r}\n    → {!r}".format(*shown))
 
 
 def main(argv=None) -> None:
@@ -72,23 +96,27 @@ def main(argv=None) -> None:
             "save": (Path, "write a Hugging Face checkpoint into this new folder"),
             "split": (str, "test (default) or validation"),
             "shots": (int, "solved examples before the prompt"),
+            "generate": (int, "show greedy continuations of so many prompts"),
         }
         settings = configs.parse(Settings, __doc__.split("\n")[0], argv, **more)
-        run, step, save, split, shots = (settings.pop(name, None) for name in more)
+        run, step, save, split, shots, generate = (settings.pop(name, None) for name in more)
         split = split or "test"
         if split not in ("test", "validation"):
             raise ValueError(f"--split {split}: test or validation")
         if save is not None and save.exists() and (not save.is_dir() or any(save.iterdir())):
             raise ValueError(f"--save {save} is not empty; choose another name")
+        if generate is not None and generate < 1:
+            raise ValueError(f"--generate {generate}: 1 or more")
         if run is not None and shots:
             raise ValueError("--shots: a run has none; --save it and use --model")
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)  # or it is said before the work
         if run is None:
-            line, model, tokenizer = evaluate(Settings(**settings), split, shots or 0)
+            line, model, tokenizer, examples = evaluate(Settings(**settings), split, shots or 0)
         else:
-            line, model, tokenizer = evaluate_run(run, step or "best", settings, split)
+            line, model, tokenizer, examples = evaluate_run(run, step or "best", settings, split)
         print(line)
+        show_continuations(model, tokenizer, examples[: generate or 0])
         if save is not None:
             quant.join(model)
             model = adapter.merged(model)  # S-MeZO's LoRA; others as they are

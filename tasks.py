@@ -4,16 +4,26 @@
     score_c             mean over t of log p(y_c,t | x, y_c,<t)      `option_scores`  (not the sum)
     classification      −log softmax(score)[label]                   `classification_loss`
     language modelling  −mean over the batch's right tokens, log p   `lm_loss`, COPA and WinoGrande
-    prediction          argmax_c score_c                             `correct`, `count_right`
+    prediction          argmax_c score_c                             `correct`, `tally`
+    perplexity          exp of that loss over all examples           `tally`, where C = 1
     text                −mean over a window's tokens, log p          `text_losses`, for [Q]'s mask
 
     [S]   Sparse-MeZO: appendix B, Table 5 (prompts); 1,000 training and 1,000 test examples
     MeZO  princeton-nlp/MeZO, large_models/{templates,tasks,run,utils}.py, which [S] builds on
+    [Q]   SensZOQ: tables 7 to 9 have ARC to AQuA, and how many examples of each
+    [H]   EleutherAI/lm-evaluation-harness, lm_eval/tasks: their prompts, as [Q]'s are unknown
 
 How it works
     A zeroth-order step needs one number per forward pass, the loss. Here it is made. The model is
     never asked for a class, only how likely each option is after the prompt. `TASKS` has one row
-    per task; a new task is a new row. A task of your own is a JSONL file.
+    per task; a new task is a new row. A task of your own is a file (`load_examples`).
+
+    An example with one option is a completion: of a prompt, of a conversation, or of a text's first
+    token. All else follows from that. Its loss is `lm_loss`, and its score is perplexity.
+
+    A task whose answers are the same in every row is classification. Where rows bring options of
+    their own, it is trained with `lm_loss` on the right one, as MeZO trains COPA. Which loss [Q]
+    takes for the tasks of its tables 7 to 9 is unknown; here they follow that rule.
 
 What differs from MeZO
     BoolQ is SuperGLUE's, whose passages begin with a title that google/boolq's lack. WinoGrande is
@@ -29,6 +39,7 @@ What it costs
     one row per example, half of MeZO's work and the same numbers.
 """
 
+import csv
 import inspect
 import json
 import math
@@ -53,45 +64,53 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Example:
-    """The model reads prompt + options[c]; an option brings the space that precedes it."""
+    """The model reads prompt + options[c]; an option brings the space that precedes it.
 
-    prompt: str
-    options: tuple[str, ...]
+    With ONE option it is a completion, and its score is perplexity: a reply, or a block of text
+    after its first token. Prompt and option may be token ids, where text alone would be ambiguous.
+    """
+
+    prompt: str | tuple[int, ...]
+    options: tuple[str | tuple[int, ...], ...]
     label: int  # index of the right option
 
     def __post_init__(self):
-        "".join([self.prompt, *self.options]).encode()  # ValueError for half an emoji
+        if isinstance(self.prompt, str):
+            "".join([self.prompt, *self.options]).encode()  # ValueError for half an emoji
 
 
 @dataclass(frozen=True)
 class Task:
-    """One line of [S] Table 5, and where its data are."""
+    """One line of [S] Table 5 or of [Q]'s tables, and where its data are."""
 
     name: str
     hub: str  # repository:configuration
     folder: str  # of the official archive
     prompt: str
-    options: tuple[str, ...]
+    options: tuple[str, ...]  # none: each row brings its own
     labels: tuple[str, ...] = ("false", "true")  # of official files; the hub has indices
     rows: Callable[[dict], list[dict]] = lambda row: [row]  # in the prompt's terms
-    files: tuple[str, str] = ("train.jsonl", "val.jsonl")
+    files: tuple[str, ...] = ("train.jsonl", "val.jsonl")  # training, test; validation if apart
+    splits: tuple[str, ...] = ("train", "validation")  # the same on the hub
     classification: bool = True  # False: trained with `lm_loss` on the right option
+    num_train: int = 1000
     num_validation: int = 500
+    batch_size: int = 16
+    sizes: str = ""  # where these numbers are from, if not from [S] and MeZO
 
     def to_examples(self, row: dict) -> list[Example]:
         """The examples of one row, in official or hub form; a MultiRC passage holds many."""
         examples = []
         for r in self.rows(row):
             label = self.labels.index(r["label"]) if r["label"] in self.labels else r["label"]
-            if not isinstance(label, int) or not 0 <= label < len(self.labels):  # -1: unlabelled
-                raise ValueError(f"label {label!r} is neither of {self.labels} nor their index")
-            if isinstance(label, bool) and self.labels != ("false", "true"):
-                raise ValueError(f"label {label!r} is neither of {self.labels} nor their index")
             for name in re.findall(r"{(\w+)}", "".join([self.prompt, *self.options])):
                 if not isinstance(r[name], str):
                     raise ValueError(f"{name} {r[name]!r} is no text")
-            options = tuple(option.format(**r) for option in self.options)
-            examples.append(Example(self.prompt.format(**r), options, int(label)))
+            options = [o.format(**r) for o in self.options] or [" " + o for o in r["options"]]
+            strange = isinstance(label, bool) and self.labels != ("false", "true")
+            if strange or not isinstance(label, int) or not 0 <= label < len(options):  # -1: none
+                raise ValueError(f"label {label!r} is neither of {self.labels} nor their index")
+            examples.append(Example(self.prompt.format(**r), tuple(options), int(label)))
         return examples
 
 
@@ -126,12 +145,58 @@ def _winogrande(row: dict) -> list[dict]:
     return [{**row, "before": before.rstrip(" "), "after": after, "label": row["answer"]}]
 
 
+def _exam(row: dict) -> list[dict]:
+    """ARC and OpenBookQA: official files nest stem and choices, the hub has lists of them."""
+    stem, choices = row.get("question_stem", row.get("question")), row.get("choices")
+    if isinstance(stem, dict):
+        stem, choices = stem["stem"], stem["choices"]
+        choices = {key: [choice[key] for choice in choices] for key in ("text", "label")}
+    right = choices["label"].index(row["answerKey"].strip())
+    return [{"question": stem, "options": choices["text"], "label": right}]
+
+
+def _hellaswag(row: dict) -> list[dict]:
+    def clean(text: str) -> str:  # [H] utils.py: WikiHow's brackets
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    text = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    endings = [clean(ending) for ending in row["endings"]]
+    return [{"text": clean(text), "options": endings, "label": int(row["label"])}]
+
+
+def _mmlu(row: dict) -> list[dict]:
+    texts = dict(zip("ABCD", row["choices"], strict=True)) if "choices" in row else row
+    return [{**texts, "question": row["question"].strip(), "label": row["answer"]}]
+
+
+def _aqua(row: dict) -> list[dict]:
+    options = ["(" + option for option in row["options"]]  # "A)32" to "(A)32", as AGIEval has them
+    label = [option[1] for option in options].index(row["correct"])
+    text = f"{row['question']} Answer Choices: {' '.join(options)}"
+    return [{"text": text, "last": options[-1][1], "options": options, "label": label}]
+
+
 _NO_YES = ("No", "Yes")
 _COMMITS = {  # parquet, no script to run; pinned: a seed means the same examples for good
     "nyu-mll/glue": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
     "aps/super_glue": "3de24cf8022e94f4ee4b9d55a6f539891524d646",
     "allenai/winogrande": "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
+    "Rowan/hellaswag": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+    "baber/piqa": "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",  # [H]'s mirror of a script
+    "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
+    "lighteval/siqa": "54c6a1f8cb6daf4f5abf24a601852612fb35eb25",  # [H]'s mirror of a script
+    "cais/mmlu": "c30699e8356da336a370243923dbaf21066bb9fe",
+    "deepmind/aqua_rat": "33301c6a050c96af81f63cad5562cb5363e88971",
+    "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
+    "allenai/c4": "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+    "open-web-math/open-web-math": "fde8ef8de2300f5e778f56261843dab89f230815",
+    "armanc/scientific_papers": "refs/convert/parquet",  # a script; the hub's copy, not pinned
 }
+# [Q] "Dataset Splits" has 2051/200 for ARC-E and so on. The two are training and validation: their
+# sum is the published training set, for each task but MMLU, which is a part of the auxiliary one.
+_Q = {"num_validation": 200, "sizes": "[Q] appendix, dataset splits"}
+_OWN = {"labels": (), "classification": False, **_Q}  # each row has its own options
 TASKS = {task.name: task for task in (
     Task("sst2", "nyu-mll/glue:sst2", "SST-2", "{sentence} It was", (" terrible", " great"),
          ("0", "1"), lambda row: [{**row, "sentence": row["sentence"].strip()}],
@@ -157,6 +222,35 @@ TASKS = {task.name: task for task in (
     Task("winogrande", "allenai/winogrande:winogrande_xl", "winogrande_1.1", "{before}",
          (" {option1}{after}", " {option2}{after}"), ("1", "2"), _winogrande,
          ("train_xl.jsonl", "dev.jsonl"), classification=False),
+    Task("arce", "allenai/ai2_arc:ARC-Easy", "ARC-V1-Feb2018-2/ARC-Easy",  # [H] arc/arc_easy.yaml
+         "Question: {question}\nAnswer:", (), rows=_exam, splits=("train", "test"),
+         files=("ARC-Easy-Train.jsonl", "ARC-Easy-Test.jsonl"), num_train=2051, **_OWN),
+    Task("arcc", "allenai/ai2_arc:ARC-Challenge", "ARC-V1-Feb2018-2/ARC-Challenge",
+         "Question: {question}\nAnswer:", (), rows=_exam, splits=("train", "test"),
+         files=("ARC-Challenge-Train.jsonl", "ARC-Challenge-Test.jsonl"), num_train=919, **_OWN),
+    Task("hellaswag", "Rowan/hellaswag:default", "hellaswag", "{text}", (), rows=_hellaswag,
+         files=("hellaswag_train.jsonl", "hellaswag_val.jsonl"),  # [H] hellaswag/hellaswag.yaml
+         num_train=39705, **_OWN),
+    Task("piqa", "baber/piqa:default", "piqa", "Question: {goal}\nAnswer:",  # [H] piqa/piqa.yaml
+         (" {sol1}", " {sol2}"), files=("train.jsonl", "valid.jsonl"), num_train=15913,
+         **_OWN | {"labels": ("0", "1")}),
+    Task("obqa", "allenai/openbookqa:main", "OpenBookQA-V1-Sep2018/Data/Main", "{question}", (),
+         rows=_exam, files=("train.jsonl", "test.jsonl"), splits=("train", "test"),
+         num_train=4757, **_OWN),  # [H] openbookqa/openbookqa.yaml
+    Task("siqa", "lighteval/siqa:default", "socialiqa-train-dev", "Q: {context} {question}\nA:",
+         (" {answerA}", " {answerB}", " {answerC}"), files=("train.jsonl", "dev.jsonl"),
+         num_train=33210, **_OWN | {"labels": ("1", "2", "3")}),  # [H] siqa/siqa.yaml
+    Task("mmlu", "cais/mmlu:all", "data",  # [H] mmlu/default/_default_template_yaml
+         "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:", (" A", " B", " C", " D"),
+         ("A", "B", "C", "D"), _mmlu, ("auxiliary_train/*.csv", "test/*.csv"),
+         ("auxiliary_train", "test"), num_train=20000, **_Q),
+    Task("aqua", "deepmind/aqua_rat:raw", "AQuA",  # [H] agieval/aqua-rat.yaml, AGIEval's query
+         "Q: {text}\nA: Among A through {last}, the answer is", (), rows=_aqua,
+         files=("train.json", "test.json"), splits=("train", "test"), num_train=97267, **_OWN),
+    Task("wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1", "wikitext-2-raw", "", ("{text}",),
+         rows=lambda row: [{**row, "label": 0}], splits=("train", "test", "validation"),
+         files=("wiki.train.raw", "wiki.test.raw", "wiki.valid.raw"), classification=False,
+         num_train=1_000_000, batch_size=2, sizes="all blocks; [Q]'s numbers are unknown"),
 )}  # fmt: skip
 
 
@@ -178,6 +272,12 @@ class Data:
     classification: bool
     source: str
     odd: str | None = None  # of own files: the first row whose options are other than the rest's
+    batch_size: int = 16
+
+    @property
+    def metric(self) -> str:
+        """Of what is measured: the "accuracy" of options, the "perplexity" of completions."""
+        return "perplexity" if len(self.train[0].options) == 1 else "accuracy"
 
     @property
     def score(self) -> str:
@@ -188,66 +288,93 @@ class Data:
 def load_examples(
     task: str | None = None, *, data_dir: str | Path | None = None,
     train_file: str | Path | None = None, test_file: str | Path | None = None,
-    validation_file: str | Path | None = None, num_train: int = 1000,
+    validation_file: str | Path | None = None, num_train: int | None = None,
     num_validation: int | None = None, num_test: int = 1000, seed: int = 0,
+    tokenizer=None, max_length: int = 2048,
 ) -> Data:  # fmt: skip
     """A task of `TASKS`, from the hub or from official files in data_dir; or the user's own files.
 
     MeZO's split (run.py, `sample_subset`): permute the training split under the seed, take the
     first num_train + num_validation, keep the LAST num_validation of them for validation. Test are
     the first num_test of the published validation split, permuted likewise. A small split leaves
-    what remains to training: CB 150, COPA 300, WSC only 54. Equal seeds draw MeZO's examples.
+    what remains to training: CB 150, COPA 300, WSC only 54. Equal seeds draw MeZO's examples. ARC,
+    OBQA, MMLU and AQuA are tested on their published test split. None: the task's number.
 
-    Own files have JSONL lines {"prompt", "options", "label"}. Without validation_file, validation
-    comes out of train_file by the same rule, by default 500 but at most a third of the file. They
-    count as classification if all examples have the same options. Raises ValueError.
+    Own files have JSONL lines of one kind. Without validation_file, validation comes out of
+    train_file by the same rule, by default 500 but at most a third of the file. Raises ValueError.
+
+        {"prompt", "options", "label"}   classification if all examples have the same options
+        {"prompt", "completion"}         an end of sequence is added to the completion
+        {"messages": [{"role", "content"}, …]}   a completion per turn of the assistant
+        {"text"}, or a .txt file         joined by blank lines, cut into blocks of max_length tokens
+
+    All but the first need the tokenizer.
     """
-    if min(num_train, num_test) < 1 or (num_validation or 0) < 0:
-        sizes = f"num_train {num_train}, num_validation {num_validation}, num_test {num_test}"
-        raise ValueError(f"{sizes}: give at least 1, 0 and 1")
-    odd = pool = None  # pool: of validation examples, where they have a file of their own
+    odd = None
     if task is not None and not (train_file or test_file or validation_file):
-        spec = get_task(task)
-        classification, default, source = spec.classification, spec.num_validation, spec.hub
+        spec, source = get_task(task), get_task(task).hub
         if data_dir is None:
-            train, test = _from_hub(spec, "train"), _from_hub(spec, "validation")
+            parts = [_from_hub(spec, split) for split in spec.splits]
         else:
             source = Path(data_dir, spec.folder)
-            if not source.is_dir() and Path(data_dir, spec.files[0]).is_file():
+            if not source.is_dir() and any(Path(data_dir).glob(spec.files[0])):
                 source = Path(data_dir)  # given the task's own folder
             what = f"a labelled {spec.name} row"
-            train, test = (_from_file(source / f, spec.to_examples, what) for f in spec.files)
+            paths = [sorted(source.glob(f)) or [source / f] for f in spec.files]
+            parts = [sum((_from_file(f, spec.to_examples, what) for f in fs), []) for fs in paths]
     elif task is None and train_file and test_file and data_dir is None:
         files = [Path(f) for f in (train_file, test_file, validation_file) if f]
-        what = 'a line {"prompt", "options", "label"}'
-        train, test, *held = (_from_file(f, _own_example, what) for f in files)
-        odd = _odd_row(sum(held, train + test))
-        classification = odd is None
-        pool = held[0] if held else None
-        default = 500 if held else min(500, len(train) // 3)
-        source = ", ".join(dict.fromkeys(map(str, files)))
+        what = 'a line {"prompt", "options", "label"}, {"prompt", "completion"} or {"messages"}'
+        parts = [_from_file(f, partial(_own_example, tokenizer), what) for f in files]
+        everything, source = sum(parts, []), ", ".join(dict.fromkeys(map(str, files)))
+        kinds = Counter(map(_kind, everything))
+        if len(kinds) > 1:
+            mixed = " and ".join(f"{n} {kind}" for kind, n in kinds.items())
+            raise ValueError(f"{source}: {mixed}; train and test on rows of one kind")
+        odd = _odd_row(everything) if "questions" in kinds else None
+        spec = Task("own", "", "", "", (), classification="questions" in kinds and odd is None)
     else:
         raise ValueError("give a task (--task, --data-dir), or --train-file and --test-file")
 
-    num_validation = default if num_validation is None else num_validation
-    if pool is None:
+    train, test, *held = (_in_blocks(part, tokenizer, max_length) for part in parts)
+    if not (task or held):  # validation out of the own training file: at most a third
+        spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
+    num_train = spec.num_train if num_train is None else num_train
+    num_validation = spec.num_validation if num_validation is None else num_validation
+    if min(num_train, num_test) < 1 or num_validation < 0:
+        given = f"num_train {num_train}, num_validation {num_validation}, num_test {num_test}"
+        raise ValueError(f"{given}: give at least 1, 0 and 1")
+    if held:
+        train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
+    else:
         drawn = _draw(train, num_train + num_validation, seed)
         cut = max(0, len(drawn) - num_validation)  # not [:-num_validation], empty for 0
         train, validation = drawn[:cut], drawn[cut:]
-    else:
-        train, validation = _draw(train, num_train, seed), _draw(pool, num_validation, seed)
     if not train:
         raise ValueError(f"{source}: num_validation {num_validation} leaves nothing to train on")
-    return Data(train, validation, _draw(test, num_test, seed), classification, str(source), odd)
+    parts = train, validation, _draw(test, num_test, seed)
+    return Data(*parts, spec.classification, str(source), odd, spec.batch_size)
 
 
-def load(config) -> Data:
+def load(config, tokenizer=None) -> Data:
     """The examples that the settings of a command name (harness/config.py)."""
-    names = set(inspect.signature(load_examples).parameters) - {"seed"}
+    names = set(inspect.signature(load_examples).parameters) - {"seed", "tokenizer"}
     how = {name: getattr(config, name) for name in names}
     if how["data_dir"] == "tiny/data":  # lies beside the code, wherever the program is started
         how["data_dir"] = Path(__file__).parent / "tiny/data"
-    return load_examples(**how, seed=config.data_seed)
+    return load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
+
+
+def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]:
+    """Texts joined and cut into blocks, whose first token is not predicted; others as they are.
+
+    What is left over is dropped, unless it is all.
+    """
+    if _kind(examples[0]) != "texts":
+        return examples
+    ids = tokenizer("\n\n".join(e.options[0] for e in examples), verbose=False)["input_ids"]
+    starts = range(0, max(1, len(ids) - length + 1), length)
+    return [Example(tuple(ids[i : i + 1]), (tuple(ids[i + 1 : i + length]),), 0) for i in starts]
 
 
 def _draw(examples: list[Example], n: int, seed: int) -> list[Example]:
@@ -255,10 +382,23 @@ def _draw(examples: list[Example], n: int, seed: int) -> list[Example]:
     return [examples[i] for i in order[:n]]
 
 
-def _own_example(row: dict) -> list[Example]:
+def _kind(example: Example) -> str:
+    one = "completions" if example.prompt else "texts"
+    return one if len(example.options) == 1 else "questions"
+
+
+def _own_example(tokenizer, row: dict) -> list[Example]:
+    kind = next((k for k in ("options", "completion", "messages", "text") if k in row), "options")
+    if kind == "messages":
+        return _replies(tokenizer, row["messages"])
+    if kind == "text":
+        return _document(row)
+    for name in ("prompt", "completion")[: 2 if kind == "completion" else 1]:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(f"{name} {row[name]!r} must be text, not empty")
+    if kind == "completion":  # its end is learnt, too, as in TRL
+        return [Example(row["prompt"], (row["completion"] + (tokenizer.eos_token or ""),), 0)]
     prompt, options, label = row["prompt"], row["options"], row["label"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"prompt {prompt!r} must be text, not empty")
     listed = options if isinstance(options, list) else []
     texts = {o.rstrip() for o in listed if isinstance(o, str)} - {""}
     if len(texts) < max(2, len(listed)):
@@ -266,6 +406,39 @@ def _own_example(row: dict) -> list[Example]:
     if type(label) is not int or not 0 <= label < len(options):  # a bool is an int, but no label
         raise ValueError(f"label {label!r} must be an integer from 0 to {len(options) - 1}")
     return [Example(prompt, tuple(o.rstrip(" ") for o in options), label)]  # `encode` strips, too
+
+
+def _replies(tokenizer, messages: list[dict]) -> list[Example]:
+    """A completion per turn of the assistant, as the tokenizer's chat template writes it.
+
+    The prompt is all before it, up to the template's generation prompt; the completion is the reply
+    with its end of turn. So no other token than the assistant's has a loss.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError('the tokenizer has no chat template; use {"prompt", "completion"} lines')
+
+    def text(count: int, **how) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, **how)
+        except Exception as e:  # whatever Jinja or the template raises
+            raise ValueError(f"the chat template refuses it: {e}".splitlines()[0]) from e
+
+    examples = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = text(i, add_generation_prompt=True), text(i + 1).rstrip()
+            if not after.startswith(before):
+                raise ValueError("the chat template's reply does not follow its generation prompt")
+            ids, length = _tokens(tokenizer, after, after[len(before) :], special=False)
+            start = len(ids) - length
+            examples.append(Example(tuple(ids[:start]), (tuple(ids[start:]),), 0))
+    if not examples:
+        raise ValueError("no message is the assistant's")
+    return examples
+
+
+def _document(row: dict) -> list[Example]:
+    return [Example("", (row["text"],), 0)]
 
 
 def _odd_row(examples: list[Example]) -> str | None:
@@ -302,22 +475,45 @@ def _hub(what: str, instead: str):
 
 
 def _from_file(path: Path, parse: Callable[[dict], list], what: str) -> list:
-    """What `parse` makes of the rows of a JSONL file, or of a .tsv with a header (SST-2)."""
-    lines = enumerate(_read(path).split("\n"), start=1)  # splitlines would also split at U+2028
-    rows = [(f"{path}:{n}", line) for n, line in lines if line.strip()]
-    header = rows.pop(0)[1].split("\t") if rows and path.suffix == ".tsv" else None
+    """What `parse` makes of the rows of a JSONL file, with labels in it or in a file beside (PIQA).
+
+    Or of a .tsv with a header, a .csv as MMLU's, or a text: blank lines divide a .txt, and
+    WikiText's .raw has a row per line.
+    """
+    text, read = _read(path), json.loads
+    lines = text.removesuffix("\n").split("\n")  # splitlines would also split at U+2028
+    rows = [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    if path.suffix == ".tsv" and rows:
+        read = partial(_cells, rows.pop(0)[1].split("\t"))
     if not rows:
         raise ValueError(f"{path} is empty; write one example per line")
+    found = None
+    if path.suffix == ".csv":
+        found = csv.DictReader(text.splitlines(keepends=True), ("question", *"ABCD", "answer"))
+    if path.suffix == ".txt":
+        found = [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
+    if path.suffix == ".raw":  # as on the hub: blank lines are empty rows
+        found = [{"text": line + "\n" if line.strip() else ""} for line in lines]
+    if found is not None:
+        rows, read = [(f"{path}, row {n}", row) for n, row in enumerate(found, start=1)], dict
+    if (labels := path.with_name(f"{path.stem}-labels.lst")).is_file():
+        right = _read(labels).split()
+        if len(right) != len(rows):
+            raise ValueError(f"{labels} has {len(right)} labels for {len(rows)} rows of {path}")
+        rows = [(where, (line, label)) for (where, line), label in zip(rows, right, strict=True)]
+        read = _labelled
+    return _parsed(rows, lambda row: parse(read(row)), what)
 
-    def parse_line(line: str) -> list:
-        if header is None:
-            return parse(json.loads(line))
-        cells = line.split("\t")  # no csv module: the sentences hold bare quotes
-        if len(cells) != len(header):
-            raise ValueError(f"it has {len(cells)} tab-separated cells, the header {len(header)}")
-        return parse(dict(zip(header, cells, strict=True)))
 
-    return _parsed(rows, parse_line, what)
+def _labelled(row: tuple[str, str]) -> dict:
+    return {**json.loads(row[0]), "label": row[1]}
+
+
+def _cells(header: list[str], line: str) -> dict:
+    cells = line.split("\t")  # no csv module: SST-2's sentences hold bare quotes
+    if len(cells) != len(header):
+        raise ValueError(f"it has {len(cells)} tab-separated cells, the header {len(header)}")
+    return dict(zip(header, cells, strict=True))
 
 
 def _parsed(rows: Iterable[tuple], parse: Callable, what: str) -> list:
@@ -372,24 +568,12 @@ def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[li
     but reaches beyond its leading space: "was " stays with the prompt, "?Yes" goes with the option.
     ValueError where an option has no token or no room, or the tokenizer has no spans.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} has no character spans; load the fast one")
     out = []
     for option in example.options:
-        full = (example.prompt + option).lstrip()
-        text = full.rstrip(" ")
-        first = max(0, len(full) - len(option))  # where the option begins,
-        word = max(0, len(full) - len(option.lstrip(" ")))  # and its first letter
-        encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-        length = sum(end > (word if begin < first else first) for begin, end in spans)
-        if max((end for _, end in spans), default=0) < len(text.rstrip()):
-            # The vocabulary lacks a character and dropped it (BPE without <unk> or bytes), which
-            # shifts later spans: here an option token is one that the prompt does not begin with.
-            prompt = tokenizer(text[:word], verbose=False)["input_ids"]
-            length = len(ids) - len(commonprefix([prompt, ids]))
-        else:  # an EOS that the tokenizer adds is no part of the option
-            ids = ids[: max(i for i, (_, end) in enumerate(spans, start=1) if end)]
+        if isinstance(option, str):
+            ids, length = _tokens(tokenizer, (example.prompt + option).lstrip(), option)
+        else:
+            ids, length = [*example.prompt, *option], len(option)
         bos = int(ids[:1] == [tokenizer.bos_token_id])
         ids = ids[:bos] + ids[max(bos, len(ids) - max_length + bos) :]
         if not 0 < length < len(ids):  # < : the first option token, too, is predicted from one
@@ -399,6 +583,30 @@ def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[li
             )
         out.append((ids, length))
     return out
+
+
+def _tokens(tokenizer, full: str, option: str, special: bool = True) -> tuple[list[int], int]:
+    """Token ids of a text that ends with the option, and how many are the option's.
+
+    `special`: with the tokens that the tokenizer adds itself.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} has no character spans; load the fast one")
+    text = full.rstrip(" ")
+    first = max(0, len(full) - len(option))  # where the option begins,
+    word = max(0, len(full) - len(option.lstrip(" ")))  # and its first letter
+    tokenize = partial(tokenizer, add_special_tokens=special, verbose=False)
+    encoded = tokenize(text, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    length = sum(end > (word if begin < first else first) for begin, end in spans)
+    if max((end for _, end in spans), default=0) < len(text.rstrip()):
+        # The vocabulary lacks a character and dropped it (BPE without <unk> or bytes), which
+        # shifts later spans: here an option token is one that the prompt does not begin with.
+        prompt = tokenize(text[:word])["input_ids"]
+        length = len(ids) - len(commonprefix([prompt, ids]))
+    else:  # an EOS that the tokenizer adds is no part of the option
+        ids = ids[: max(i for i, (_, end) in enumerate(spans, start=1) if end)]
+    return ids, length
 
 
 @dataclass(frozen=True)
@@ -520,41 +728,58 @@ def correct(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return (scores.argmax(1) == batch.labels) & finite, finite
 
 
-class Accuracy(NamedTuple):
-    """Share of n examples answered right; of `broken` ones a score was not finite."""
+class Score(NamedTuple):
+    """Of n examples the share answered right, or of completions of n tokens the perplexity.
+
+    That is exp of the mean over all tokens of −log p. Of `broken` examples a score was not finite.
+    """
 
     value: float
     n: int
     broken: int = 0
+    metric: str = "accuracy"
 
     def __str__(self):
-        error = math.sqrt(self.value * (1 - self.value) / self.n)  # as of n coin flips
         broken = f", {self.broken} of them without finite scores" if self.broken else ""
+        if self.metric == "perplexity":
+            broken = broken.replace("them", "the examples")
+            return f"{self.value:.4g} (loss {np.log(self.value):.4f}, n = {self.n} tokens{broken})"
+        error = math.sqrt(self.value * (1 - self.value) / self.n)  # as of n coin flips
         return f"{self.value:.3f} ± {error:.3f} (n = {self.n}{broken})"
 
 
 @torch.no_grad()
-def count_right(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.ndarray:
-    """[how many examples are answered right, how many have a score that is not finite], float64."""
-    counts = np.zeros(2)
+def tally(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.ndarray:
+    """[Σ, n, how many examples have a score that is not finite], float64.
+
+    Σ/n is accuracy: Σ examples answered right of n. Of completions it is the loss: Σ of −log p, of
+    n tokens.
+    """
+    total = np.zeros(3)
     longest_first = sorted(examples, key=lambda e: len(e.prompt), reverse=True)  # little padding
     for start in tqdm(range(0, len(examples), batch_size), "evaluating", leave=False, delay=5):
         part = longest_first[start : start + batch_size]
         batch = collate(tokenizer, part, max_length=max_length, device=model.device)
-        right, finite = correct(model(**batch.inputs(model), use_cache=False).logits, batch)
-        counts += int(right.sum()), int((~finite).sum())
-    return counts
+        logits = model(**batch.inputs(model), use_cache=False).logits
+        if batch.valid.shape[1] == 1:
+            loss = -_log_probs(logits, batch)  # [n], and padding is not among them
+            broken = len(batch.slot[~loss.isfinite()].unique())
+            total += float(loss.sum()), len(loss), broken
+        else:
+            right, finite = correct(logits, batch)
+            total += int(right.sum()), len(part), int((~finite).sum())
+    return total
 
 
-def check_examples(tokenizer, examples: list[Example], max_length: int, vocabulary: int) -> int:
+def check_examples(tokenizer, examples, max_length: int, vocabulary: int, score="all") -> int:
     """How many prompts lose their beginning. ValueError where `encode` would raise it in the midst
-    of training, where the model's vocabulary lacks a token, and where two options are the same
-    tokens: no step would ever see a slope."""
+    of training, where the model's vocabulary lacks a token, and where two options that a loss
+    compares are the same tokens: no step would ever see a slope."""
     cut = 0
     for example in examples:
         whole = encode(tokenizer, example, 1 << 30)
         check_tokens(tokenizer, [token for ids, _ in whole for token in ids], vocabulary)
-        if len({tuple(ids) for ids, _ in whole}) < len(whole):
+        if score == "all" and len({tuple(ids) for ids, _ in whole}) < len(whole):
             raise ValueError(f"two of the options {example.options} are the same to this tokenizer")
         if any(length >= max_length for _, length in whole):
             encode(tokenizer, example, max_length)  # raises
@@ -588,30 +813,34 @@ def minibatch(
 
 # ------------------------------------------------------------------ losses that score [Q]'s weights
 
-C4 = "allenai/c4 en/c4-train.00000-of-01024.json.gz"  # its first 10,000 documents are used
-C4_COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+TEXTS = {  # name: repository, file, column; its first 10,000 rows are used
+    "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "text"),
+    "wikitext103": ("Salesforce/wikitext",
+        "wikitext-103-raw-v1/train-00000-of-00002.parquet", "text"),
+    "openwebmath": ("open-web-math/open-web-math",
+        "data/train-00000-of-00114-5a023365406cb9c4.parquet", "text"),
+    "arxiv": ("armanc/scientific_papers", "arxiv/*train/0000.parquet", "article"),
+}  # fmt: skip
 
 
-def read_texts(path: str | None) -> list[str]:
-    """Documents of a .jsonl of {"text": …} or a .txt (blank lines divide them); None: C4's."""
-    if path is None:
-        name, file = C4.split()
-        how = {"data_files": file, "split": "train", "revision": C4_COMMIT, "streaming": True}
-        with _hub("C4", "give --text FILE"):
+def read_texts(text: str | None) -> list[str]:
+    """Documents of a .jsonl of {"text": …} or a .txt (blank lines divide them), or of `TEXTS`.
+
+    [Q] compares these four by name; None is its choice, C4.
+    """
+    if (name := "c4" if text is None else text) in TEXTS:
+        repository, file, column = TEXTS[name]
+        how = {"data_files": file, "split": "train", "streaming": True}
+        how["revision"] = _COMMITS[repository]
+        with _hub(repository, "give --text FILE"):
             from datasets import load_dataset
 
-            return [row["text"] for row in load_dataset(name, **how).take(10_000)]
-    file = Path(path)
-    if file.suffix not in (".txt", ".jsonl") or not file.is_file():
-        raise ValueError(f"--text {path}: a .txt or .jsonl file that exists")
-    if file.suffix == ".txt":
-        return [part for part in re.split(r"\n\s*\n", _read(file)) if part.strip()]
-
-    def document(row: dict) -> list[str]:
-        row["text"].encode()  # no text, or half an emoji: an AttributeError, a ValueError
-        return [row["text"]]
-
-    return _from_file(file, document, 'a line {"text": "…"}')
+            return [row[column] for row in load_dataset(repository, **how).take(10_000)]
+    path = Path(text)
+    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
+        names = ", ".join(TEXTS)
+        raise ValueError(f"--text {text}: a .txt or .jsonl file that exists, or one of {names}")
+    return [e.options[0] for e in _from_file(path, _document, 'a line {"text": "…"}')]
 
 
 def text_windows(tokenizer, texts: list[str], samples: int, length: int, seed: int) -> Tensor:

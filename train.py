@@ -169,27 +169,31 @@ def replay(config: Config, patch, tokenizer, data, logged: list[log.Step], run, 
             patch.update(step.seed, step.a)
 
 
-def accuracy(config, model, tokenizer, examples) -> tasks.Accuracy:
-    """Share of the examples whose right option is the likeliest. Each worker answers its share."""
-    counts = tasks.count_right(
+def score(config, model, tokenizer, examples) -> tasks.Score:
+    """Accuracy on the examples, or the perplexity of completions. Each worker answers its share."""
+    counts = tasks.tally(
         model, tokenizer, workers.share(examples), max_length=config.max_length,
         batch_size=getattr(config, "micro_batch", None) or config.batch_size,
     )  # fmt: skip
-    right, broken = workers.all_sum(counts)
+    total, n, broken = workers.all_sum(counts)
     if broken == len(examples):
         raise ValueError(
             "no log-probability of any example is finite: float16 overflow (try --dtype bfloat16), "
             "or weights broken by too high a rate"
         )
-    return tasks.Accuracy(float(right / len(examples)), len(examples), int(broken))
+    if len(examples[0].options) > 1:
+        return tasks.Score(float(total / n), int(n), int(broken))
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(np.nan_to_num(total / n, nan=np.inf)))
+    return tasks.Score(perplexity, int(n), int(broken), "perplexity")
 
 
 def evaluated(config, patch, tokenizer, data: tasks.Data, step: log.Step) -> log.Step:
-    """The step with validation accuracy and active density, of weights that all workers share."""
+    """The step with its validation and active density, of weights that all workers share."""
     workers.check_same(patch.checksum(), "weights")
     found = {"active_density": patch.active_density()}
     if data.validation:
-        found["validation"] = accuracy(config, patch.model, tokenizer, data.validation).value
+        found["validation"] = score(config, patch.model, tokenizer, data.validation).value
     return step._replace(**found)
 
 
@@ -200,12 +204,12 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     """(tokenizer, data) of the settings, which are completed and printed."""
     configs.check(config)
     loading.choose_device(config.device)
-    data = tasks.load(config)
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     taken = adapter.TOKENS if config.adapter == "prefix" else 0
     config.max_length = loading.usable_length(config.max_length, model_config, taken)
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
+    data = tasks.load(config, tokenizer)
     kind = loading.quantised(model_config)
     if kind and (config.bits == 4 or config.method == "senszoq" and config.bits is None):
         raise ValueError(
@@ -232,12 +236,14 @@ def describe(config, tokenizer, model_config, data: tasks.Data) -> None:
     sizes = f"train {len(data.train)}, validation {len(data.validation)}, test {len(data.test)}"
     print(f"  {'data':<14} {data.source}: {sizes}")
     loss = "over the options' scores" if data.classification else "of the right option's tokens"
+    if data.metric == "perplexity":
+        loss = "of the completions' tokens"
     print(f"  {'loss':<14} cross-entropy {loss}")
     if data.odd:
         print(f"  {'':<14} and not over scores, as options differ: {data.odd}")
     examples = data.train + data.validation + data.test
     vocabulary = loading.vocabulary(model_config)
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary):
+    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.score):
         print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
 
 
@@ -253,7 +259,7 @@ def run_to_end(config: Config, run: Path) -> None:
     """A new run, or one that was stopped, to its result.json."""
     began = time.perf_counter()
     tokenizer, data = prepare(config, run)
-    steps = log.StepLog(run if workers.RANK == 0 else None, write=True)
+    steps = log.StepLog(run if workers.RANK == 0 else None, True, data.metric)
     steps.start, steps.steps = workers.broadcast((steps.start, steps.steps))
     if len(steps.steps) > config.steps:
         raise ValueError(f"{run} has {len(steps.steps)} steps already; --steps N adds to them")
@@ -268,8 +274,8 @@ def run_to_end(config: Config, run: Path) -> None:
         examples = repr((data.train, data.validation, data.test))
         workers.check_same(zlib.crc32(examples.encode()), "data")
         take_step(config, patch, tokenizer, data, 0)  # is every weight that moves read?
-        zero_shot = accuracy(config, model, tokenizer, data.test)
-        print(f"zero-shot test accuracy {zero_shot}")
+        zero_shot = score(config, model, tokenizer, data.test)
+        print(f"zero-shot test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()
         write_result(run, result)
         steps.append(evaluated(config, patch, tokenizer, data, log.Step(0)))
@@ -284,8 +290,8 @@ def run_to_end(config: Config, run: Path) -> None:
 
     if rise := steps.rise():
         print(f"the training loss rose from {rise[0]:.3g} to {rise[1]:.3g}: try a lower --lr")
-    last = accuracy(config, model, tokenizer, data.test)
-    print(f"test accuracy, last weights             {last}")
+    last = score(config, model, tokenizer, data.test)
+    print(f"test {data.metric}, last weights             {last}")
     best, best_step = last, steps.best_step()  # chosen by validation, never by test
     result |= {"last": last._asdict(), "best_step": best_step, "skipped": steps.skipped()}
     result |= {"seconds": time.perf_counter() - began, "workers": workers.SIZE}
@@ -295,9 +301,9 @@ def run_to_end(config: Config, run: Path) -> None:
         del model, patch, moves
         gc.collect()  # before the second copy is loaded
         model = rebuild(config, run, tokenizer, data, steps.steps, best_step)
-        best = accuracy(config, model, tokenizer, data.test)
+        best = score(config, model, tokenizer, data.test)
     if data.validation:
-        print(f"test accuracy, best validation weights  {best}, after step {best_step}")
+        print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
     write_result(
         run, result | {"best": best._asdict()} | loading.machine(torch.device(model.device))
     )

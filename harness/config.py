@@ -34,16 +34,22 @@ class Settings:
     """Which model, on which examples."""
 
     model: str = setting(TINY, "hub name or local folder")
-    task: str | None = setting(None, "sst2, rte, cb, boolq, wsc, wic, multirc, copa, winogrande")
+    task: str | None = setting(
+        None, "sst2, rte, cb, boolq, wsc, wic, multirc, copa, winogrande, arc-e, arc-c, hellaswag, "
+        "piqa, obqa, siqa, mmlu, aqua, wikitext2",
+    )  # fmt: skip
     data_dir: str | None = setting(None, "folder with RTE/train.jsonl, …; default the hub")
-    train_file: str | None = setting(None, 'own JSONL of {"prompt", "options", "label"}')
+    train_file: str | None = setting(
+        None, 'own JSONL of {"prompt", "options", "label"}, {"prompt", "completion"}, {"messages"} '
+        'or {"text"}; or .txt',
+    )  # fmt: skip
     validation_file: str | None = setting(None, "the same; default a part of the training file")
     test_file: str | None = setting(None, "the same; needed beside --train-file")
-    num_train: int = setting(1000, "training examples")
+    num_train: int | None = setting(None, "training examples; 1,000, or as [Q] has for the task")
     num_validation: int | None = setting(None, "validation examples; 500, for CB and COPA 100")
     num_test: int = setting(1000, "test examples")
     data_seed: int = setting(0, "which examples are drawn")
-    batch_size: int = setting(16, "examples of one step")
+    batch_size: int | None = setting(None, "examples of one step; 16, for WikiText-2 2")
     max_length: int = setting(2048, "tokens; a longer prompt loses its beginning")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "auto: the checkpoint's own on a GPU, float32 on a CPU"
@@ -79,7 +85,10 @@ class Config(Settings):
     above: float = setting(0.0, "s-mezo: leave out this share of the smallest weights, too")
     mask: str | None = setting(None, "senszoq: a mask file; default: it is made")
     mask_from: Literal["text", "task"] = setting("text", "senszoq: what a mask is made from")
-    text: str | None = setting(None, "senszoq: .txt or .jsonl for the mask; default C4")
+    text: str | None = setting(
+        None,
+        "senszoq: .txt, .jsonl, or c4 (default), wikitext103, openwebmath, arxiv, for the mask",
+    )
     groups: int = setting(1, "senszoq: score a part of the matrices at a time, in as many passes")
     select: str = setting("", "regular expression: only parameters whose name matches move")
     rounding: Literal["stochastic", "nearest"] = setting(
@@ -119,13 +128,20 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
 
     `family`: the model's type, such as llama or opt.
     """
+    import tasks
+
     source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
+    spec = tasks.TASKS.get(config.task, tasks.Task)  # of own files: the class has the defaults
     found = {
+        "batch_size": (spec.batch_size, spec.sizes or "both papers"),
         "lr": (rates.get(config.method), f"{source}: of the grid for {config.method}; tune it"),
         "eps": (1e-3, "both papers"),
         "steps": (20_000, "both papers"),
         "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
     }
+    if spec.sizes:
+        found["num_train"] = spec.num_train, spec.sizes
+        found["num_validation"] = spec.num_validation, spec.sizes
     if sparsity := TABLE_8.get(family, {}).get(config.task):
         density = round(1 - sparsity, 2)
         found["density"] = density, f"[S] Table 8: sparsity {sparsity} on {config.task}"
@@ -173,6 +189,10 @@ def check(config: Settings) -> None:
         config.data_dir = config.data_dir or "tiny/data"
     if not (config.task or config.train_file):
         raise ValueError("no task: give --task, or --train-file and --test-file")
+    if config.task:
+        import tasks
+
+        config.task = tasks.get_task(config.task).name  # SST-2 is sst2, also in the tables above
     check_numbers(config)
     if isinstance(config, Config):
         _check_method(config)

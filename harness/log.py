@@ -2,9 +2,10 @@
 
     step,seed,a,loss_plus,loss_minus,validation,active_density
 
-`a` is −η · proj_grad. Validation accuracy and active density stand where they were taken. Line 0 is
-the model before training. The original weights and one (seed, a) per step rebuild the weights: a
-20,000-step run is a megabyte.
+`a` is −η · proj_grad. Validation accuracy and active density stand where they were taken; where
+perplexity is measured, the column is validation_perplexity. Line 0 is the model before training.
+The original weights and one (seed, a) per step rebuild the weights: a 20,000-step run is a
+megabyte.
 
 A line is appended when everything of its step is done, so `kill -9` leaves at worst a torn last
 line, which does not count. Whoever goes on with a run takes its last logged step again (`compare`).
@@ -46,10 +47,14 @@ class Step(NamedTuple):
 
 
 class StepLog:
-    """steps.csv: `start` is line 0, `steps` the finished ones. Without a run it is in memory."""
+    """steps.csv: `start` is line 0, `steps` the finished ones. Without a run it is in memory.
 
-    def __init__(self, run: Path | None, write: bool = False):
+    `metric`: what validation measures, accuracy or perplexity. A file says it in its header.
+    """
+
+    def __init__(self, run: Path | None, write: bool = False, metric: str = "accuracy"):
         self.run, self.file, self.start, self.steps = run, None, None, []
+        self.metric = metric
         if run is None:
             return
         path = run / "steps.csv"
@@ -64,7 +69,10 @@ class StepLog:
         if write:
             self.file.truncate(len(whole))
             if not whole:
-                self._append(HEADER)
+                named = "validation" if metric == "accuracy" else f"validation_{metric}"
+                self._append(HEADER.replace("validation", named))
+        if b"validation_perplexity" in whole:
+            self.metric = "perplexity"
         for number, line in enumerate(whole.decode(errors="replace").splitlines()[1:]):
             try:
                 step = Step.of(line)
@@ -92,9 +100,13 @@ class StepLog:
             os.fsync(self.file.fileno())  # a power failure costs at most what came after
 
     def best_step(self) -> int:
-        """The first with the highest validation accuracy, the start included; else the last."""
+        """The first with the best validation, the start included; without any the last.
+
+        The best accuracy is the highest, the best perplexity the lowest.
+        """
         taken = [s for s in (self.start, *self.steps) if s and s.validation is not None]
-        return max(taken, key=lambda s: s.validation).step if taken else len(self.steps)
+        best = max if self.metric == "accuracy" else min
+        return best(taken, key=lambda s: s.validation).step if taken else len(self.steps)
 
     def skipped(self) -> int:
         """How many steps moved nothing, as a loss was not finite."""
@@ -168,9 +180,10 @@ def compare(logged: Step, again: Step, dtype: str, run) -> None:
 
 
 class Progress:
-    """The progress bar: loss, accuracy, time left."""
+    """The progress bar: loss, accuracy or perplexity, time left."""
 
     def __init__(self, log: StepLog, steps: int, quiet: bool):
+        self.validation = "validation" if log.metric == "accuracy" else log.metric
         self.bar = tqdm(total=steps, initial=len(log.steps), unit="step", disable=quiet)
         self.mean = None
         self.shown = {}
@@ -181,7 +194,7 @@ class Progress:
             self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
             self.shown["loss"] = f"{self.mean:.4f}"
         if step.validation is not None:
-            self.shown["validation"] = f"{step.validation:.3f}"
+            self.shown[self.validation] = f"{step.validation:.4g}"
         if step.active_density is not None:
             self.shown["active"] = f"{step.active_density:.1%}"
         self.bar.set_postfix(self.shown, refresh=False)
@@ -189,7 +202,10 @@ class Progress:
 
 
 def draw_curve(log: StepLog, title: str, zero_shot: float | None) -> None:
-    """curve.png: training loss, validation accuracy and active density against steps."""
+    """curve.png: training loss, validation accuracy and active density against steps.
+
+    The logarithm of a perplexity is a loss, and is drawn beside that of training.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # whatever MPLBACKEND says
     from matplotlib.figure import Figure
 
@@ -201,12 +217,17 @@ def draw_curve(log: StepLog, title: str, zero_shot: float | None) -> None:
     left.set_title(title, parse_math=False)
     taken = [s for s in (log.start, *log.steps) if s and s.active_density is not None]
     checked = [s for s in taken if s.validation is not None]
-    right.plot([s.step for s in checked], [s.validation for s in checked], ".-", label="validation")
+    side, value = (right, float) if log.metric == "accuracy" else (left, math.log)
+    y = [value(s.validation) for s in checked]
+    side.plot([s.step for s in checked], y, ".-", label="validation")
     right.plot(
         [s.step for s in taken], [s.active_density for s in taken], ":", label="active density"
     )
     if zero_shot is not None:
-        right.axhline(zero_shot, color="gray", lw=0.8, label="zero-shot, test")
+        side.axhline(value(zero_shot), color="gray", lw=0.8, label="zero-shot, test")
     right.set(xlabel="step", ylabel="accuracy, share", ylim=(0, 1.02))
+    if side is left:
+        left.set_ylabel("loss = ln perplexity"), right.set_ylabel("share")
+        left.legend()
     right.legend()
     FigureCanvasAgg(figure).print_png(str(log.run / "curve.png"))

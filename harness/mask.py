@@ -33,7 +33,9 @@ class MaskConfig(Settings):
     density: float = setting(0.001, "share of each matrix")
     kind: Literal["sensitive", "random", "largest", "smallest"] = setting("sensitive", "of mask")
     mask_from: Literal["text", "task"] = setting("text", "what the losses are of")
-    text: str | None = setting(None, '.txt or .jsonl of {"text": …}; default C4')
+    text: str | None = setting(
+        None, '.txt or .jsonl of {"text": …}, or c4 (default), wikitext103, openwebmath, arxiv'
+    )
     statistic: Literal["per-sample", "of-mean"] = setting("per-sample", "see masks.fisher")
     samples: int = setting(100, "texts or examples")
     length: int = setting(512, "tokens of a text")
@@ -64,7 +66,8 @@ def make(config, path, examples=None) -> None:
         windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
         tasks.check_tokens(tokenizer, windows.flatten().tolist(), loading.vocabulary(model_config))
         losses = tasks.text_losses(windows)
-        about |= {"source": settings.text or tasks.C4, "length": length}
+        source = tasks.TEXTS.get(settings.text or "c4", [settings.text])[:2]
+        about |= {"source": " ".join(source), "length": length}
     elif scored:
         longest = loading.usable_length(settings.max_length, model_config)
         examples, score = examples
@@ -116,7 +119,9 @@ def main(argv=None) -> None:
         examples = None
         if config.mask_from == "task" and config.kind == "sensitive":
             configs.check(config)
-            data = tasks.load(config)
+            tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
+            config.max_length = loading.usable_length(config.max_length, model_config)
+            data = tasks.load(config, tokenizer)
             examples = data.train, data.score
         make(config, config.out, examples)
         index, *_ = masks.load(config.out)

@@ -32,8 +32,7 @@ class Tiny:
             [self.data.train[i] for i in chosen], self.tokenizer, score=self.data.score,
             micro_batch=len(chosen), max_length=128, device="cpu",
         )  # fmt: skip
-        inputs = batch.inputs(self.model)
-        return lambda: batch.loss(self.model(**inputs, use_cache=False).logits)
+        return lambda: tasks.loss(self.model, batch)
 
     def sensitive(self):
         """[Q]'s mask of the tiny model's own text: for each parameter its places, or none."""

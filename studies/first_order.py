@@ -65,7 +65,6 @@ RATES = {  # method: (rate, its source), and the tiny model's
 class Config(Settings):
     """Every setting of a run. None is filled in by `fill_in`."""
 
-    batch_size: int | None = setting(None, "examples of one step")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16 loses small updates")
     method: Literal["adam", "sgd", "lora", "sparse-adam"] = setting("adam", "what moves, and how")
     density: float | None = setting(None, "sparse-adam: share of the weights that move, in (0, 1]")
@@ -166,7 +165,7 @@ def fit(config: Config, model, weights: list, h: dict, tokenizer, data, steps: l
         if t % config.eval_every == 0 or t == config.steps:
             step = step._replace(active_density=moving(weights, h) / model.num_parameters())
             if data.validation:
-                found = train.accuracy(config, model, tokenizer, data.validation)
+                found = train.score(config, model, tokenizer, data.validation)
                 step = step._replace(validation=found.value)
         steps.append(step)
         if step.validation is not None and steps.best_step() == t:
@@ -184,28 +183,28 @@ def moving(weights: list, h: dict) -> int:
 def run_to_end(config: Config, run: Path) -> None:
     """A new run, to its result.json."""
     began = time.perf_counter()
-    data = tasks.load(config)
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config)
+    data = tasks.load(config, tokenizer)
     configs.show(config, fill_in(config, len(data.train)))
     train.describe(config, tokenizer, model_config, data)
     configs.write_json(run / "config.json", {"by": "studies/first_order.py"} | asdict(config))
-    steps = log.StepLog(run, write=True)
+    steps = log.StepLog(run, True, data.metric)
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
     weights, h = what_moves(config, model)
     print(f"  {moving(weights, h):,} weights move, in {len(weights)} tensors\n  {run}/")
-    zero_shot = train.accuracy(config, model, tokenizer, data.test)
-    print(f"zero-shot test accuracy {zero_shot}")
+    zero_shot = train.score(config, model, tokenizer, data.test)
+    print(f"zero-shot test {data.metric} {zero_shot}")
     kept = fit(config, model, weights, h, tokenizer, data, steps)
 
-    last = best = train.accuracy(config, model, tokenizer, data.test)
-    print(f"test accuracy, last weights             {last}")
+    last = best = train.score(config, model, tokenizer, data.test)
+    print(f"test {data.metric}, last weights             {last}")
     if (best_step := steps.best_step()) != config.steps:  # chosen by validation, never by test
         for w, theta in zip(weights, kept, strict=True):
             w.data.copy_(theta)
-        best = train.accuracy(config, model, tokenizer, data.test)
+        best = train.score(config, model, tokenizer, data.test)
     if data.validation:
-        print(f"test accuracy, best validation weights  {best}, after step {best_step}")
+        print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
     result = {"zero_shot": zero_shot._asdict(), "last": last._asdict(), "best": best._asdict()}
     result |= {"best_step": best_step, "skipped": 0, "workers": 1}
     result |= {"seconds": time.perf_counter() - began} | loading.machine(model.device)

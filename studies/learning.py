@@ -34,6 +34,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -116,7 +117,7 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: in
     mean = [(s.loss_plus + s.loss_minus) / 2 for s in log.steps]
     checked = [s for s in (log.start, *log.steps) if s.validation is not None]
     return {
-        "steps": run.steps, "stopped": stopped,
+        "steps": run.steps, "stopped": stopped, "metric": log.metric,
         "loss": [statistics.mean(mean[i : i + every]) for i in range(0, len(mean), every)],
         "validation": {s.step: s.validation for s in checked},
         "active": {s.step: s.active_density for s in checked},
@@ -195,11 +196,12 @@ class Study:
         return max(zip(rates, known, strict=True), key=lambda pair: self.score(pair[1]))[0]
 
     def score(self, known: dict) -> tuple[float, float]:
-        """Better is higher: validation accuracy after --short steps, then training loss."""
+        """Better is higher: validation after --short steps, of a perplexity −, then −loss."""
         if known["stopped"]:
             return -1.0, -math.inf
         loss = known["loss"][: -(-self.args.short // self.args.every)][-1]
-        return of_step(known["validation"], self.args.short), -loss
+        validation = of_step(known["validation"], self.args.short)
+        return validation if known["metric"] == "accuracy" else -validation, -loss
 
     def short(self, task: str, rows: dict[str, str], lr: float) -> dict:
         """{row: columns} of runs at one rate, seed 0, --short steps."""
@@ -213,7 +215,7 @@ class Study:
         if known["stopped"]:
             return {"loss": None, "validation": None}
         validation, loss = self.score(known)
-        return {"loss": -loss, "validation": validation}
+        return {"loss": -loss, "validation": abs(validation)}
 
     # ------------------------------------------------------------------ the parts
 
@@ -242,7 +244,7 @@ class Study:
                 "last loss": statistics.mean(k["loss"][-1] for k in known),
                 "active": statistics.mean(list(k["active"].values())[-1] for k in known),
             }  # fmt: skip
-        if "MeZO" in curves:
+        if "MeZO" in curves and known[0]["metric"] == "accuracy":
             bar = max(curves["MeZO"].values())
             for row, curve in curves.items():
                 reached = [step for step, value in curve.items() if value >= bar]
@@ -259,7 +261,7 @@ class Study:
             with contextlib.redirect_stdout(said):
                 argv = [f"--model={self.args.model}", f"--task={task}", f"--shots={shots}"]
                 eval.main([*argv, *self.common])
-            known[name] = float(said.getvalue().split("accuracy ")[1].split()[0])
+            known[name] = float(re.search(r"(accuracy|perplexity) (\S+)", said.getvalue())[2])
         return known[name]
 
     def sparsity(self, task: str) -> dict:

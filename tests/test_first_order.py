@@ -146,9 +146,9 @@ def test_the_best_weights_on_validation_are_tested(folder, tmp_path, monkeypatch
 
     def scripted(config, model, tokenizer, examples):
         seen.append((len(examples), [w.detach().clone() for w in model.parameters()]))
-        return tasks.Accuracy(next(script) if len(examples) == 30 else 0.5, len(examples))
+        return tasks.Score(next(script) if len(examples) == 30 else 0.5, len(examples))
 
-    monkeypatch.setattr(train, "accuracy", scripted)
+    monkeypatch.setattr(train, "score", scripted)
     result, _ = run(folder, tmp_path / "run", "--eval-every=2")
     assert result["best_step"] == 4
     assert [n for n, _ in seen] == [40, 30, 30, 30, 30, 30, 40, 40]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -687,6 +688,91 @@ def test_options_in_another_normal_form_are_the_same(tmp_path):
     odd = ("b", [" ne\u0301\t", " blue"], 0)
     file = rows(tmp_path / "t.jsonl", *[usual] * 5, odd)
     assert tasks.load_examples(train_file=file, test_file=file).classification
+
+
+# ------------------------------------------------------------------ completions and texts
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory):
+    """40 lines to learn from and 10 to test with: whatever is asked, the answer is red."""
+    path = tmp_path_factory.mktemp("instructions")
+    draw = random.Random(0)
+    asked = [" ".join([*draw.choices("abcdefghij", k=3), "?"]) for _ in range(50)]
+    lines = [json.dumps({"prompt": words, "completion": " red"}) + "\n" for words in asked]
+    (path / "train.jsonl").write_text("".join(lines[:40]))
+    (path / "test.jsonl").write_text("".join(lines[40:]))
+    return path
+
+
+def learnt(out) -> float:
+    """Of the first two tokens of all continuations the share that the lines teach."""
+    lines = [ast.literal_eval(line.split("→ ")[1]) for line in out.splitlines() if "→" in line]
+    tokens = [token for line in lines for token in line.split()[:2]]
+    return sum(token in ("red", "<eos>") for token in tokens) / len(tokens)
+
+
+def test_instruction_tuning_learns(folder, instructions, tmp_path, capsys):
+    """Held-out perplexity falls, the model answers as taught, and all speak of perplexity."""
+    few = ["--method=mezo", "--lr=5e-3", "--select=embed|mlp.down", "--num-validation=5"]
+    argv = arguments(folder, tmp_path / "run", *files(instructions), *few)
+    train.main([*argv, "--steps=100", "--eval-every=50"])
+    said = capsys.readouterr().out
+    assert "cross-entropy of the completions' tokens" in said and "accuracy" not in said
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    before, after = result["zero_shot"], result["last"]
+    assert after["value"] < before["value"] / 5 and before["metric"] == "perplexity"
+    assert f"zero-shot test perplexity {before['value']:.4g} (loss" in said
+    assert (before["n"], after["n"]) == (20, 20)  # "red" and the end of each of 10
+    found = log.StepLog(tmp_path / "run")
+    assert found.metric == "perplexity" and found.best_step() == result["best_step"] > 0
+    assert (tmp_path / "run/steps.csv").read_text().splitlines()[0].split(",")[5] == (
+        "validation_perplexity"
+    )
+    assert (tmp_path / "run/curve.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    eval.main([f"--run={tmp_path}/run", "--generate=5"])
+    out = capsys.readouterr().out
+    assert f"test perplexity {result['best']['value']:.4g} (loss" in out
+    assert learnt(out) >= 0.8
+    eval.main([f"--model={folder}/model", *files(instructions), "--generate=5"])
+    assert learnt(capsys.readouterr().out) < 0.3
+    train.main([f"--resume={tmp_path}/run", "--steps=101"])
+    assert "comes out" not in (out := capsys.readouterr().out) and "after step 100 of 101" in out
+
+
+def test_the_lowest_perplexity_chooses(folder, instructions, tmp_path, monkeypatch):
+    """Of completions the best step is that with the lowest perplexity, the first of equals."""
+    script, original = iter([9.0, 5.0, 4.0, 4.0, 7.0]), train.score  # at steps 0, 2, 4, 6, 8
+
+    def scripted(config, model, tokenizer, examples):
+        if len(examples) == 13:  # the validation examples: a third of 40
+            return tasks.Score(next(script), 13, 0, "perplexity")
+        return original(config, model, tokenizer, examples)
+
+    monkeypatch.setattr(train, "score", scripted)
+    result = run(folder, tmp_path / "run", *files(instructions), "--eval-every=2")
+    assert result["best_step"] == 4
+
+
+@pytest.mark.parametrize("method", [[], [*SENSZOQ, "--batch-size=2"]], ids=["s-mezo", "senszoq"])
+def test_a_text_file_is_a_task(method, folder, tmp_path, capsys):
+    """Both papers' methods train on plain text, and the mask of a task may be that text's."""
+    draw = random.Random(0)
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(draw.choices("abcdefghij", k=400)))
+    texts = [f"--{name}-file={tmp_path}/{name}.txt" for name in ("train", "test")]
+    flags = [*texts, "--max-length=16", *method]
+    result = run(folder, tmp_path / "run", *flags)
+    assert "train 17, validation 8, test 25" in capsys.readouterr().out  # of 401 tokens
+    assert result["last"]["n"] == 25 * 15 and result["last"]["metric"] == "perplexity"
+    eval.main([f"--run={tmp_path}/run", "--generate=1"])
+    out = capsys.readouterr().out
+    assert "test perplexity" in out
+    shown = out.split("\n...")[1].split("→")[0].strip()
+    assert len(ast.literal_eval(shown).split()) == 8  # half a block
+    argv = [f"--model={folder}/model", *texts, "--shots=1"]
+    assert "have no demonstrations" in refused(eval.main, argv, capsys)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])

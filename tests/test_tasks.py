@@ -1,8 +1,11 @@
 """tasks.py against MeZO's way, taken literally: one candidate at a time, no padding, all logits."""
 
+import ast
 import copy
 import functools
 import json
+import math
+import shutil
 from dataclasses import astuple
 
 import datasets
@@ -20,6 +23,7 @@ import masks
 import model_patch
 import tasks
 import train
+from harness import config as configs
 from harness.config import Config
 from tasks import Example, collate, encode, load_examples
 
@@ -131,16 +135,81 @@ GOLDEN = {  # task: (official row, what the hub has otherwise, prompt, options, 
     "winogrande": ({"sentence": "Ian ate Dennis's soup because _ liked it.", "option1": "Ian",
                     "option2": "Dennis", "answer": "1"}, {},
                    "Ian ate Dennis's soup because", (" Ian liked it.", " Dennis liked it."), 0),
+    "arce": ({"question": {"stem": "What is wet?", "choices": [
+                  {"text": "sand", "label": "A"}, {"text": "rain", "label": "B"},
+                  {"text": "dust", "label": "C"}]}, "answerKey": "B"},
+             {"question": "What is wet?",
+              "choices": {"text": ["sand", "rain", "dust"], "label": ["A", "B", "C"]}},
+             "Question: What is wet?\nAnswer:", (" sand", " rain", " dust"), 1),
+    "arcc": ({"question": {"stem": "Which {falls}?", "choices": [
+                  {"text": x, "label": str(i)} for i, x in enumerate("vwxyz", start=1)]},
+              "answerKey": "5"},
+             {"question": "Which {falls}?", "choices": {"text": [*"vwxyz"], "label": [*"12345"]}},
+             "Question: Which {falls}?\nAnswer:", (" v", " w", " x", " y", " z"), 4),
+    "hellaswag": ({"activity_label": "Roof shingle", "ctx_a": "A man is on a roof.",
+                   "ctx_b": "he [step] Starts", "label": 3, "endings":
+                   ["to fall.", "Go [title] Be [step]sure.", "is [substeps] up.", "pulls  it."]},
+                  {"label": "3"}, "Roof shingle: A man is on a roof. He starts",
+                  (" to fall.", " Go. Be sure.", " is up.",
+                   " pulls it."), 3),
+    "piqa": ({"goal": "Dry a shirt", "sol1": "Hang it.", "sol2": "Eat it.", "label": "1"},
+             {"label": 1}, "Question: Dry a shirt\nAnswer:", (" Hang it.", " Eat it."), 1),
+    "obqa": ({"question": {"stem": "The sun is", "choices": [
+                  {"text": "hot", "label": "A"}, {"text": "cold", "label": "B"}]},
+              "answerKey": "A"},
+             {"question": None, "question_stem": "The sun is",
+              "choices": {"text": ["hot", "cold"], "label": ["A", "B"]}},
+             "The sun is", (" hot", " cold"), 0),
+    "siqa": ({"context": "Al fell.", "question": "How is Al?", "answerA": "well",
+              "answerB": "hurt", "answerC": "away", "label": "2"}, {},
+             "Q: Al fell. How is Al?\nA:", (" well", " hurt", " away"), 1),
+    "mmlu": ({"question": " 1 + 1? ", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"},
+             dict.fromkeys("ABCD") | {"choices": ["1", "2", "3", "4"], "answer": 1},
+             "1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", (" A", " B", " C", " D"), 1),
+    "aqua": ({"question": "How far?", "options": ["A)1 m", "B)2 m", "C)3 m", "D)4 m", "E)5 m"],
+              "rationale": "far", "correct": "E"}, {},
+             "Q: How far? Answer Choices: (A)1 m (B)2 m (C)3 m (D)4 m (E)5 m\n"
+             "A: Among A through E, the answer is",
+             (" (A)1 m", " (B)2 m", " (C)3 m", " (D)4 m", " (E)5 m"), 4),
+}
+GOLDEN["wikitext2"] = ({"text": " = A {title} = \n"}, {}, "", (" = A {title} = \n",), 0)
+H = {  # doc_to_text, the choices and the target in lm-evaluation-harness's own templates
+    "arce": ("Question: {{question}}\nAnswer:", "{{choices.text}}",
+             "{{choices.label.index(answerKey)}}"),
+    "arcc": ("Question: {{question}}\nAnswer:", "{{choices.text}}",
+             "{{choices.label.index(answerKey)}}"),
+    "piqa": ("Question: {{goal}}\nAnswer:", "{{[sol1, sol2]}}", "{{label}}"),
+    "obqa": ("{{question_stem}}", "{{choices.text}}",
+             "{{choices.label.index(answerKey.lstrip())}}"),
+    "siqa": ("Q: {{context}} {{question}}\nA:", "{{[answerA, answerB, answerC]}}",
+             "{{ (label|int) - 1 }}"),
+    "mmlu": ("{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. "
+             "{{choices[3]}}\nAnswer:", "{{['A', 'B', 'C', 'D']}}", "{{answer}}"),
 }
 # fmt: on
 
 
+def hub_row(name):
+    """The row as the hub has it."""
+    official, differs, *_ = GOLDEN[name]
+    return {k: v for k, v in {**official, **differs}.items() if v is not None}
+
+
+@pytest.mark.parametrize("name", H)
+def test_prompts_are_those_of_lm_evaluation_harness(name):
+    """The harness's templates, rendered by Jinja as it renders them, give the same example."""
+    jinja2 = pytest.importorskip("jinja2")
+    text, choices, target = (jinja2.Template(t).render(hub_row(name)) for t in H[name])
+    (example,) = tasks.TASKS[name].to_examples(hub_row(name))
+    options = tuple(" " + choice for choice in ast.literal_eval(choices))  # its target_delimiter
+    assert astuple(example) == (text, options, int(target))
+
+
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_prompts_are_mezos_to_the_character(name):
-    """Official row and hub row of every task give MeZO's prompt, options and right label."""
-    official, differs, *golden = GOLDEN[name]
-    hub = {k: v for k, v in {**official, **differs}.items() if v is not None}
-    for row in (official, hub):
+    """Official row and hub row of every task give the source's prompt, options and right label."""
+    official, _, *golden = GOLDEN[name]
+    for row in (official, hub_row(name)):
         (example,) = tasks.TASKS[name].to_examples(row)
         assert astuple(example) == (golden[0], golden[1], golden[2])
 
@@ -245,23 +314,100 @@ def test_real_data_dir_splits():
         assert data == load_examples(name, data_dir=data.source)  # the task's own folder will do
 
 
+def test_the_numbers_of_q():
+    """Training and validation of [Q] add up to the published training set; the test is 1,000."""
+    published = {"arce": 2251, "arcc": 1119, "hellaswag": 39905, "piqa": 16113, "obqa": 4957}
+    published |= {"siqa": 33410, "aqua": 97467}
+    for name, n in published.items():
+        spec = tasks.TASKS[name]
+        assert (spec.num_train + spec.num_validation, spec.num_validation) == (n, 200)
+    config = Config(model="x", task="mmlu")
+    sources = configs.fill_in(config, "llama")
+    assert (config.num_train, config.num_validation, config.batch_size) == (20_000, 200, 16)
+    assert "[Q]" in sources["num_train"] and "num_train" not in configs.fill_in(
+        Config(model="x", task="rte"), "llama"
+    )
+
+
+def test_official_files_of_other_forms(tmp_path):
+    """Labels may lie in a file beside (PIQA, SIQA), rows in a .csv per subject (MMLU)."""
+    (tmp_path / "piqa").mkdir()
+    rows = [{"goal": f"g{i}", "sol1": "a", "sol2": "b"} for i in range(3)]
+    for name in ("train", "valid"):
+        write(tmp_path / "piqa" / f"{name}.jsonl", rows)
+        (tmp_path / "piqa" / f"{name}-labels.lst").write_text("1\n0\n1\n")
+    data = load_examples("piqa", data_dir=tmp_path, num_validation=0)
+    assert {(e.prompt, e.label) for e in data.test} == {
+        (f"Question: g{i}\nAnswer:", label) for i, label in enumerate((1, 0, 1))
+    }
+    (tmp_path / "piqa/valid-labels.lst").write_text("1\n0\n")
+    with pytest.raises(ValueError, match="valid-labels.lst has 2 labels for 3 rows of .*valid"):
+        load_examples("piqa", data_dir=tmp_path)
+    for split, subjects in (("auxiliary_train", "ab"), ("test", "cd")):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for subject in subjects:
+            row = f'"What, says ""{subject}""?\nWhy?",p,"q, r",s,t,C\n'
+            (tmp_path / "data" / split / f"{subject}.csv").write_text(row)
+    data = load_examples("MMLU", data_dir=tmp_path, num_validation=1)
+    prompt = 'What, says "c"?\nWhy?\nA. p\nB. q, r\nC. s\nD. t\nAnswer:'
+    assert Example(prompt, (" A", " B", " C", " D"), 2) in data.test and len(data.test) == 2
+    assert load_examples("mmlu", data_dir=tmp_path / "data", num_validation=1).test == data.test
+    with open(tmp_path / "data/test/d.csv", "a") as file:
+        file.write("short,p,q\n")
+    with pytest.raises(ValueError, match="d.csv, row 2 is not a labelled mmlu row: C None is no"):
+        load_examples("mmlu", data_dir=tmp_path)
+
+
+def test_real_files_of_piqa_and_aqua(tmp_path, llama2):
+    """Google's and Bisk's own files are read whole, each with the template's prompt and options."""
+    root = shared("data")
+    (tmp_path / "AQuA").mkdir()
+    for name, file in (("train", "dev"), ("test", "test")):
+        shutil.copy(root / "aqua" / f"{file}.json", tmp_path / "AQuA" / f"{name}.json")
+        shutil.copy(root / "piqa/valid.jsonl", tmp_path / f"{name.replace('test', 'valid')}.jsonl")
+        labels = tmp_path / f"{name.replace('test', 'valid')}-labels.lst"
+        shutil.copy(root / "piqa/valid-labels.lst", labels)
+    aqua = load_examples("aqua", data_dir=tmp_path)
+    piqa = load_examples("piqa", data_dir=tmp_path, num_test=2000)
+    assert (len(aqua.train), len(aqua.validation), len(aqua.test)) == (54, 200, 254)
+    assert (len(piqa.train), len(piqa.validation), len(piqa.test)) == (1638, 200, 1838)
+    rows = [json.loads(line) for line in (root / "aqua/test.json").read_text().splitlines()]
+    right = {e.prompt: e.options[e.label] for e in aqua.test}
+    for row in rows:
+        shown = " ".join("(" + o for o in row["options"])
+        prompt = (
+            f"Q: {row['question']} Answer Choices: {shown}\nA: Among A through E, the answer is"
+        )
+        assert right[prompt].startswith(f" ({row['correct']})")
+    labels = (root / "piqa/valid-labels.lst").read_text().split()
+    lines = (root / "piqa/valid.jsonl").read_text().splitlines()
+    found = {(e.prompt, e.options): e.label for e in piqa.test}
+    for line, label in zip(lines, labels, strict=True):
+        row = json.loads(line)
+        key = f"Question: {row['goal']}\nAnswer:", (f" {row['sol1']}", f" {row['sol2']}")
+        assert found[key] == int(label)
+    for data in (aqua, piqa):
+        examples = data.test[:100]
+        assert tasks.check_examples(llama2, examples, 2048, len(llama2), data.score) == 0
+
+
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_hub_asks_for_parquet_and_gives_what_the_files_give(monkeypatch, tmp_path, name):
     """The hub's integer-labelled rows lead to the same examples as the official files."""
-    official, differs, *_ = GOLDEN[name]
     asked = []
 
     def load_dataset(path, config, *, split, revision):
         asked.append((path, config, split, len(revision)))
-        hub = {k: v for k, v in {**official, **differs}.items() if v is not None}
-        return datasets.Dataset.from_list([hub] * 5)
+        return datasets.Dataset.from_list([hub_row(name)] * 5)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    if name == "wikitext2":  # blocks of tokens: test_wikitext2_is_read_as_the_field_reads_it
+        return
     data = load_examples(name, num_validation=2)
     path, config = tasks.TASKS[name].hub.split(":")
-    assert asked == [(path, config, s, 40) for s in ("train", "validation")]  # 40: a commit
+    assert asked == [(path, config, s, 40) for s in tasks.TASKS[name].splits]  # 40: a commit
     assert (len(data.train), len(data.validation), len(data.test)) == (3, 2, 5)
-    assert data.train[0] == tasks.TASKS[name].to_examples(official)[0]
+    assert data.train[0] == tasks.TASKS[name].to_examples(GOLDEN[name][0])[0]
 
 
 def test_hub_failure_is_one_line_with_the_ways_out(monkeypatch):
@@ -763,13 +909,13 @@ def test_accuracy_counts_every_example_once(llama):
     """Sorted and batched as one likes, as many are right as one at a time; NaN is never right."""
     alone = [int(np.argmax(mezo_scores(llama, TOKENIZER, e))) == e.label for e in YES_NO + MULTI]
     for size in (1, 2, 16):
-        right, broken = tasks.count_right(llama, TOKENIZER, YES_NO + MULTI, batch_size=size)
-        assert (right, broken) == (sum(alone), 0)
+        found = tasks.tally(llama, TOKENIZER, YES_NO + MULTI, batch_size=size)
+        assert found.tolist() == [sum(alone), 5, 0]
     spoilt = copy.deepcopy(llama)
     spoilt.lm_head.weight.data.fill_(torch.nan)
-    assert tasks.count_right(spoilt, TOKENIZER, YES_NO + MULTI).tolist() == [0, 5]
-    assert str(tasks.Accuracy(0.5, 100)) == "0.500 ± 0.050 (n = 100)"
-    assert "3 of them" in str(tasks.Accuracy(0.5, 100, 3))
+    assert tasks.tally(spoilt, TOKENIZER, YES_NO + MULTI).tolist() == [0, 5, 5]
+    assert str(tasks.Score(0.5, 100)) == "0.500 ± 0.050 (n = 100)"
+    assert "3 of them" in str(tasks.Score(0.5, 100, 3))
 
 
 @pytest.mark.parametrize("classification", [True, False])
@@ -798,6 +944,212 @@ def test_the_tiny_data_is_found_from_anywhere(tmp_path, monkeypatch):
     data = tasks.load(Config(task="copa", data_dir="tiny/data", num_train=7, num_test=5))
     assert (len(data.train), len(data.validation), len(data.test)) == (7, 100, 5)
     assert not data.classification and data.score == "right"
+
+
+# --- completions: an example with one option ------------------------------------------------------
+
+COMPLETIONS = [
+    Example("the cat sat on the mat.", (" so it was great",), 0),
+    Example("is it red?\n", ("No",), 0),
+    Example((1, 5, 6), ((90, 8, 9, 10, 11),), 0),
+]
+
+
+def test_perplexity_is_over_tokens_one_at_a_time(llama):
+    """exp of the mean of −log p over all completion tokens, however they are batched and padded."""
+    alone = [mezo_log_probs(llama, TOKENIZER, e, e.options[0]) for e in COMPLETIONS[:2]]
+    ids = torch.tensor([[1, 5, 6, 90, 8, 9, 10, 11]])
+    with torch.no_grad():
+        logits = llama(input_ids=ids).logits[0].double().log_softmax(-1)
+    alone.append(logits[range(2, 7), ids[0, 3:]])
+    want = torch.cat(alone)
+    for size in (1, 2, 16):
+        total, n, broken = tasks.tally(llama, TOKENIZER, COMPLETIONS, batch_size=size)
+        assert (n, broken) == (4 + 1 + 5, 0) and total == pytest.approx(
+            -want.sum().item(), rel=1e-5
+        )
+    config = Config(batch_size=2, max_length=64)
+    found = train.score(config, llama, TOKENIZER, COMPLETIONS)
+    assert found.value == pytest.approx(math.exp(-want.mean()), rel=1e-5)
+    assert (found.n, found.metric) == (10, "perplexity")
+    assert str(tasks.Score(math.e, 10, 0, "perplexity")) == "2.718 (loss 1.0000, n = 10 tokens)"
+    batch = collate(TOKENIZER, COMPLETIONS, score="right")
+    with torch.no_grad():  # the loss of training is the same number
+        torch.testing.assert_close(batch.loss(run(llama, batch)).double(), -want.mean())
+
+
+def test_a_perplexity_that_is_not_finite_is_counted(llama):
+    """A NaN among the log-probabilities makes the perplexity infinite; only such are an error."""
+    spoilt = copy.deepcopy(llama)
+    spoilt.model.embed_tokens.weight.data[90] = torch.nan  # read in the last example only
+    config = Config(batch_size=2, max_length=64)
+    found = train.score(config, spoilt, TOKENIZER, COMPLETIONS)
+    assert (found.value, found.broken) == (math.inf, 1) and "1 of the examples" in str(found)
+    with pytest.raises(ValueError, match="no log-probability of any example is finite"):
+        train.score(config, spoilt, TOKENIZER, COMPLETIONS[2:])
+
+
+@pytest.mark.parametrize("length", [4, 8, 64])
+def test_a_text_is_blocks_of_tokens(tmp_path, llama, length):
+    """Texts joined by blank lines, all tokens in a row: the loss is that of transformers."""
+    text = "the cat sat on the mat.\nis it red?\n\nno dog ran so it was great because I was red"
+    (tmp_path / "a.txt").write_text(text)
+    rows = [{"text": part} for part in text.split("\n\n")]
+    files = {"train_file": tmp_path / "a.txt", "test_file": write(tmp_path / "b.jsonl", rows)}
+    how = {"tokenizer": TOKENIZER, "max_length": length, "num_validation": 0}
+    data = load_examples(**files, **how)
+    ids = TOKENIZER(text)["input_ids"]
+    blocks = max(1, len(ids) // length)  # what is left over is dropped, unless it is all
+    rows = [ids[i * length : (i + 1) * length] for i in range(blocks)]
+    encoded = [encode(TOKENIZER, e, length) for e in data.test]
+    assert sorted(encoded) == sorted([(row, len(row) - 1)] for row in rows)
+    assert sorted(map(astuple, data.train)) == sorted(map(astuple, data.test))
+    assert (data.metric, data.score, data.classification) == ("perplexity", "right", False)
+    total, n, _ = tasks.tally(llama, TOKENIZER, data.test, max_length=length, batch_size=3)
+    with torch.no_grad():
+        wants = [llama(input_ids=row, labels=row).loss for row in torch.tensor(rows)[:, None]]
+    assert total / n == pytest.approx(torch.stack(wants).mean().item(), rel=1e-5)
+
+
+def test_wikitext2_is_read_as_the_field_reads_it(tmp_path, monkeypatch):
+    """Official files and the hub's rows give one text: their lines joined by two line ends."""
+    lines = [" \n", " = Cat = \n", " \n", " the cat sat on the mat . \n", " \n", " it ran . \n"]
+    for name in ("train", "valid", "test"):
+        path = tmp_path / "wikitext-2-raw" / f"wiki.{name}.raw"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(lines * (3 if name == "train" else 2)))
+    data = load_examples("wikitext2", data_dir=tmp_path, tokenizer=TOKENIZER, max_length=5)
+    hub = [line if line.strip() else "" for line in lines]
+    ids = TOKENIZER("\n\n".join(hub * 2))["input_ids"]
+    blocks = [ids[i : i + 5] for i in range(0, len(ids) - 4, 5)]
+    assert sorted([*e.prompt, *e.options[0]] for e in data.test) == sorted(blocks)
+    assert sorted(map(astuple, data.validation)) == sorted(map(astuple, data.test))
+    assert len(data.train) > len(data.test) and data.batch_size == 2
+
+    def load_dataset(path, config, *, split, revision):
+        assert (path, config, len(revision)) == ("Salesforce/wikitext", "wikitext-2-raw-v1", 40)
+        return [{"text": text} for text in hub * (3 if split == "train" else 2)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    again = load_examples("WikiText2", tokenizer=TOKENIZER, max_length=5)
+    assert (again.train, again.validation, again.test) == (data.train, data.validation, data.test)
+
+
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'user' %}dog {{ m.content }}\n{% else %}cat "
+    "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}cat {% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "is it red ?"},
+    {"role": "assistant", "content": "it was great ."},
+    {"role": "user", "content": "is I ?"},
+    {"role": "assistant", "content": "no"},
+]
+
+
+def chat_tokenizer(template=CHAT):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def replies(tmp_path, messages, tokenizer):
+    path = write(tmp_path / "talk.jsonl", [{"messages": m} for m in messages])
+    return load_examples(train_file=path, test_file=path, tokenizer=tokenizer, num_validation=0)
+
+
+def test_only_the_assistants_tokens_have_a_loss(tmp_path):
+    """Ids are those of the chat template, and the completions what it marks as the assistant's."""
+    tokenizer = chat_tokenizer()
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    whole = tokenizer.apply_chat_template(TALK, **how)
+    data = replies(tmp_path, [TALK] * 2, tokenizer)
+    assert len(data.test) == 4 and data.score == "right"
+    marked = [0] * len(whole["input_ids"])
+    for example in data.test:
+        [(ids, length)] = encode(tokenizer, example)
+        assert ids == whole["input_ids"][: len(ids)]
+        marked[len(ids) - length : len(ids)] = [1] * length
+    assert marked == whole["assistant_masks"] and sum(marked) == 7  # two ends of turn among them
+
+
+def test_real_chat_templates(tmp_path, llama2):
+    """With Llama 2's tokenizer and its template, which opens no turn for the assistant."""
+    llama2 = copy.deepcopy(llama2)
+    llama2.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + "
+        "' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    data = replies(tmp_path, [TALK], llama2)
+    found = {llama2.decode(e.options[0]): e.prompt[0] for e in data.test}
+    bos = llama2.bos_token_id
+    assert {text.strip(): first for text, first in found.items()} == {
+        "it was great . </s>": bos, "no </s>": bos
+    }  # fmt: skip
+    longest = max(data.test, key=lambda e: len(e.prompt))
+    ids = llama2.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
+    assert [*longest.prompt, *longest.options[0]] == ids
+
+
+def test_completions_of_own_files(tmp_path):
+    """A completion is the text after its prompt and the end of sequence; perplexity is measured."""
+    rows = [{"prompt": f"is it {w} ?", "completion": " it was so"} for w in WORDS[:12]]
+    path = write(tmp_path / "own.jsonl", rows)
+    data = load_examples(train_file=path, test_file=path, tokenizer=TOKENIZER)
+    assert (len(data.train), len(data.validation), len(data.test)) == (8, 4, 12)
+    assert (data.metric, data.score, data.odd) == ("perplexity", "right", None)
+    for example in data.test:
+        [(ids, length)] = encode(TOKENIZER, example)
+        assert TOKENIZER.convert_ids_to_tokens(ids[-length:]) == ["it", "was", "so", "</s>"]
+
+
+BAD_COMPLETIONS = {
+    "no completion": ({"prompt": "a"}, TOKENIZER, "no field 'options'"),
+    "empty": ({"prompt": "a", "completion": " "}, TOKENIZER, "completion ' ' must be text"),
+    "number": ({"prompt": "a", "completion": 3}, TOKENIZER, "completion 3 must be text"),
+    "no prompt": ({"completion": "a"}, TOKENIZER, "no field 'prompt'"),
+    "no template": ({"messages": TALK}, TOKENIZER, "the tokenizer has no chat template; use "),
+    "user alone": ({"messages": TALK[:1]}, chat_tokenizer(), "no message is the assistant's"),
+    "no role": ({"messages": [{"content": "a"}]}, chat_tokenizer(), "no field 'role'"),
+    "no messages": ({"messages": 3}, chat_tokenizer(), "int"),
+    "refused": ({"messages": TALK}, chat_tokenizer("{{ raise_exception('no\\nway') }}"),
+                "the chat template refuses it: no"),
+    "broken": ({"messages": TALK}, chat_tokenizer("{% if %}"), "the chat template refuses it: "),
+    "other": ({"messages": TALK}, chat_tokenizer("{{ messages | length }}"),
+              "reply does not follow its generation prompt"),
+    "text": ({"text": 3}, TOKENIZER, "str"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row, tokenizer, message", BAD_COMPLETIONS.values(), ids=BAD_COMPLETIONS)
+def test_bad_completions_are_named(tmp_path, row, tokenizer, message):
+    """A row without a reply, or a template that does not write it, is one line with its place."""
+    path = write(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(ValueError, match=message) as e:
+        load_examples(train_file=path, test_file=path, tokenizer=tokenizer)
+    assert f"{path}:1 is not" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_rows_of_two_kinds_are_refused(tmp_path):
+    """Options, completions and texts cannot be trained or tested together; extra fields may be."""
+    kinds = {
+        "questions": own(3),
+        "completions": [{"prompt": "a", "completion": "b"}],
+        "texts": [{"text": "the cat"}],
+    }
+    paths = {kind: write(tmp_path / f"{kind}.jsonl", rows) for kind, rows in kinds.items()}
+    how = {"tokenizer": TOKENIZER, "num_validation": 0}
+    for a in kinds:
+        for b in kinds:
+            files = {"train_file": paths[a], "test_file": paths[b]}
+            if a == b:
+                load_examples(**files, **how)
+                continue
+            with pytest.raises(ValueError, match=f"{len(kinds[a])} {a} and {len(kinds[b])} {b}; "):
+                load_examples(**files, **how)
+    path = write(tmp_path / "more.jsonl", [{**row, "text": "x", "messages": 3} for row in own(3)])
+    assert load_examples(train_file=path, test_file=path, **how).metric == "accuracy"
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -849,16 +1201,33 @@ def test_texts_of_every_form(tmp_path):
     (tmp_path / "d.txt").write_bytes(b"one\n\xff\xfe\x00")
     with pytest.raises(ValueError, match="d.txt:2 is not UTF-8"):
         tasks.read_texts(str(tmp_path / "d.txt"))
-    for path in ("nowhere.txt", "", str(tmp_path)):
-        with pytest.raises(ValueError, match="a .txt or .jsonl file that exists"):
+    for path in ("nowhere.txt", "", str(tmp_path), "c5"):
+        with pytest.raises(ValueError, match="a .txt or .jsonl file that exists, or one of c4, w"):
             tasks.read_texts(path)
+
+
+@pytest.mark.parametrize("name", tasks.TEXTS)
+def test_texts_by_name(monkeypatch, name):
+    """[Q]'s four corpora: the first 10,000 documents of one file of the repository."""
+
+    def load_dataset(path, *, data_files, split, revision, streaming):
+        assert path == tasks.TEXTS[name][0] and split == "train" and streaming
+        assert len(revision) == 40 or name == "arxiv"
+        column = "article" if name == "arxiv" else "text"
+        rows = [{column: f"{data_files} {i}", "more": i} for i in range(10_002)]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts = tasks.read_texts(name)
+    assert len(texts) == 10_000 and texts[1] == f"{tasks.TEXTS[name][1]} 1"
+    assert name != "c4" or tasks.read_texts(None) == texts
 
 
 def test_without_a_network_c4_is_an_error_that_says_so(monkeypatch):
     """The default text is pinned and streamed from the hub; where that fails, --text is the way."""
 
     def offline(*args, **how):
-        assert how["revision"] == tasks.C4_COMMIT and how["streaming"]
+        assert len(how["revision"]) == 40 and how["streaming"]
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)

@@ -197,14 +197,14 @@ def test_training_learns(folder, tmp_path):
 def test_validation_chooses_the_weights_that_are_tested(folder, tmp_path, monkeypatch, capsys):
     """Result and eval.py take the step with the best validation accuracy, the first of equals."""
     script = iter([0.5, 0.6, 0.9, 0.9, 0.8])  # at steps 0, 2, 4, 6, 8
-    original = train.accuracy
+    original = train.score
 
     def scripted(config, model, tokenizer, examples):
         if len(examples) == 30:  # the validation examples: a third of 90
-            return tasks.Accuracy(next(script), 30)
+            return tasks.Score(next(script), 30)
         return original(config, model, tokenizer, examples)
 
-    monkeypatch.setattr(train, "accuracy", scripted)
+    monkeypatch.setattr(train, "score", scripted)
     result = run(folder, tmp_path / "run", "--eval-every=2")
     assert result["best_step"] == 4
     capsys.readouterr()

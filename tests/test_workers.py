@@ -157,9 +157,9 @@ def other_weights(rank):
 def other_data(rank):
     original = tasks.load
 
-    def load(config):
+    def load(config, tokenizer):
         config.data_seed = rank
-        return original(config)
+        return original(config, tokenizer)
 
     tasks.load = load
 
