@@ -14,7 +14,11 @@ demo: .venv/ready
 test: .venv/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest --numprocesses auto --dist worksteal
+	$(RUN) -m pytest --numprocesses auto --dist worksteal --ignore tests/rehearsals
+
+# What takes longer: unusual inputs, several workers, labs, studies, bench and GPU day, as they run.
+rehearse: .venv/ready
+	$(RUN) -m pytest --numprocesses auto --dist worksteal tests/rehearsals
 
 # The numerical tests again, as on a CPU without vector instructions.
 test-default: .venv/ready
@@ -26,4 +30,4 @@ bench: .venv/ready
 mutants: .venv/ready
 	$(RUN) -m tests.mutants
 
-.PHONY: demo test test-default bench mutants
+.PHONY: demo test rehearse test-default bench mutants

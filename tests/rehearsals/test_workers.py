@@ -227,7 +227,7 @@ def test_micro_batches_are_the_whole_batch_to_rounding(kind, micro, folder, monk
     ]
     sizes, original = [], patch.losses
     monkeypatch.setattr(
-        patch, "losses", lambda i, *a: sizes.append(len(i["input_ids"])) or original(i, *a)
+        patch, "losses", lambda i, *a: sizes.append(len(i.input_ids)) or original(i, *a)
     )
 
     def both(size):

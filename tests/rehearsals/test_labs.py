@@ -8,7 +8,7 @@ import pytest
 
 import quant
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "labs"))
 import lab  # noqa: E402
 import race  # noqa: E402

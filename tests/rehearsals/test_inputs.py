@@ -222,7 +222,7 @@ def test_transposed_tensors_in_a_bin(folder, tmp_path):
     (old / "model.safetensors").unlink()
     torch.save({n: t.T.contiguous().T if t.dim() == 2 else t for n, t in tensors.items()},
                old / "pytorch_model.bin")  # fmt: skip
-    for name, flags in (("run", []), ("q", SENSZOQ), ("q16", [*SENSZOQ, "--bits=16"])):
+    for name, flags in (("run", []), ("q", SENSZOQ)):
         run(folder, tmp_path / f"{name}-old", f"--model={old}", *flags)
         run(folder, tmp_path / name, *flags)
         ours, theirs = (tmp_path / d / "steps.csv" for d in (name, f"{name}-old"))
