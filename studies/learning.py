@@ -103,6 +103,7 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: in
         shutil.rmtree(folder, ignore_errors=True)  # it had not begun, or cannot go on
         argv = [f"--task={run.task}", *flags, *common, f"--lr={run.lr}", f"--seed={run.seed}"]
         argv += [f"--steps={run.steps}", f"--eval-every={every}", f"--out={folder}"]
+        argv += ["--compile=yes"] if program == "train" else []  # one process has many runs
     said, stopped = io.StringIO(), None
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
