@@ -24,7 +24,7 @@ import torch
 import quant
 import tasks
 import train
-from harness import adapter, loading
+from harness import adapter, dataset, loading
 from harness import config as configs
 from harness.config import Settings
 from harness.log import StepLog
@@ -35,7 +35,7 @@ def evaluate(config: Settings, split: str, shots: int):
     configs.check(config)
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config)
-    data = tasks.load(config, tokenizer)
+    data = dataset.load(config, tokenizer)
     config.batch_size = config.batch_size or data.batch_size
     examples = getattr(data, split)
     if not 0 <= shots <= len(data.train):
@@ -64,7 +64,7 @@ def evaluate_run(run: Path, step: str, changes: dict, split: str):
             raise ValueError(f"--step {step}: best, last, or 0 … {len(log.steps)}, as logged")
         after = int(step)
     tokenizer, _ = loading.load_tokenizer(config.model, config.trust_remote_code)
-    data = tasks.load(config, tokenizer)
+    data = dataset.load(config, tokenizer)
     model = train.rebuild(config, run, tokenizer, data, log.steps, after)
     examples = getattr(data, split)
     found = train.score(config, model, tokenizer, examples)

@@ -16,7 +16,7 @@
 How it works
     A zeroth-order step needs one number per forward pass, the loss. Here it is made. The model is
     never asked for a class, only how likely each option is after the prompt. `TASKS` has one row
-    per task; a new task is a new row. A task of your own is a file (`load_examples`).
+    per task; a new task is a new row. A task of your own is a file (harness/dataset.py).
 
     An example with one option is a completion: of a prompt, of a conversation, or of a text's first
     token. All else follows from that. Its loss is `lm_loss`, and its score is perplexity.
@@ -39,21 +39,15 @@ What it costs
     one row per example, half of MeZO's work and the same numbers.
 """
 
-import csv
 import inspect
-import json
 import math
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix  # of any sequences, not only of paths
-from pathlib import Path
 from typing import NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -177,22 +171,6 @@ def _aqua(row: dict) -> list[dict]:
 
 
 _NO_YES = ("No", "Yes")
-_COMMITS = {  # parquet, no script to run; pinned: a seed means the same examples for good
-    "nyu-mll/glue": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
-    "aps/super_glue": "3de24cf8022e94f4ee4b9d55a6f539891524d646",
-    "allenai/winogrande": "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
-    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
-    "Rowan/hellaswag": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
-    "baber/piqa": "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",  # [H]'s mirror of a script
-    "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
-    "lighteval/siqa": "54c6a1f8cb6daf4f5abf24a601852612fb35eb25",  # [H]'s mirror of a script
-    "cais/mmlu": "c30699e8356da336a370243923dbaf21066bb9fe",
-    "deepmind/aqua_rat": "33301c6a050c96af81f63cad5562cb5363e88971",
-    "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
-    "allenai/c4": "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
-    "open-web-math/open-web-math": "fde8ef8de2300f5e778f56261843dab89f230815",
-    "armanc/scientific_papers": "refs/convert/parquet",  # a script; the hub's copy, not pinned
-}
 # [Q] "Dataset Splits" has 2051/200 for ARC-E and so on. The two are training and validation: their
 # sum is the published training set, for each task but MMLU, which is a part of the auxiliary one.
 _Q = {"num_validation": 200, "sizes": "[Q] appendix, dataset splits"}
@@ -262,282 +240,6 @@ def get_task(name: str) -> Task:
     return TASKS[key]
 
 
-@dataclass(frozen=True)
-class Data:
-    """What `load_examples` returns."""
-
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    classification: bool
-    source: str
-    odd: str | None = None  # of own files: the first row whose options are other than the rest's
-    batch_size: int = 16
-
-    @property
-    def metric(self) -> str:
-        """Of what is measured: the "accuracy" of options, the "perplexity" of completions."""
-        return "perplexity" if len(self.train[0].options) == 1 else "accuracy"
-
-    @property
-    def score(self) -> str:
-        """Which options the training loss reads: "all", or the "right" one."""
-        return "all" if self.classification else "right"
-
-
-def load_examples(
-    task: str | None = None, *, data_dir: str | Path | None = None,
-    train_file: str | Path | None = None, test_file: str | Path | None = None,
-    validation_file: str | Path | None = None, num_train: int | None = None,
-    num_validation: int | None = None, num_test: int = 1000, seed: int = 0,
-    tokenizer=None, max_length: int = 2048,
-) -> Data:  # fmt: skip
-    """A task of `TASKS`, from the hub or from official files in data_dir; or the user's own files.
-
-    MeZO's split (run.py, `sample_subset`): permute the training split under the seed, take the
-    first num_train + num_validation, keep the LAST num_validation of them for validation. Test are
-    the first num_test of the published validation split, permuted likewise. A small split leaves
-    what remains to training: CB 150, COPA 300, WSC only 54. Equal seeds draw MeZO's examples. ARC,
-    OBQA, MMLU and AQuA are tested on their published test split. None: the task's number.
-
-    Own files have JSONL lines of one kind. Without validation_file, validation comes out of
-    train_file by the same rule, by default 500 but at most a third of the file. Raises ValueError.
-
-        {"prompt", "options", "label"}   classification if all examples have the same options
-        {"prompt", "completion"}         an end of sequence is added to the completion
-        {"messages": [{"role", "content"}, …]}   a completion per turn of the assistant
-        {"text"}, or a .txt file         joined by blank lines, cut into blocks of max_length tokens
-
-    All but the first need the tokenizer.
-    """
-    odd = None
-    if task is not None and not (train_file or test_file or validation_file):
-        spec, source = get_task(task), get_task(task).hub
-        if data_dir is None:
-            parts = [_from_hub(spec, split) for split in spec.splits]
-        else:
-            source = Path(data_dir, spec.folder)
-            if not source.is_dir() and any(Path(data_dir).glob(spec.files[0])):
-                source = Path(data_dir)  # given the task's own folder
-            what = f"a labelled {spec.name} row"
-            paths = [sorted(source.glob(f)) or [source / f] for f in spec.files]
-            parts = [sum((_from_file(f, spec.to_examples, what) for f in fs), []) for fs in paths]
-    elif task is None and train_file and test_file and data_dir is None:
-        files = [Path(f) for f in (train_file, test_file, validation_file) if f]
-        what = 'a line {"prompt", "options", "label"}, {"prompt", "completion"} or {"messages"}'
-        parts = [_from_file(f, partial(_own_example, tokenizer), what) for f in files]
-        everything, source = sum(parts, []), ", ".join(dict.fromkeys(map(str, files)))
-        kinds = Counter(map(_kind, everything))
-        if len(kinds) > 1:
-            mixed = " and ".join(f"{n} {kind}" for kind, n in kinds.items())
-            raise ValueError(f"{source}: {mixed}; train and test on rows of one kind")
-        odd = _odd_row(everything) if "questions" in kinds else None
-        spec = Task("own", "", "", "", (), classification="questions" in kinds and odd is None)
-    else:
-        raise ValueError("give a task (--task, --data-dir), or --train-file and --test-file")
-
-    train, test, *held = (_in_blocks(part, tokenizer, max_length) for part in parts)
-    if not (task or held):  # validation out of the own training file: at most a third
-        spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
-    num_train = spec.num_train if num_train is None else num_train
-    num_validation = spec.num_validation if num_validation is None else num_validation
-    if min(num_train, num_test) < 1 or num_validation < 0:
-        given = f"num_train {num_train}, num_validation {num_validation}, num_test {num_test}"
-        raise ValueError(f"{given}: give at least 1, 0 and 1")
-    if held:
-        train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
-    else:
-        drawn = _draw(train, num_train + num_validation, seed)
-        cut = max(0, len(drawn) - num_validation)  # not [:-num_validation], empty for 0
-        train, validation = drawn[:cut], drawn[cut:]
-    if not train:
-        raise ValueError(f"{source}: num_validation {num_validation} leaves nothing to train on")
-    parts = train, validation, _draw(test, num_test, seed)
-    return Data(*parts, spec.classification, str(source), odd, spec.batch_size)
-
-
-def load(config, tokenizer=None) -> Data:
-    """The examples that the settings of a command name (harness/config.py)."""
-    names = set(inspect.signature(load_examples).parameters) - {"seed", "tokenizer"}
-    how = {name: getattr(config, name) for name in names}
-    if how["data_dir"] == "tiny/data":  # lies beside the code, wherever the program is started
-        how["data_dir"] = Path(__file__).parent / "tiny/data"
-    return load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
-
-
-def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]:
-    """Texts joined and cut into blocks, whose first token is not predicted; others as they are.
-
-    What is left over is dropped, unless it is all.
-    """
-    if _kind(examples[0]) != "texts":
-        return examples
-    ids = tokenizer("\n\n".join(e.options[0] for e in examples), verbose=False)["input_ids"]
-    starts = range(0, max(1, len(ids) - length + 1), length)
-    return [Example(tuple(ids[i : i + 1]), (tuple(ids[i + 1 : i + length]),), 0) for i in starts]
-
-
-def _draw(examples: list[Example], n: int, seed: int) -> list[Example]:
-    order = np.random.RandomState(seed).permutation(len(examples))  # a private generator
-    return [examples[i] for i in order[:n]]
-
-
-def _kind(example: Example) -> str:
-    one = "completions" if example.prompt else "texts"
-    return one if len(example.options) == 1 else "questions"
-
-
-def _own_example(tokenizer, row: dict) -> list[Example]:
-    kind = next((k for k in ("options", "completion", "messages", "text") if k in row), "options")
-    if kind == "messages":
-        return _replies(tokenizer, row["messages"])
-    if kind == "text":
-        return _document(row)
-    for name in ("prompt", "completion")[: 2 if kind == "completion" else 1]:
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"{name} {row[name]!r} must be text, not empty")
-    if kind == "completion":  # its end is learnt, too, as in TRL
-        return [Example(row["prompt"], (row["completion"] + (tokenizer.eos_token or ""),), 0)]
-    prompt, options, label = row["prompt"], row["options"], row["label"]
-    listed = options if isinstance(options, list) else []
-    texts = {o.rstrip() for o in listed if isinstance(o, str)} - {""}
-    if len(texts) < max(2, len(listed)):
-        raise ValueError(f"options {options!r} must be a list of 2 or more different texts")
-    if type(label) is not int or not 0 <= label < len(options):  # a bool is an int, but no label
-        raise ValueError(f"label {label!r} must be an integer from 0 to {len(options) - 1}")
-    return [Example(prompt, tuple(o.rstrip(" ") for o in options), label)]  # `encode` strips, too
-
-
-def _replies(tokenizer, messages: list[dict]) -> list[Example]:
-    """A completion per turn of the assistant, as the tokenizer's chat template writes it.
-
-    The prompt is all before it, up to the template's generation prompt; the completion is the reply
-    with its end of turn. So no other token than the assistant's has a loss.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError('the tokenizer has no chat template; use {"prompt", "completion"} lines')
-
-    def text(count: int, **how) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, **how)
-        except Exception as e:  # whatever Jinja or the template raises
-            raise ValueError(f"the chat template refuses it: {e}".splitlines()[0]) from e
-
-    examples = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = text(i, add_generation_prompt=True), text(i + 1).rstrip()
-            if not after.startswith(before):
-                raise ValueError("the chat template's reply does not follow its generation prompt")
-            ids, length = _tokens(tokenizer, after, after[len(before) :], special=False)
-            start = len(ids) - length
-            examples.append(Example(tuple(ids[:start]), (tuple(ids[start:]),), 0))
-    if not examples:
-        raise ValueError("no message is the assistant's")
-    return examples
-
-
-def _document(row: dict) -> list[Example]:
-    return [Example("", (row["text"],), 0)]
-
-
-def _odd_row(examples: list[Example]) -> str | None:
-    """What is odd about the first row whose options are not those of most, if there is one."""
-
-    def kind(example):  # however its letters are coded, and whatever white space ends it
-        return frozenset(normalize("NFC", option).rstrip() for option in example.options)
-
-    (usual, count), *others = Counter(map(kind, examples)).most_common()
-    if not others:
-        return None
-    odd = next(e for e in examples if kind(e) != usual)
-    most = f"{count} of {len(examples)} rows have {sorted(usual)}"
-    return f"{most}, but ...{odd.prompt[-40:]!r} has {list(odd.options)}"
-
-
-def _from_hub(task: Task, split: str) -> list[Example]:
-    name, config = task.hub.split(":")
-    with _hub(task.hub, f"log in with `hf auth login`, or give --data-dir with {task.folder}/"):
-        from datasets import load_dataset
-
-        rows = load_dataset(name, config, split=split, revision=_COMMITS[name])
-    named = ((f"{task.hub} {split}[{i}]", row) for i, row in enumerate(rows))
-    return _parsed(named, task.to_examples, f"a labelled {task.name} row")
-
-
-@contextmanager
-def _hub(what: str, instead: str):
-    try:
-        yield
-    except Exception as e:  # offline, gated, moved, not installed: each has a type of its own
-        why = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise ValueError(f"cannot load {what} from the hub ({why}); {instead}") from e
-
-
-def _from_file(path: Path, parse: Callable[[dict], list], what: str) -> list:
-    """What `parse` makes of the rows of a JSONL file, with labels in it or in a file beside (PIQA).
-
-    Or of a .tsv with a header, a .csv as MMLU's, or a text: blank lines divide a .txt, and
-    WikiText's .raw has a row per line.
-    """
-    text, read = _read(path), json.loads
-    lines = text.removesuffix("\n").split("\n")  # splitlines would also split at U+2028
-    rows = [(f"{path}:{n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
-    if path.suffix == ".tsv" and rows:
-        read = partial(_cells, rows.pop(0)[1].split("\t"))
-    if not rows:
-        raise ValueError(f"{path} is empty; write one example per line")
-    found = None
-    if path.suffix == ".csv":
-        found = csv.DictReader(text.splitlines(keepends=True), ("question", *"ABCD", "answer"))
-    if path.suffix == ".txt":
-        found = [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
-    if path.suffix == ".raw":  # as on the hub: blank lines are empty rows
-        found = [{"text": line + "\n" if line.strip() else ""} for line in lines]
-    if found is not None:
-        rows, read = [(f"{path}, row {n}", row) for n, row in enumerate(found, start=1)], dict
-    if (labels := path.with_name(f"{path.stem}-labels.lst")).is_file():
-        right = _read(labels).split()
-        if len(right) != len(rows):
-            raise ValueError(f"{labels} has {len(right)} labels for {len(rows)} rows of {path}")
-        rows = [(where, (line, label)) for (where, line), label in zip(rows, right, strict=True)]
-        read = _labelled
-    return _parsed(rows, lambda row: parse(read(row)), what)
-
-
-def _labelled(row: tuple[str, str]) -> dict:
-    return {**json.loads(row[0]), "label": row[1]}
-
-
-def _cells(header: list[str], line: str) -> dict:
-    cells = line.split("\t")  # no csv module: SST-2's sentences hold bare quotes
-    if len(cells) != len(header):
-        raise ValueError(f"it has {len(cells)} tab-separated cells, the header {len(header)}")
-    return dict(zip(header, cells, strict=True))
-
-
-def _parsed(rows: Iterable[tuple], parse: Callable, what: str) -> list:
-    found = []
-    for where, row in rows:
-        try:
-            found += parse(row)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
-            known = {KeyError: f"no field {e}", json.JSONDecodeError: "it is not JSON"}
-            raise ValueError(f"{where} is not {what}: {known.get(type(e), e)}") from e
-    return found
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        here = next(p for p in path.absolute().parents if p.is_dir())
-        names = ", ".join(sorted(p.name for p in here.iterdir())[:12])
-        raise ValueError(f"no file {path}; {here} has {names or 'nothing'}")
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin with a byte-order mark
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}:{e.object.count(10, 0, e.start) + 1} is not UTF-8") from e
-
-
 def with_demonstrations(example: Example, demos: list[Example]) -> Example:
     """In-context learning (MeZO utils.py, `encode_prompt`): solved demos, joined by blank lines."""
     solved = [(d.prompt + d.options[d.label]).strip() for d in demos]
@@ -571,7 +273,7 @@ def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[li
     out = []
     for option in example.options:
         if isinstance(option, str):
-            ids, length = _tokens(tokenizer, (example.prompt + option).lstrip(), option)
+            ids, length = option_tokens(tokenizer, (example.prompt + option).lstrip(), option)
         else:
             ids, length = [*example.prompt, *option], len(option)
         bos = int(ids[:1] == [tokenizer.bos_token_id])
@@ -585,7 +287,7 @@ def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[li
     return out
 
 
-def _tokens(tokenizer, full: str, option: str, special: bool = True) -> tuple[list[int], int]:
+def option_tokens(tokenizer, full: str, option: str, special: bool = True) -> tuple[list[int], int]:
     """Token ids of a text that ends with the option, and how many are the option's.
 
     `special`: with the tokens that the tokenizer adds itself.
@@ -812,35 +514,6 @@ def minibatch(
 
 
 # ------------------------------------------------------------------ losses that score [Q]'s weights
-
-TEXTS = {  # name: repository, file, column; its first 10,000 rows are used
-    "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "text"),
-    "wikitext103": ("Salesforce/wikitext",
-        "wikitext-103-raw-v1/train-00000-of-00002.parquet", "text"),
-    "openwebmath": ("open-web-math/open-web-math",
-        "data/train-00000-of-00114-5a023365406cb9c4.parquet", "text"),
-    "arxiv": ("armanc/scientific_papers", "arxiv/*train/0000.parquet", "article"),
-}  # fmt: skip
-
-
-def read_texts(text: str | None) -> list[str]:
-    """Documents of a .jsonl of {"text": …} or a .txt (blank lines divide them), or of `TEXTS`.
-
-    [Q] compares these four by name; None is its choice, C4.
-    """
-    if (name := "c4" if text is None else text) in TEXTS:
-        repository, file, column = TEXTS[name]
-        how = {"data_files": file, "split": "train", "streaming": True}
-        how["revision"] = _COMMITS[repository]
-        with _hub(repository, "give --text FILE"):
-            from datasets import load_dataset
-
-            return [row[column] for row in load_dataset(repository, **how).take(10_000)]
-    path = Path(text)
-    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
-        names = ", ".join(TEXTS)
-        raise ValueError(f"--text {text}: a .txt or .jsonl file that exists, or one of {names}")
-    return [e.options[0] for e in _from_file(path, _document, 'a line {"text": "…"}')]
 
 
 def text_windows(tokenizer, texts: list[str], samples: int, length: int, seed: int) -> Tensor:

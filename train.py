@@ -39,12 +39,12 @@ import model_patch
 import quant
 import tasks
 import zo
-from harness import adapter, loading, log, mask, workers
+from harness import adapter, dataset, loading, log, mask, workers
 from harness import config as configs
 from harness.config import Config
 
 
-def train(config: Config, patch, tokenizer, data: tasks.Data, steps: log.StepLog) -> None:
+def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepLog) -> None:
     """[S] Algorithm 1, from the step after the log's last to step T."""
     progress = log.Progress(steps, config.steps, quiet=workers.RANK > 0)
     in_a_row = 0
@@ -67,7 +67,7 @@ def train(config: Config, patch, tokenizer, data: tasks.Data, steps: log.StepLog
         progress.update(step)
 
 
-def take_step(config: Config, patch, tokenizer, data: tasks.Data, t: int) -> log.Step:
+def take_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
     """Step t of Algorithm 1 but for its update, which θ ← θ + a m⊙z makes with the answer's a."""
     # Sample minibatch B from X and random seed s
     chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
@@ -96,7 +96,7 @@ def losses(patch, batches, seed: int) -> tuple[float, float]:
     return float(total[0] / total[2]), float(total[1] / total[2])
 
 
-def what_moves(config: Config, run: Path, data: tasks.Data) -> masks.Rule | tuple:
+def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tuple:
     """A rule of [S]; of [Q] what masks.load gives: index, provenance, matrices, codebooks.
 
     The four methods differ here, and only here.
@@ -188,7 +188,7 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
     return tasks.Score(perplexity, int(n), int(broken), "perplexity")
 
 
-def evaluated(config, patch, tokenizer, data: tasks.Data, step: log.Step) -> log.Step:
+def evaluated(config, patch, tokenizer, data: dataset.Data, step: log.Step) -> log.Step:
     """The step with its validation and active density, of weights that all workers share."""
     workers.check_same(patch.checksum(), "weights")
     found = {"active_density": patch.active_density()}
@@ -209,7 +209,7 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     config.max_length = loading.usable_length(config.max_length, model_config, taken)
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
-    data = tasks.load(config, tokenizer)
+    data = dataset.load(config, tokenizer)
     kind = loading.quantised(model_config)
     if kind and (config.bits == 4 or config.method == "senszoq" and config.bits is None):
         raise ValueError(
@@ -231,7 +231,7 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     return tokenizer, data
 
 
-def describe(config, tokenizer, model_config, data: tasks.Data) -> None:
+def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
     """Print data and loss. ValueError for an example that cannot be trained or scored."""
     sizes = f"train {len(data.train)}, validation {len(data.validation)}, test {len(data.test)}"
     print(f"  {'data':<14} {data.source}: {sizes}")

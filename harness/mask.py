@@ -21,7 +21,7 @@ import masks
 import quant
 import tasks
 from harness import config as configs
-from harness import loading
+from harness import dataset, loading
 from harness.config import QUANTISER, Settings, setting
 
 
@@ -62,11 +62,11 @@ def make(config, path, examples=None) -> None:
         if settings.text is None and configs.is_tiny(settings.model):
             settings.text = configs.locate("tiny/data/c4.jsonl")
         length = loading.usable_length(settings.length, model_config)
-        texts = tasks.read_texts(settings.text)
+        texts = dataset.read_texts(settings.text)
         windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
         tasks.check_tokens(tokenizer, windows.flatten().tolist(), loading.vocabulary(model_config))
         losses = tasks.text_losses(windows)
-        source = tasks.TEXTS.get(settings.text or "c4", [settings.text])[:2]
+        source = dataset.TEXTS.get(settings.text or "c4", [settings.text])[:2]
         about |= {"source": " ".join(source), "length": length}
     elif scored:
         longest = loading.usable_length(settings.max_length, model_config)
@@ -121,7 +121,7 @@ def main(argv=None) -> None:
             configs.check(config)
             tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
             config.max_length = loading.usable_length(config.max_length, model_config)
-            data = tasks.load(config, tokenizer)
+            data = dataset.load(config, tokenizer)
             examples = data.train, data.score
         make(config, config.out, examples)
         index, *_ = masks.load(config.out)

@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import masks
 import tasks
 import zo
-from harness import config, loading
+from harness import config, dataset, loading
 
 STEPS, SEEDS, RATES, EPS = 40, (1, 3), (30, 100, 300), 1e-3  # RATES are r = η (k + 2)
 
@@ -22,7 +22,7 @@ class Tiny:
         self.tokenizer, _ = loading.load_tokenizer(config.TINY)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             self.model = loading.load_model(config.TINY, device="cpu")
-        self.data = tasks.load_examples("rte", data_dir=config.HERE / "tiny/data")
+        self.data = dataset.load_examples("rte", data_dir=config.HERE / "tiny/data")
         self.names = [name for name, _ in self.model.named_parameters()]
         self.gradients = torch.autograd.grad(self.loss(range(16))(), self.model.parameters())
 
@@ -36,7 +36,7 @@ class Tiny:
 
     def sensitive(self):
         """[Q]'s mask of the tiny model's own text: for each parameter its places, or none."""
-        texts = tasks.read_texts(config.HERE / "tiny/data/c4.jsonl")
+        texts = dataset.read_texts(config.HERE / "tiny/data/c4.jsonl")
         windows = tasks.text_windows(self.tokenizer, texts, samples=32, length=64, seed=0)
         index = masks.sensitive_index(self.model, tasks.text_losses(windows), 0.001)
         return [index.get(name, []) for name in self.names]

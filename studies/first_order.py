@@ -49,7 +49,7 @@ import masks
 import tasks
 import train
 from harness import config as configs
-from harness import loading, log, workers
+from harness import dataset, loading, log, workers
 from harness.adapter import LORA
 from harness.config import Settings, setting
 
@@ -132,7 +132,7 @@ def masked_step(optimizer, h: dict) -> None:
         w.copy_(torch.where(m, w, theta))
 
 
-def gradient(config: Config, model, tokenizer, data: tasks.Data, t: int) -> float:
+def gradient(config: Config, model, tokenizer, data: dataset.Data, t: int) -> float:
     """L(θ; B) of the minibatch that train.py's step t has; ∇L is left in the weights' grad."""
     chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
     batches = list(tasks.minibatch(
@@ -185,7 +185,7 @@ def run_to_end(config: Config, run: Path) -> None:
     began = time.perf_counter()
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config)
-    data = tasks.load(config, tokenizer)
+    data = dataset.load(config, tokenizer)
     configs.show(config, fill_in(config, len(data.train)))
     train.describe(config, tokenizer, model_config, data)
     configs.write_json(run / "config.json", {"by": "studies/first_order.py"} | asdict(config))

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import masks
 import tasks
 import zo
-from harness import loading
+from harness import dataset, loading
 from harness.config import HERE, TINY, is_tiny, one_line_errors, write_json
 from model_patch import Patch
 from studies import first_order
@@ -105,7 +105,7 @@ class Study:
             args, kinds = self.args, {}
             for name, file in (("C4", args.text), ("other text", args.other)):
                 windows = tasks.text_windows(
-                    self.tokenizer, tasks.read_texts(file), args.samples, args.length, seed=0
+                    self.tokenizer, dataset.read_texts(file), args.samples, args.length, seed=0
                 )
                 scores = self.fisher(tasks.text_losses(windows), name)
                 for density in DENSITIES:
@@ -344,7 +344,7 @@ def main(argv=None) -> None:
         for task in args.tasks:
             if all(task in study.found.get(part, {}) for part in PARTS):
                 continue
-            data = tasks.load_examples(task, data_dir=args.data_dir)
+            data = dataset.load_examples(task, data_dir=args.data_dir)
             study.scores(task, data)
             study.answer("cosine", task, lambda: study.cosine(data))  # noqa: B023, called now
             study.answer("increase", task, lambda: study.increase(data))  # noqa: B023

@@ -23,14 +23,14 @@ from tqdm import tqdm
 import masks
 import quant
 import tasks
-from harness import loading
+from harness import dataset, loading
 from harness.config import one_line_errors, write_json
 
 
 def windows(tokenizer, file: str | None, args):
     """Two sets of windows of a text, (samples, length) each, that share no token."""
     samples, length = args.samples, args.length
-    ids = tokenizer("\n\n".join(tasks.read_texts(file)), verbose=False)["input_ids"]
+    ids = tokenizer("\n\n".join(dataset.read_texts(file)), verbose=False)["input_ids"]
     cut = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     if len(cut) < 2 * samples:
         raise ValueError(f"{file} has {len(cut)} windows of --length {length}, not 2 × --samples")

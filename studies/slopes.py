@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import masks
 import tasks
 import zo
-from harness import loading
+from harness import dataset, loading
 from model_patch import Patch
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=12)
     args = parser.parse_args()
-    data = tasks.load_examples(args.task, data_dir=args.data_dir, num_train=args.batch_size)
+    data = dataset.load_examples(args.task, data_dir=args.data_dir, num_train=args.batch_size)
     tokenizer, _ = loading.load_tokenizer(args.model)
     model = loading.load_model(args.model, args.dtype)
     batch = tasks.collate(tokenizer, data.train, score=data.score, device=model.device)

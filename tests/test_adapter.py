@@ -17,7 +17,7 @@ import masks
 import tasks
 import train
 import zo
-from harness import adapter, loading
+from harness import adapter, dataset, loading
 from harness import config as configs
 from harness.config import Config
 from model_patch import Patch
@@ -177,7 +177,7 @@ def test_a_run_is_its_log_and_what_is_saved_is_what_it_rebuilds(
     assert f"test accuracy {test:.3f}" in capsys.readouterr().out
     config = configs.load(tmp_path / "run", {})
     tokenizer, _ = loading.load_tokenizer(config.model)
-    data = tasks.load(config)
+    data = dataset.load(config)
     steps = train.log.StepLog(tmp_path / "run").steps
     rebuilt = train.rebuild(config, tmp_path / "run", tokenizer, data, steps, 3)
     if kind == "s-mezo-lora":

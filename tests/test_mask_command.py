@@ -10,7 +10,7 @@ from models import WORDS
 import masks
 import quant
 import tasks
-from harness import loading, mask
+from harness import dataset, loading, mask
 
 ROOT = Path(masks.__file__).resolve().parent
 
@@ -42,7 +42,7 @@ def test_a_mask_of_a_text_is_what_the_functions_compute(folder, text, tmp_path, 
     )
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
     model = loading.load_model(f"{folder}/model")
-    windows = tasks.text_windows(tokenizer, tasks.read_texts(str(text)), 7, 16, 3)
+    windows = tasks.text_windows(tokenizer, dataset.read_texts(str(text)), 7, 16, 3)
     assert equal(index, masks.sensitive_index(model, tasks.text_losses(windows), 0.01))
     facts = {"kind": "sensitive", "statistic": "per-sample", "samples": 7, "length": 16, "seed": 3}
     facts |= {"density": 0.01, "source": str(text), "model": f"{folder}/model"}
@@ -62,7 +62,7 @@ def test_codebooks_are_those_of_the_scores(folder, text, tmp_path):
     *_, found = masks.load(tmp_path / "a", "kmeans")
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
     model = loading.load_model(f"{folder}/model")
-    windows = tasks.text_windows(tokenizer, tasks.read_texts(str(text)), 5, 16, 0)
+    windows = tasks.text_windows(tokenizer, dataset.read_texts(str(text)), 5, 16, 0)
     for name, scores in masks.fisher(model, tasks.text_losses(windows)).items():
         weight = model.get_parameter(name).detach()
         codes, levels = quant.Codebooks.fit(weight, scores, index[name])
@@ -77,7 +77,7 @@ def test_a_mask_of_a_task_is_of_its_training_loss(folder, tmp_path):
     index, made = command(folder, tmp_path / "a", "--mask-from=task", "--samples=5", *files)
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
     names = {"train_file": folder / "train.jsonl", "test_file": folder / "test.jsonl"}
-    data = tasks.load_examples(**names)
+    data = dataset.load_examples(**names)
     losses = tasks.task_losses(tokenizer, data.train[:5], data.score)
     model = loading.load_model(f"{folder}/model")
     assert equal(index, masks.sensitive_index(model, losses, 0.01)) and made["samples"] == 5
@@ -110,7 +110,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
     flags = ["--samples=6", "--length=128", "--density=0.001"]
     mask.main([f"--model={name}", f"--text={text}", f"--out={out}", *flags])
     model, (tokenizer, _) = loading.load_model(str(name)), loading.load_tokenizer(str(name))
-    texts = tasks.read_texts(str(shared / "data/text/tinystories_sample.txt"))
+    texts = dataset.read_texts(str(shared / "data/text/tinystories_sample.txt"))
     losses = tasks.text_losses(tasks.text_windows(tokenizer, texts, 6, 128, 0))
     scores = masks.fisher(model, losses, statistic="of-mean")
     assert masks.coverage(scores, masks.load(out)[0]) > 5 * 0.001

@@ -24,8 +24,10 @@ import model_patch
 import tasks
 import train
 from harness import config as configs
+from harness import dataset
 from harness.config import Config
-from tasks import Example, collate, encode, load_examples
+from harness.dataset import load_examples
+from tasks import Example, collate, encode
 
 WORDS = (
     "the a cat dog sat ran was is great terrible red so because I he it on mat Yes No Maybe"
@@ -921,7 +923,7 @@ def test_accuracy_counts_every_example_once(llama):
 @pytest.mark.parametrize("classification", [True, False])
 def test_the_loss_that_scores_weights_is_that_of_training(llama, classification):
     """task_losses gives each example the very loss that a step of train.py gives it."""
-    data = tasks.Data(YES_NO + MULTI, [], [], classification, "")
+    data = dataset.Data(YES_NO + MULTI, [], [], classification, "")
     patch = model_patch.Patch(build("llama"), masks.Everything(), eps=1e-9)
     losses = tasks.task_losses(TOKENIZER, data.train, data.score)
     how = {"score": data.score, "micro_batch": 1, "max_length": 64, "device": "cpu"}
@@ -941,7 +943,7 @@ def test_the_loss_of_a_text_is_that_of_transformers(llama):
 def test_the_tiny_data_is_found_from_anywhere(tmp_path, monkeypatch):
     """The offline default lies beside the code, not in the working directory."""
     monkeypatch.chdir(tmp_path)
-    data = tasks.load(Config(task="copa", data_dir="tiny/data", num_train=7, num_test=5))
+    data = dataset.load(Config(task="copa", data_dir="tiny/data", num_train=7, num_test=5))
     assert (len(data.train), len(data.validation), len(data.test)) == (7, 100, 5)
     assert not data.classification and data.score == "right"
 
@@ -1189,38 +1191,38 @@ def test_short_documents_are_joined():
 def test_texts_of_every_form(tmp_path):
     """.txt is divided at blank lines, .jsonl has one {"text"} per line, U+2028 divides nothing."""
     (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
-    assert tasks.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo", "three\n"]
+    assert dataset.read_texts(str(tmp_path / "a.txt")) == ["one\ntwo", "three\n"]
     rows = [{"text": "one\u2028two"}, {"text": "", "url": "x"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert tasks.read_texts(str(tmp_path / "b.jsonl")) == ["one\u2028two", ""]
+    assert dataset.read_texts(str(tmp_path / "b.jsonl")) == ["one\u2028two", ""]
     for line in ("{", "[]", '{"texts": ""}', '{"text": 3}', '{"text": "\\ud83d"}'):
         (tmp_path / "c.jsonl").write_text(lines[1] + "\n" + line + "\n")
         with pytest.raises(ValueError, match="c.jsonl:2 is not a line"):
-            tasks.read_texts(str(tmp_path / "c.jsonl"))
+            dataset.read_texts(str(tmp_path / "c.jsonl"))
     (tmp_path / "d.txt").write_bytes(b"one\n\xff\xfe\x00")
     with pytest.raises(ValueError, match="d.txt:2 is not UTF-8"):
-        tasks.read_texts(str(tmp_path / "d.txt"))
+        dataset.read_texts(str(tmp_path / "d.txt"))
     for path in ("nowhere.txt", "", str(tmp_path), "c5"):
         with pytest.raises(ValueError, match="a .txt or .jsonl file that exists, or one of c4, w"):
-            tasks.read_texts(path)
+            dataset.read_texts(path)
 
 
-@pytest.mark.parametrize("name", tasks.TEXTS)
+@pytest.mark.parametrize("name", dataset.TEXTS)
 def test_texts_by_name(monkeypatch, name):
     """[Q]'s four corpora: the first 10,000 documents of one file of the repository."""
 
     def load_dataset(path, *, data_files, split, revision, streaming):
-        assert path == tasks.TEXTS[name][0] and split == "train" and streaming
+        assert path == dataset.TEXTS[name][0] and split == "train" and streaming
         assert len(revision) == 40 or name == "arxiv"
         column = "article" if name == "arxiv" else "text"
         rows = [{column: f"{data_files} {i}", "more": i} for i in range(10_002)]
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    texts = tasks.read_texts(name)
-    assert len(texts) == 10_000 and texts[1] == f"{tasks.TEXTS[name][1]} 1"
-    assert name != "c4" or tasks.read_texts(None) == texts
+    texts = dataset.read_texts(name)
+    assert len(texts) == 10_000 and texts[1] == f"{dataset.TEXTS[name][1]} 1"
+    assert name != "c4" or dataset.read_texts(None) == texts
 
 
 def test_without_a_network_c4_is_an_error_that_says_so(monkeypatch):
@@ -1232,4 +1234,4 @@ def test_without_a_network_c4_is_an_error_that_says_so(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(ValueError, match="ConnectionError: no network.; give --text FILE"):
-        tasks.read_texts(None)
+        dataset.read_texts(None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tasks
+from harness import dataset
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 sys.path.insert(0, str(TINY))  # build.py is a script: it finds world.py beside itself
@@ -43,7 +43,7 @@ def splits():
     found = {}
     for task in TASKS:
         sizes = {"num_train": 1500, "num_validation": 0, "num_test": 1000}
-        data = tasks.load_examples(task, data_dir=TINY / "data", **sizes)
+        data = dataset.load_examples(task, data_dir=TINY / "data", **sizes)
         parts = {"train": data.train, "val": data.test}
         found[task] = {s: [dataclasses.asdict(e) for e in part] for s, part in parts.items()}
     return found

@@ -23,7 +23,7 @@ import tasks
 import train
 import zo
 from harness import config as configs
-from harness import loading, log
+from harness import dataset, loading, log
 from harness import mask as mask_command
 
 ROOT = Path(train.__file__).parent
@@ -94,7 +94,7 @@ def rebuilt(directory, steps=None):
     tokenizer, _ = loading.load_tokenizer(config.model)
     logged = steps_of(directory)
     after = len(logged) if steps is None else steps
-    return moving(train.rebuild(config, directory, tokenizer, tasks.load(config), logged, after))
+    return moving(train.rebuild(config, directory, tokenizer, dataset.load(config), logged, after))
 
 
 def equal(a, b):

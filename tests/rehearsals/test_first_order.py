@@ -15,7 +15,7 @@ import eval
 import masks
 import tasks
 import train
-from harness import loading, log
+from harness import dataset, loading, log
 from studies import first_order
 from studies.first_order import Config, masked_step, what_moves
 
@@ -105,7 +105,7 @@ def test_parts_of_a_batch_have_its_loss_and_its_gradient(score, folder):
     """A batch in parts of three has the loss and the gradient of train.py's whole minibatch."""
     config = Config(model=f"{folder}/model", batch_size=8, train_file=folder / "train.jsonl",
                     test_file=folder / "test.jsonl", seed=3)  # fmt: skip
-    data, (tokenizer, _) = tasks.load(config), loading.load_tokenizer(config.model)
+    data, (tokenizer, _) = dataset.load(config), loading.load_tokenizer(config.model)
     data = replace(data, classification=score == "all")
     model, found = loading.load_model(config.model), []
     for config.micro_batch in (None, 3):

@@ -22,7 +22,7 @@ import quant
 import tasks
 import train
 import zo
-from harness import loading, log
+from harness import dataset, loading, log
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4], "fmt": "e4m3"}
 
@@ -287,7 +287,9 @@ def test_a_trailing_space_in_one_row_changes_nothing(option, folder, tmp_path):
     """Options are compared as they are scored, without trailing spaces."""
     usual = [("red a", [" red", " blue"], 0), ("blue a", [" red", " blue"], 1)]
     train_file = rows(tmp_path / "t.jsonl", *usual * 10, ("blue b", [" red", option], 1))
-    data = tasks.load_examples(train_file=train_file, test_file=rows(tmp_path / "u.jsonl", *usual))
+    data = dataset.load_examples(
+        train_file=train_file, test_file=rows(tmp_path / "u.jsonl", *usual)
+    )
     assert data.classification and data.odd is None
 
 
@@ -687,7 +689,7 @@ def test_options_in_another_normal_form_are_the_same(tmp_path):
     usual = ("a", [" né", " blue"], 0)
     odd = ("b", [" ne\u0301\t", " blue"], 0)
     file = rows(tmp_path / "t.jsonl", *[usual] * 5, odd)
-    assert tasks.load_examples(train_file=file, test_file=file).classification
+    assert dataset.load_examples(train_file=file, test_file=file).classification
 
 
 # ------------------------------------------------------------------ completions and texts

@@ -17,7 +17,7 @@ import masks
 import model_patch
 import tasks
 import train
-from harness import loading, log, workers
+from harness import dataset, loading, log, workers
 
 ROOT = Path(train.__file__).resolve().parent
 SENSZOQ = ["--method=senszoq", "--mask-from=task", "--density=0.02", "--lr=0.01"]
@@ -155,13 +155,13 @@ def other_weights(rank):
 
 
 def other_data(rank):
-    original = tasks.load
+    original = dataset.load
 
     def load(config, tokenizer):
         config.data_seed = rank
         return original(config, tokenizer)
 
-    tasks.load = load
+    dataset.load = load
 
 
 @pytest.mark.parametrize(
