@@ -16,7 +16,9 @@ from studies import find_lr, first_order
 from tests import mutants
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = (ROOT.joinpath(f).read_text("utf-8") for f in ("README.md", "RESULTS.md"))
+README, RESULTS, OWN = (
+    ROOT.joinpath(f"{name}.md").read_text("utf-8") for name in ("README", "RESULTS", "YOUR_OWN")
+)
 CORE = {"zo", "masks", "quant", "model_patch", "tasks"}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]
 OURS = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
@@ -71,10 +73,10 @@ def test_every_public_name_is_explained(name):
 
 
 def commands():
-    """Of both documents: the lines of blocks, and what stands in the text in backquotes."""
-    blocks = re.findall(r"```bash\n(.*?)```", README + RESULTS, re.S)
+    """Of the documents: the lines of blocks, and what stands in the text in backquotes."""
+    blocks = re.findall(r"```bash\n(.*?)```", README + RESULTS + OWN, re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    prose = re.sub(r"```.*?```", "", README + RESULTS, flags=re.S)
+    prose = re.sub(r"```.*?```", "", README + RESULTS + OWN, flags=re.S)
     lines += [command.replace("\n", " ") for command in re.findall(r"`(python [^`]*)`", prose)]
     return [line for line in lines if line.startswith("python ")]
 
@@ -106,7 +108,7 @@ def test_the_names_in_the_readme_exist():
 
 def test_links_lead_somewhere():
     """Local links and pictures in README and RESULTS exist."""
-    for target in re.findall(r"\]\(([^)#]+)\)", README + RESULTS):
+    for target in re.findall(r"\]\(([^)#]+)\)", README + RESULTS + OWN):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
 
