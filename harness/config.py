@@ -115,7 +115,7 @@ ADAPTERS = {  # adapter and method: η, ε, and the source of η; what is not he
     ("lora", "s-mezo"): (5e-5, 1e-2, "as MeZO-LoRA's, [S] does not say; tune it"),
     ("prefix", "mezo"): (1e-3, 1e-1, "MeZO appendix E: of 1e-2 and 1e-3; tune it"),
 }
-TINY_RATES = {  # the tiny model's, of the grids in tiny/compare.py, for 300 steps
+TINY_RATES = {  # the tiny model's, of the grids in studies/learning.py, for 300 steps
     "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
     "s-mezo": {"sst2": 3e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 3e-2},
     "r-mezo": {"sst2": 1e-2, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
@@ -155,7 +155,7 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
         rates = TINY_RATES[config.method]
         found["lr"] = min(rates.values()), "lowest of the tiny model's rates; tune it"
         if config.task in rates and not config.train_file:
-            found["lr"] = rates[config.task], "best of the grid in tiny/compare.py"
+            found["lr"] = rates[config.task], "best of the grid in studies/learning.py"
         found["steps"] = 300, "enough for the tiny model"
     if config.adapter:
         lr, eps, source = ADAPTERS[config.adapter, config.method]

@@ -22,7 +22,8 @@ How it works
 
     Every row has a grid of rates. They are tried with seed 0 for --short steps. The best by
     validation accuracy is taken, ties by training loss. Test examples choose nothing. The parts
-    from sparsity to drop take --short steps at S-MeZO's best rate.
+    from sparsity to drop take --short steps at S-MeZO's best rate, with --tune each row at its own
+    of S-MeZO's grid. Much hangs on that: a rate that suits few weights breaks a run with many.
 
 What differs from the papers
     They take 20,000 steps of models 50 times as large, and their figures have no second seed.
@@ -205,11 +206,16 @@ class Study:
         return validation if known["metric"] == "accuracy" else -validation, -loss
 
     def short(self, task: str, rows: dict[str, str], lr: float) -> dict:
-        """{row: columns} of runs at one rate, seed 0, --short steps."""
-        runs = [Run(task, flags, lr, 0, self.args.short) for flags in rows.values()]
+        """{row: columns} of runs at one rate, or with --tune each at its best, seed 0, short."""
+        tune = self.args.tune
+        rates = [self.best("S-MeZO", task, f) if tune else lr for f in rows.values()]
+        runs = [
+            Run(task, flags, rate, 0, self.args.short)
+            for flags, rate in zip(rows.values(), rates, strict=True)
+        ]
         return {
-            name: {"lr": lr, **self.columns(known)}
-            for name, known in zip(rows, self.take(runs), strict=True)
+            name: {"lr": run.lr, **self.columns(known)}
+            for name, run, known in zip(rows, runs, self.take(runs), strict=True)
         }
 
     def columns(self, known: dict) -> dict:
@@ -422,6 +428,7 @@ def main(argv=None) -> None:
     parser.add_argument("--every", type=int, default=50, help="steps between validations")
     parser.add_argument("--seeds", type=int, default=3, help="of methods")
     parser.add_argument("--grid", nargs="+", type=grid, default=[], metavar="ROW=RATE,RATE")
+    parser.add_argument("--tune", action="store_true", help="a rate for each row of every part")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01],
                         help="of masks")  # fmt: skip
     parser.add_argument("--text", help="for [Q]'s mask; default C4")

@@ -401,12 +401,12 @@ def main() -> int:
     with ProcessPoolExecutor(WORKERS, mp_context=context, max_tasks_per_child=1) as pool:
         original = pool.submit(verdict, None, sorted({m[4] for m in mutants}))
         found = [pool.submit(verdict, m, [m[4]]) for m in mutants]
-        print(f"{'mutant':<50} {'module':<12} killed by", flush=True)
+        print(f"{'mutant':<50} {'module':<16} killed by", flush=True)
         for mutant, answer in zip(mutants, found, strict=True):
             survived = answer.result() != "killed"
             bad += survived
             by = f"{answer.result()} ({mutant[4]})" if survived else mutant[4]
-            print(f"{mutant[0]:<50} {mutant[1]:<12} {by}", flush=True)
+            print(f"{mutant[0]:<50} {mutant[1]:<16} {by}", flush=True)
     if original.result() != "passed":
         print(f"these tests should pass on the source as it is: {original.result()}")
     minutes = (time.perf_counter() - began) / 60
