@@ -7,7 +7,7 @@
     code            [S] Algorithm 1
     what_moves      m: which weights move. The four methods differ there, and only there
     losses          l⁺ and l⁻ of one minibatch, with mask and noise inside forward (§3.3)
-    take_step       proj_grad of one step, and −η · proj_grad
+    measure_step    proj_grad of one step, and −η · proj_grad
     train           the loop, in the order of the printed algorithm
     replay          θ_T from θ_0 and the log: a finished step is (seed, a)
 
@@ -50,7 +50,7 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
     in_a_row = 0
     for t in range(len(steps.steps), config.steps):  # for t ← 1 to T do
         patch.refresh(t)  # h is fixed, unless --refresh-every says otherwise
-        step = take_step(config, patch, tokenizer, data, t)
+        step = measure_step(config, patch, tokenizer, data, t)
         if math.isfinite(step.a):
             # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
             patch.update(step.seed, step.a)
@@ -67,7 +67,7 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
         progress.update(step)
 
 
-def take_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
+def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
     """Step t of Algorithm 1 but for its update, which θ ← θ + a m⊙z makes with the answer's a."""
     # Sample minibatch B from X and random seed s
     chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
@@ -163,7 +163,7 @@ def replay(config: Config, patch, tokenizer, data, logged: list[log.Step], run, 
     for step in tqdm(logged[:checked], "replaying", leave=False, delay=5):
         patch.refresh(step.step - 1)
         if step.step == checked:
-            again = take_step(config, patch, tokenizer, data, step.step - 1)
+            again = measure_step(config, patch, tokenizer, data, step.step - 1)
             log.compare(step, again, str(patch.model.dtype).removeprefix("torch."), run)
         if step.step <= after and math.isfinite(step.a):
             patch.update(step.seed, step.a)
@@ -273,7 +273,7 @@ def run_to_end(config: Config, run: Path) -> None:
         # their losses are shared already, and would not tell
         examples = repr((data.train, data.validation, data.test))
         workers.check_same(zlib.crc32(examples.encode()), "data")
-        take_step(config, patch, tokenizer, data, 0)  # is every weight that moves read?
+        measure_step(config, patch, tokenizer, data, 0)  # is every weight that moves read?
         zero_shot = score(config, model, tokenizer, data.test)
         print(f"zero-shot test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()

@@ -35,7 +35,7 @@ def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[f
     losses = []
     for t in range(steps):
         patch.refresh(t)
-        step = train.take_step(config, patch, tokenizer, data, t)
+        step = train.measure_step(config, patch, tokenizer, data, t)
         losses.append((step.loss_plus + step.loss_minus) / 2)
         bar.update()
         if not math.isfinite(step.a):

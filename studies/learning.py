@@ -307,7 +307,8 @@ class Study:
             for kind in KINDS:
                 flags = f"train --method=senszoq --bits=16 --mask={kind}-{density:g}"
                 lr = self.best("SensZOQ, 16 bits", task, flags)
-                table |= self.short(task, {f"{kind}, {density:g}": flags}, lr)
+                (known,) = self.take([Run(task, flags, lr, 0, self.args.short)])
+                table[f"{kind}, {density:g}"] = {"lr": lr, **self.columns(known)}
         return table
 
     def drop(self, task: str) -> dict:

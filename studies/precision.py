@@ -43,7 +43,7 @@ def open_run(method: str, lr: float, dtype: str, flags: list[str]):
     with contextlib.redirect_stdout(io.StringIO()):
         tokenizer, data = train.prepare(config)
         _, patch = train.open_model(config, Path(), train.what_moves(config, Path(), data))
-    return patch, lambda t: train.take_step(config, patch, tokenizer, data, t)
+    return patch, lambda t: train.measure_step(config, patch, tokenizer, data, t)
 
 
 def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (the models are tiny) and the place of the real data, if any."""
+"""Shared by all tests: one thread, unless OMP_NUM_THREADS says more, and the real data, if any."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import write_task
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
