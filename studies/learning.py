@@ -392,10 +392,11 @@ def draw(study: Study, task: str, path: Path) -> None:
         rows = {name: of for name, of in found.get(part, {}).items() if of["loss"] is not None}
         axis.plot(list(rows), [of["loss"] for of in rows.values()], "o-", color="black")
         axis.tick_params(labelsize=7)
-    loss.set(xlabel="step", ylabel="training loss")
+    loss.set(xlabel="step", ylabel="training loss", yscale="log")
     accuracy.set(xlabel="step", ylabel="validation accuracy")
     active.set(xlabel="step", ylabel="active share", yscale="log")
     rate.set(xlabel="learning rate", ylabel=f"loss, step {study.args.short}", xscale="log")
+    rate.set(yscale="log")
     sparse.set(xlabel="sparsity", ylabel=f"loss, step {study.args.short}")
     group.set(xlabel="share of the weights by magnitude", ylabel=f"loss, step {study.args.short}")
     if found.get("methods"):
