@@ -486,6 +486,8 @@ def overlap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 # ------------------------------------------------------------------ [Q]'s mask as a file
 
+FITTED = ("codes", "levels")  # what may stand beside a matrix's places: see quant.Codebooks
+
 
 def signature(weights: dict[str, Tensor]) -> dict:
     """What tells one model from another: names, shapes and eight values of each matrix."""
@@ -525,6 +527,9 @@ def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, d
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}  # not read yet
         provenance, matrices = json.loads(about["provenance"]), json.loads(about["matrices"])
         index = {name: tensors.pop(name) for name in sorted(matrices)}
+        fitted = {f"{name}.{kind}" for name in index for kind in FITTED}
+        if set(tensors) not in (set(), fitted):
+            raise ValueError("its matrices are not those it speaks of")
     except FileNotFoundError as error:
         raise ValueError(f"no mask file {path}; python -m harness.mask makes one") from error
     except (SafetensorError, OSError, KeyError, ValueError) as error:

@@ -163,6 +163,16 @@ class Codebooks:
         return self.levels.gather(1, codes.view(self.shape).long())
 
 
+def fit_codebooks(weights: dict, scores: dict, index: dict) -> dict[str, Tensor]:
+    """{f"{name}.codes": …, f"{name}.levels": …} of the matrices of an index, by `Codebooks.fit`."""
+    found = {}
+    for name, places in index.items():
+        fitted = Codebooks.fit(weights[name].detach(), scores[name], places)
+        names = (f"{name}.{kind}" for kind in masks.FITTED)
+        found |= zip(names, fitted, strict=True)
+    return found
+
+
 class DenseSparse:
     """[Q]'s model: the matrices of an index read as dense + sparse, and only `values` moves.
 
@@ -173,7 +183,7 @@ class DenseSparse:
 
     `index`: {parameter name: flat positions, (k,) int, sorted}. `values` has the places of the
     matrices one after the other, in the order of their names. bits: 4, or 16 for a dense part as it
-    was loaded, also in 32 bits. `codebooks`: {f"{name}.codes": …, f"{name}.levels": …}; None: NF4.
+    was loaded, also in 32 bits. `codebooks`: what `fit_codebooks` gave; None: NF4.
     """
 
     def __init__(self, index: dict, bits: int = 4, device="cpu", codebooks: dict | None = None):
@@ -237,7 +247,7 @@ class Parts(nn.Module):
         # Plain attributes: buffers would be empty ones when transformers is done loading.
         self.packed, self.dtype = None, weight.dtype
         if sparse.bits == 4 and sparse.codebooks is not None:
-            fitted = (sparse.codebooks[f"{name}.{kind}"] for kind in ("codes", "levels"))
+            fitted = (sparse.codebooks[f"{name}.{kind}"] for kind in masks.FITTED)
             self.packed = Codebooks(*fitted, weight)
         elif sparse.bits == 4 and weight.numel() % BLOCK == 0:  # else it fills no blocks
             dense = weight.detach().clone(memory_format=torch.contiguous_format)

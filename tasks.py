@@ -543,12 +543,12 @@ def text_windows(tokenizer, texts: list[str], samples: int, length: int, seed: i
 def text_losses(windows: Tensor) -> list:
     """Per row of [samples, length] token ids a function of the model, the language-model loss."""
 
-    def loss(ids, model):
+    def loss_of(ids, model):
         ids = ids.to(model.device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
         return F.cross_entropy(logits[:-1].float(), ids[1:])
 
-    return [partial(loss, row) for row in windows]
+    return [partial(loss_of, row) for row in windows]
 
 
 def task_losses(tokenizer, examples, score: str, max_length: int = 2048) -> list:

@@ -5,9 +5,11 @@
     --train-file FILE --test-file FILE           files of one's own, with rows of one kind:
 
     {"prompt": …, "options": [" Yes", " No"], "label": 0}     a question, scored by accuracy
-    {"prompt": …, "completion": …}                            a completion, scored by perplexity
+    {"prompt": …, "completion": …}                            a completion, whose end is learnt, too
     {"messages": [{"role": "user", "content": …}, …]}         a conversation: a completion per reply
-    {"text": …}, or a .txt                                    a text, cut into blocks of tokens
+    {"text": …}, or a .txt           all joined by blank lines, cut into blocks of max_length tokens
+
+Completions, conversations and texts are scored by perplexity.
 
 What cannot be read is one line, which names the file and its line. MeZO's split is kept: equal
 seeds draw MeZO's examples (`load_examples`).
@@ -86,15 +88,9 @@ def load_examples(
     what remains to training: CB 150, COPA 300, WSC only 54. Equal seeds draw MeZO's examples. ARC,
     OBQA, MMLU and AQuA are tested on their published test split. None: the task's number.
 
-    Own files have JSONL lines of one kind. Without validation_file, validation comes out of
-    train_file by the same rule, by default 500 but at most a third of the file. Raises ValueError.
-
-        {"prompt", "options", "label"}   classification if all examples have the same options
-        {"prompt", "completion"}         an end of sequence is added to the completion
-        {"messages": [{"role", "content"}, …]}   a completion per turn of the assistant
-        {"text"}, or a .txt file         joined by blank lines, cut into blocks of max_length tokens
-
-    All but the first need the tokenizer.
+    Own files have rows of one kind, see above. Questions count as classification if all have the
+    same options. All other kinds need the tokenizer. Without validation_file, validation comes out
+    of train_file by the same rule, by default 500 but at most a third of it. Raises ValueError.
     """
     odd = None
     if task is not None and not (train_file or test_file or validation_file):

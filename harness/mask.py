@@ -80,9 +80,8 @@ def make(config, path, examples=None) -> None:
     weights, codebooks = masks.decoder_linears(model), {}
 
     def fit(scores, index):
-        for name, places in index.items() if settings.quantiser == "kmeans" else ():
-            codes, levels = quant.Codebooks.fit(weights[name].detach(), scores[name], places)
-            codebooks.update({f"{name}.codes": codes, f"{name}.levels": levels})
+        if settings.quantiser == "kmeans":
+            codebooks.update(quant.fit_codebooks(weights, scores, index))
 
     if scored:
         about |= {"statistic": settings.statistic, "samples": len(losses)}

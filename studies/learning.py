@@ -133,7 +133,8 @@ class Study:
     def __init__(self, args, common: list[str]):
         self.args, self.common, self.file = args, common, args.out / "learning.json"
         self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
-        settings = {"every": args.every, "short": args.short, "model": args.model, "flags": common}
+        named = ("every", "short", "model", "text", "samples", "length")
+        settings = {name: getattr(args, name) for name in named} | {"flags": common}
         if self.found.setdefault("settings", settings) != settings:
             raise ValueError(f"{self.file} has runs of other settings; give another --out")
         self.runs = self.found.setdefault("runs", {})
@@ -171,8 +172,10 @@ class Study:
 
     def take(self, runs: list[Run]) -> list[dict]:
         """What is known of the runs, once they are carried out."""
-        missing = [r for r in runs if self.runs.get(r.name, {"steps": 0})["steps"] < r.steps]
-        missing = list(dict.fromkeys(missing))
+        missing = [
+            run for run in dict.fromkeys(runs)
+            if self.runs.get(run.name, {"steps": 0})["steps"] < run.steps
+        ]  # fmt: skip
         jobs, ways, total = self.args.jobs, [], sum(run.steps for run in missing)
         for run in missing:
             run = run._replace(flags=self.flags(run.flags, run.task))
@@ -200,7 +203,7 @@ class Study:
     def score(self, known: dict) -> tuple[float, float]:
         """Better is higher: validation after --short steps, of a perplexity −, then −loss."""
         if known["stopped"]:
-            return -1.0, -math.inf
+            return -math.inf, -math.inf
         loss = known["loss"][: -(-self.args.short // self.args.every)][-1]
         validation = of_step(known["validation"], self.args.short)
         return validation if known["metric"] == "accuracy" else -validation, -loss

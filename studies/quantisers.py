@@ -48,9 +48,8 @@ def measure(args) -> dict[str, dict[str, float]]:
     scores = masks.fisher(model, tqdm(tasks.text_losses(fitted), "scoring"))
     index = masks.sensitive(scores, args.density)
     books = {}
-    for name, places in tqdm(index.items(), "k-means"):
-        codes, levels = quant.Codebooks.fit(weights[name], scores[name], places)
-        books |= {f"{name}.codes": codes, f"{name}.levels": levels}
+    for name in tqdm(index, "k-means"):
+        books |= quant.fit_codebooks(weights, scores, {name: index[name]})
     found, losses, errors = {}, {}, {}
     for kind, codebooks in {"as loaded": None, "NF4": None, "k-means": books}.items():
         packed, row = loading.load_model(args.model), found.setdefault(kind, {})

@@ -597,10 +597,8 @@ def test_a_mask_of_another_model_is_refused(saved, other):
         masks.check_shapes(path, masks.load(path)[2], weights)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["truncated", "garbage", "empty", "missing", "folder", "no metadata", "matrix", "order"],
-)
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "missing", "folder",
+                                    "no metadata", "matrix", "extra", "half", "order"])  # fmt: skip
 def test_a_file_that_is_no_mask_is_refused_in_one_line(saved, damage):
     """Truncated, garbage, missing, of another kind: one line that names the file."""
     model, index, path = saved
@@ -620,6 +618,10 @@ def test_a_file_that_is_no_mask_is_refused_in_one_line(saved, damage):
         save_file(index, path)
     elif damage == "matrix":
         save_file(dict(list(index.items())[1:]), path, about)
+    elif damage == "extra":
+        save_file(index | {"another.weight": index[next(iter(index))].clone()}, path, about)
+    elif damage == "half":  # codebooks of one matrix alone
+        save_file(index | {f"{next(iter(index))}.codes": torch.zeros(4)}, path, about)
     elif damage == "order":
         save_file({name: i.flip(0) for name, i in index.items()}, path, about)
     with pytest.raises(ValueError, match="mask.safetensors") as error:

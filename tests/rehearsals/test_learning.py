@@ -1,6 +1,7 @@
 """studies/learning.py: its runs on the tiny model, and that what is known is not done again."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,6 +34,17 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         learning.main([*argv, "--steps=4", "--max-length=99"])
     assert "runs of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
+def test_a_run_that_broke_is_behind_all_others(metric):
+    """Whatever is measured, the worst run that ended scores more than one that did not."""
+    study = object.__new__(learning.Study)
+    study.args = SimpleNamespace(short=2, every=2)
+    ended = {"stopped": None, "metric": metric, "loss": [99.0], "validation": {2: 1e9}}
+    if metric == "accuracy":
+        ended["validation"] = {2: 0.0}
+    assert study.score(ended) > study.score(ended | {"stopped": "why"})
 
 
 def test_a_name_tells_runs_apart():
