@@ -230,21 +230,24 @@ class Study:
     # ------------------------------------------------------------------ the parts
 
     def rates(self, task: str) -> dict:
-        table = {}
-        for row in self.args.rows:
-            self.best(row, task)
-            for lr in self.grid(row):
-                known = self.runs[Run(task, ROWS[row][0], lr, 0, 0).name]
-                table[f"{row}, {lr:g}"] = self.columns(known)
-        return table
+        cells = [(row, lr) for row in self.args.rows for lr in self.grid(row)]
+        known = self.take([Run(task, ROWS[row][0], lr, 0, self.args.short) for row, lr in cells])
+        return {
+            f"{row}, {lr:g}": self.columns(of) for (row, lr), of in zip(cells, known, strict=True)
+        }
 
     def methods(self, task: str) -> dict:
         table = {f"{n} shots": {"test": self.prompted(task, n)} for n in (0, 4)}
+        self.rates(task)
+        rates = {row: self.best(row, task) for row in self.args.rows}
+        runs = {
+            row: [Run(task, ROWS[row][0], lr, s, self.args.steps) for s in range(self.args.seeds)]
+            for row, lr in rates.items()
+        }
+        self.take([run for of in runs.values() for run in of])
         curves = {}
-        for row in self.args.rows:
-            lr, flags = self.best(row, task), ROWS[row][0]
-            seeds = range(self.args.seeds)
-            known = self.take([Run(task, flags, lr, seed, self.args.steps) for seed in seeds])
+        for row, lr in rates.items():
+            known = self.take(runs[row])
             curves[row] = mean_of([k["validation"] for k in known])
             tests = [k["test"] for k in known if k["test"] is not None]
             table[row] = {
