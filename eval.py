@@ -33,9 +33,7 @@ from harness.log import StepLog
 def evaluate(config: Settings, split: str, shots: int):
     """(line to print, model, tokenizer, examples) of a model as it is, zero-shot or in-context."""
     configs.check(config)
-    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
-    config.max_length = loading.usable_length(config.max_length, model_config)
-    data = dataset.load(config, tokenizer)
+    tokenizer, model_config, data = dataset.prepare(config)
     config.batch_size = config.batch_size or data.batch_size
     examples = getattr(data, split)
     if not 0 <= shots <= len(data.train):
@@ -63,8 +61,7 @@ def evaluate_run(run: Path, step: str, changes: dict, split: str):
         if not step.isdecimal() or int(step) > len(log.steps):
             raise ValueError(f"--step {step}: best, last, or 0 … {len(log.steps)}, as logged")
         after = int(step)
-    tokenizer, _ = loading.load_tokenizer(config.model, config.trust_remote_code)
-    data = dataset.load(config, tokenizer)
+    tokenizer, _, data = dataset.prepare(config)
     model = train.rebuild(config, run, tokenizer, data, log.steps, after)
     examples = getattr(data, split)
     found = train.score(config, model, tokenizer, examples)

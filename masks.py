@@ -26,8 +26,8 @@ How it works
     PackedMask       the same, packed ([S] §3.3 packs each m_t)     one bit per weight
     RandomMask       regenerated from a seed: R-MeZO                nothing
 
-    [Q]'s mask is no rule but an index. It is found once, from the gradients of a text, and kept in
-    a file. The mask is the same at every step.
+    [Q]'s mask is no rule but an index. It is found once, from the gradients of a text, and is the
+    same at every step. harness/mask.py keeps it in a file.
 
 What differs from the papers
     Algorithm 3 is printed with two slips, see `get_mask`. [S]'s "layer" is read as one parameter
@@ -45,8 +45,6 @@ What it costs
     A threshold: one copy of its weight. Scores: see `fisher`. A mask of [Q]: 4 bytes per place.
 """
 
-import json
-import os
 from contextlib import contextmanager
 from functools import partial
 
@@ -399,6 +397,16 @@ def top(values: Tensor, k: int) -> Tensor:
     return chosen.sort().values.to("cpu", torch.int32)
 
 
+def check_places(places: Tensor, numel: int, name: str) -> None:
+    """ValueError unless `places` can be [Q]'s m of a matrix of `numel` weights."""
+    if places.dtype not in (torch.int32, torch.int64) or places.dim() != 1:
+        kind = f"{places.dtype} {tuple(places.shape)}"
+        hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
+        raise ValueError(f"{name}: an index is flat positions, (k,) of int, not {kind}; {hint}")
+    if not len(places) or places[0] < 0 or int(places[-1]) >= numel or (places.diff() <= 0).any():
+        raise ValueError(f"{name}: an index is k > 0 places in ascending order, below {numel}")
+
+
 def sensitive(scores: dict[str, Tensor], density: float) -> dict[str, Tensor]:
     """[Q]'s mask: per matrix the k highest scores, as `top` gives them.
 
@@ -482,97 +490,3 @@ def overlap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert {n: len(i) for n, i in a.items()} == {n: len(i) for n, i in b.items()}, "other sizes"
     both = sum(int(torch.isin(a[name], b[name]).sum()) for name in a)
     return both / sum(len(i) for i in a.values())
-
-
-# ------------------------------------------------------------------ [Q]'s mask as a file
-
-FITTED = ("codes", "levels")  # what may stand beside a matrix's places: see quant.Codebooks
-
-
-def signature(weights: dict[str, Tensor]) -> dict:
-    """What tells one model from another: names, shapes and eight values of each matrix."""
-    return {name: {"shape": list(w.shape), "sample": _sample(w)} for name, w in weights.items()}
-
-
-def _sample(weight: Tensor) -> list[float]:
-    flat = weight.detach().flatten()
-    return [float(f"{v:.6g}") for v in flat[:: max(1, flat.numel() // 8)][:8].float().tolist()]
-
-
-def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | None = None) -> None:
-    """Write {name: positions}, which weights they are of, and where they come from (JSON values).
-
-    `codebooks`: other tensors, as quant.Codebooks needs them. A file of that name is replaced by a
-    complete one or not at all.
-    """
-    from safetensors.torch import save_file
-
-    about = {"provenance": provenance, "matrices": signature({n: weights[n] for n in index})}
-    tensors = index | (codebooks or {})
-    save_file(tensors, f"{path}.tmp", {key: json.dumps(value) for key, value in about.items()})
-    os.replace(f"{path}.tmp", path)
-
-
-def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, dict | None]:
-    """(index, provenance, matrices, codebooks) of a mask file, without a model.
-
-    `matrices` is what `signature` said of the model that the mask was made for. `codebooks`: for
-    the quantiser kmeans. ValueError where the file is none, or was made without them.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}  # not read yet
-        provenance, matrices = json.loads(about["provenance"]), json.loads(about["matrices"])
-        index = {name: tensors.pop(name) for name in sorted(matrices)}
-        fitted = {f"{name}.{kind}" for name in index for kind in FITTED}
-        if set(tensors) not in (set(), fitted):
-            raise ValueError("its matrices are not those it speaks of")
-    except FileNotFoundError as error:
-        raise ValueError(f"no mask file {path}; python -m harness.mask makes one") from error
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no complete mask file ({error}); make it again") from error
-    for name, places in index.items():
-        check_places(places, zo.MAX_ELEMENTS, f"{path}: {name}")
-    if quantiser == "kmeans" and not tensors:
-        raise ValueError(
-            f"{path} has no codebooks, which are fitted while a mask is made; make one with "
-            "python -m harness.mask --quantiser kmeans"
-        )
-    return index, provenance, matrices, tensors if quantiser == "kmeans" else None
-
-
-def check_places(places: Tensor, numel: int, name: str) -> None:
-    """ValueError unless `places` can be [Q]'s m of a matrix of `numel` weights."""
-    if places.dtype not in (torch.int32, torch.int64) or places.dim() != 1:
-        kind = f"{places.dtype} {tuple(places.shape)}"
-        hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
-        raise ValueError(f"{name}: an index is flat positions, (k,) of int, not {kind}; {hint}")
-    if not len(places) or places[0] < 0 or int(places[-1]) >= numel or (places.diff() <= 0).any():
-        raise ValueError(f"{name}: an index is k > 0 places in ascending order, below {numel}")
-
-
-def check_shapes(path, matrices: dict, weights: dict[str, Tensor]) -> None:
-    """ValueError unless a mask's names and shapes are among `weights`, the `decoder_linears`."""
-    here = {name: list(w.shape) for name, w in weights.items()}
-    for name, about in matrices.items():
-        if about["shape"] != here.get(name):
-            raise ValueError(
-                f"{path} is a mask of another model: {name} is {about['shape']} there and "
-                f"{here.get(name, 'missing')} here; make one with python -m harness.mask"
-            )
-
-
-def check_values(path, matrices: dict, name: str, weight: Tensor) -> None:
-    """ValueError unless `weight` has the values that the mask file remembers, to 16-bit rounding.
-
-    So a mask of the fp32 model fits the same model in 16 bits, on any device.
-    """
-    theirs = torch.tensor(matrices[name]["sample"])
-    if not torch.allclose(torch.tensor(_sample(weight)), theirs, rtol=2**-7, atol=1e-6):
-        raise ValueError(
-            f"{path} is a mask of another model: {name} has other values here; "
-            "make one with python -m harness.mask"
-        )

@@ -59,6 +59,7 @@ NF4 = (  # bitsandbytes' table; the middle of the two halves is an exact 0
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64
+FITTED = ("codes", "levels")  # what `Codebooks` needs of a matrix, by name
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it does not need
 
 
@@ -168,7 +169,7 @@ def fit_codebooks(weights: dict, scores: dict, index: dict) -> dict[str, Tensor]
     found = {}
     for name, places in index.items():
         fitted = Codebooks.fit(weights[name].detach(), scores[name], places)
-        names = (f"{name}.{kind}" for kind in masks.FITTED)
+        names = (f"{name}.{kind}" for kind in FITTED)
         found |= zip(names, fitted, strict=True)
     return found
 
@@ -247,7 +248,7 @@ class Parts(nn.Module):
         # Plain attributes: buffers would be empty ones when transformers is done loading.
         self.packed, self.dtype = None, weight.dtype
         if sparse.bits == 4 and sparse.codebooks is not None:
-            fitted = (sparse.codebooks[f"{name}.{kind}"] for kind in masks.FITTED)
+            fitted = (sparse.codebooks[f"{name}.{kind}"] for kind in FITTED)
             self.packed = Codebooks(*fitted, weight)
         elif sparse.bits == 4 and weight.numel() % BLOCK == 0:  # else it fills no blocks
             dense = weight.detach().clone(memory_format=torch.contiguous_format)

@@ -97,7 +97,7 @@ def losses(patch, batches, seed: int) -> tuple[float, float]:
 
 
 def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tuple:
-    """A rule of [S]; of [Q] what masks.load gives: index, provenance, matrices, codebooks.
+    """A rule of [S]; of [Q] what mask.load gives: index, provenance, matrices, codebooks.
 
     The four methods differ here, and only here.
     """
@@ -118,7 +118,7 @@ def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tu
             os.replace(shutil.copy(config.mask, f"{path}.tmp"), path)
         else:
             mask.make(config, path, (data.train, data.score))
-    return workers.broadcast(masks.load(path, config.quantiser) if workers.RANK == 0 else None)
+    return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 
 def open_model(config: Config, run: Path, moves) -> tuple:
@@ -137,7 +137,7 @@ def open_model(config: Config, run: Path, moves) -> tuple:
         movable = len(moves.values)
 
         def split(model, name, weight):
-            masks.check_values(path, matrices, name, weight)
+            mask.check_values(path, matrices, name, weight)
             moves.split(model, name, weight)
 
         # in 4 bits a matrix is split as it is read; the others when all are there
@@ -204,12 +204,10 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     """(tokenizer, data) of the settings, which are completed and printed."""
     configs.check(config)
     loading.choose_device(config.device)
-    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     taken = adapter.TOKENS if config.adapter == "prefix" else 0
-    config.max_length = loading.usable_length(config.max_length, model_config, taken)
+    tokenizer, model_config, data = dataset.prepare(config, taken)
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
-    data = dataset.load(config, tokenizer)
     kind = loading.quantised(model_config)
     if kind and (config.bits == 4 or config.method == "senszoq" and config.bits is None):
         raise ValueError(
@@ -219,9 +217,9 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     if config.mask:  # a mask of another model is found before this one is loaded
         own = run and run / "mask.safetensors"  # needs the user's file no longer
         path = own if own and own.exists() else config.mask
-        _, provenance, matrices, _ = masks.load(path, config.quantiser)
+        _, provenance, matrices, _ = mask.load(path, config.quantiser)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
-        masks.check_shapes(path, matrices, masks.decoder_linears(shapes))
+        mask.check_shapes(path, matrices, masks.decoder_linears(shapes))
         density = provenance["density"]
         if config.density not in (None, density):
             raise ValueError(f"--density {config.density}: that of --mask {path} is {density}")

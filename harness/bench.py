@@ -34,7 +34,7 @@ from torch import nn
 import masks
 import quant
 import zo
-from harness import loading
+from harness import adapter, loading
 from harness.config import one_line_errors
 from model_patch import Patch
 
@@ -212,26 +212,17 @@ def adam(subject: Subject):
 
 
 @contextmanager
-def lora(subject: Subject, rank: int = 8):
-    """First order: adapters of rank 8 on q_proj and v_proj, W x + B A x; Adam on A and B."""
-    hooks, adapters = [], []
+def lora(subject: Subject):
+    """First order: peft's adapters of rank 8 on q_proj and v_proj, torch's Adam."""
+    import peft
 
-    def adapt(module, a, b):
-        return module.register_forward_hook(lambda _, args, out: out + (args[0] @ a.T) @ b.T)
-
-    for name, module in subject.model.named_modules():
-        if name.endswith(("q_proj", "v_proj")):
-            like = dict(dtype=module.weight.dtype, device=module.weight.device)
-            a = nn.Parameter(torch.randn(rank, module.in_features, **like) * 0.01)
-            b = nn.Parameter(torch.zeros(module.out_features, rank, **like))
-            adapters += [a, b]
-            hooks.append(adapt(module, a, b))
-    optimizer = torch.optim.Adam(adapters, lr=LR)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", **adapter.LORA)
+    model = peft.get_peft_model(subject.model, settings)  # in place, so `subject.loss` sees it
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=LR)
     try:
         yield lambda number: (optimizer.zero_grad(), subject.loss().backward(), optimizer.step())
     finally:
-        for hook in hooks:
-            hook.remove()
+        model.unload()
 
 
 ROWS = {  # name: (bits of [Q]'s dense part, the row)

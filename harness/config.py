@@ -18,7 +18,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 HERE = Path(__file__).resolve().parent.parent
 TINY = "tiny/model"
@@ -270,13 +270,13 @@ def flag(name: str) -> str:
 def parse(kind: type, description: str, argv=None, **more) -> dict:
     """{name: value} of what the command line says, and nothing of what it does not.
 
-    `more`: {name: (type, help)} of flags that are no settings.
+    `more`: {name: (type, help)} of flags that are no settings. ValueError where it cannot be read.
     """
     from transformers import HfArgumentParser  # a second
 
     class Parser(HfArgumentParser):
         def error(self, message):  # one line, as all of ours are, and not the whole usage
-            self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+            raise ValueError(f"{message}; --help lists the flags")
 
     parser = Parser(kind, description=description, allow_abbrev=False)
     for name, (type_, help) in more.items():
@@ -386,25 +386,14 @@ def load(run: Path, changes: dict) -> Config:
         raise ValueError(f"{flag(name)} cannot be changed in {run}: {fixed[name]}; start a new run")
     try:
         kept = json.loads((run / "config.json").read_text())
-        config = Config(**kept | changes)
-        check_types(config)
+        said = [f"{flag(name)}={value}" for name, value in kept.items() if value is not None]
+        config = Config(**parse(Config, "", said) | changes)
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run directory: it has no config.json") from error
-    except (TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
     check(config)
     return config
-
-
-def check_types(config: Settings) -> None:
-    """ValueError for a value that its field cannot have: the file may have been edited."""
-    for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), get_args(hint) or (hint,)  # of X | None, both
-        literal = [kind for kind in (hint, *kinds) if get_origin(kind) is Literal]
-        choices = [choice for kind in literal for choice in get_args(kind)]
-        types = (*kinds, int) if float in kinds else kinds
-        if type(value) not in types and not (isinstance(value, (str, int)) and value in choices):
-            raise ValueError(f"{name} is {value!r}")
 
 
 def write_json(path: Path, value) -> None:

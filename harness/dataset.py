@@ -29,6 +29,7 @@ from unicodedata import normalize
 
 import numpy as np
 
+from harness import loading
 from harness.config import HERE
 from tasks import Example, Task, get_task, option_tokens
 
@@ -145,6 +146,16 @@ def load(config, tokenizer=None) -> Data:
     if how["data_dir"] == "tiny/data":  # lies beside the code, wherever the program is started
         how["data_dir"] = HERE / "tiny/data"
     return load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
+
+
+def prepare(config, taken: int = 0) -> tuple:
+    """(tokenizer, model configuration, data) of the settings, without a model.
+
+    max_length becomes at most the number of the model's positions, less `taken`.
+    """
+    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
+    config.max_length = loading.usable_length(config.max_length, model_config, taken)
+    return tokenizer, model_config, load(config, tokenizer)
 
 
 def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]:

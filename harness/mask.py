@@ -8,18 +8,26 @@ comes through `make`, too, where no --mask is given. Kinds beside "sensitive" ar
 
 With --quantiser kmeans the file has the weights, too, in 4 bits: half a byte each, in host memory
 until it is written. They are fitted here because the squared gradients are.
+
+The file is of safetensors: per matrix its name and the flat positions of the weights that move. It
+says which model it is of, too, so a mask of another model is refused (`check_shapes` before that is
+loaded, `check_values` as it is).
 """
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import masks
 import quant
 import tasks
+import zo
 from harness import config as configs
 from harness import dataset, loading
 from harness.config import QUANTISER, Settings, setting
@@ -97,7 +105,93 @@ def make(config, path, examples=None) -> None:
         index = by_size(weights, settings.density)
     if without := len(weights) - len(index):
         print(f"{without} of {len(weights)} matrices stay still: too small, or without a gradient")
-    masks.save(path, index, weights, about | {"torch": str(torch.__version__)}, codebooks)
+    save(path, index, weights, about | {"torch": str(torch.__version__)}, codebooks)
+
+
+# ------------------------------------------------------------------ the file
+
+
+def signature(weights: dict[str, Tensor]) -> dict:
+    """What tells one model from another: names, shapes and eight values of each matrix."""
+    return {name: {"shape": list(w.shape), "sample": sample(w)} for name, w in weights.items()}
+
+
+def sample(weight: Tensor) -> list[float]:
+    """Eight of its values, evenly spaced, to six digits."""
+    flat = weight.detach().flatten()
+    return [float(f"{v:.6g}") for v in flat[:: max(1, flat.numel() // 8)][:8].float().tolist()]
+
+
+def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | None = None) -> None:
+    """Write {name: positions}, which weights they are of, and where they come from (JSON values).
+
+    `codebooks`: other tensors, as quant.Codebooks needs them. A file of that name is replaced by a
+    complete one or not at all.
+    """
+    from safetensors.torch import save_file
+
+    about = {"provenance": provenance, "matrices": signature({n: weights[n] for n in index})}
+    tensors = index | (codebooks or {})
+    save_file(tensors, f"{path}.tmp", {key: json.dumps(value) for key, value in about.items()})
+    os.replace(f"{path}.tmp", path)
+
+
+def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, dict | None]:
+    """(index, provenance, matrices, codebooks) of a mask file, without a model.
+
+    `matrices` is what `signature` said of the model that the mask was made for. `codebooks`: for
+    the quantiser kmeans. ValueError where the file is none, or was made without them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}  # not read yet
+        provenance, matrices = json.loads(about["provenance"]), json.loads(about["matrices"])
+        index = {name: tensors.pop(name) for name in sorted(matrices)}
+        fitted = {f"{name}.{kind}" for name in index for kind in quant.FITTED}
+        if set(tensors) not in (set(), fitted):
+            raise ValueError("its matrices are not those it speaks of")
+    except FileNotFoundError as error:
+        raise ValueError(f"no mask file {path}; python -m harness.mask makes one") from error
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no complete mask file ({error}); make it again") from error
+    for name, places in index.items():
+        masks.check_places(places, zo.MAX_ELEMENTS, f"{path}: {name}")
+    if quantiser == "kmeans" and not tensors:
+        raise ValueError(
+            f"{path} has no codebooks, which are fitted while a mask is made; make one with "
+            "python -m harness.mask --quantiser kmeans"
+        )
+    return index, provenance, matrices, tensors if quantiser == "kmeans" else None
+
+
+def check_shapes(path, matrices: dict, weights: dict[str, Tensor]) -> None:
+    """ValueError unless a mask's names and shapes are among `weights`, the `decoder_linears`."""
+    here = {name: list(w.shape) for name, w in weights.items()}
+    for name, about in matrices.items():
+        if about["shape"] != here.get(name):
+            raise ValueError(
+                f"{path} is a mask of another model: {name} is {about['shape']} there and "
+                f"{here.get(name, 'missing')} here; make one with python -m harness.mask"
+            )
+
+
+def check_values(path, matrices: dict, name: str, weight: Tensor) -> None:
+    """ValueError unless `weight` has the values that the mask file remembers, to 16-bit rounding.
+
+    So a mask of the fp32 model fits the same model in 16 bits, on any device.
+    """
+    theirs = torch.tensor(matrices[name]["sample"])
+    if not torch.allclose(torch.tensor(sample(weight)), theirs, rtol=2**-7, atol=1e-6):
+        raise ValueError(
+            f"{path} is a mask of another model: {name} has other values here; "
+            "make one with python -m harness.mask"
+        )
+
+
+# ------------------------------------------------------------------ the command
 
 
 def main(argv=None) -> None:
@@ -118,12 +212,10 @@ def main(argv=None) -> None:
         examples = None
         if config.mask_from == "task" and config.kind == "sensitive":
             configs.check(config)
-            tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
-            config.max_length = loading.usable_length(config.max_length, model_config)
-            data = dataset.load(config, tokenizer)
+            _, _, data = dataset.prepare(config)
             examples = data.train, data.score
         make(config, config.out, examples)
-        index, *_ = masks.load(config.out)
+        index, *_ = load(config.out)
         print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")
 
 

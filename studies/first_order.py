@@ -183,9 +183,7 @@ def moving(weights: list, h: dict) -> int:
 def run_to_end(config: Config, run: Path) -> None:
     """A new run, to its result.json."""
     began = time.perf_counter()
-    tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
-    config.max_length = loading.usable_length(config.max_length, model_config)
-    data = dataset.load(config, tokenizer)
+    tokenizer, model_config, data = dataset.prepare(config)
     configs.show(config, fill_in(config, len(data.train)))
     train.describe(config, tokenizer, model_config, data)
     configs.write_json(run / "config.json", {"by": "studies/first_order.py"} | asdict(config))

@@ -1,11 +1,13 @@
-"""python -m harness.mask: the file it writes is what masks.py and tasks.py compute."""
+"""harness/mask.py: the file holds what masks.py and tasks.py compute, and comes back whole."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from models import WORDS
+from models import WORDS, build
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import masks
 import quant
@@ -26,7 +28,7 @@ def text(tmp_path):
 def command(folder, out, *flags):
     """The command on the model in `folder`; (index, provenance)."""
     mask.main([f"--model={folder}/model", f"--out={out}", "--density=0.01", *map(str, flags)])
-    return masks.load(out)[:2]
+    return mask.load(out)[:2]
 
 
 def equal(a, b):
@@ -47,8 +49,8 @@ def test_a_mask_of_a_text_is_what_the_functions_compute(folder, text, tmp_path, 
     facts = {"kind": "sensitive", "statistic": "per-sample", "samples": 7, "length": 16, "seed": 3}
     facts |= {"density": 0.01, "source": str(text), "model": f"{folder}/model"}
     assert made.items() >= facts.items()
-    matrices = masks.load(tmp_path / "a")[2]
-    masks.check_shapes("a", matrices, masks.decoder_linears(model))
+    matrices = mask.load(tmp_path / "a")[2]
+    mask.check_shapes("a", matrices, masks.decoder_linears(model))
     assert equal(index, command(folder, tmp_path / "b", *flags, "--groups=4")[0])
     assert not equal(index, command(folder, tmp_path / "c", *flags, "--statistic=of-mean")[0])
 
@@ -59,7 +61,7 @@ def test_codebooks_are_those_of_the_scores(folder, text, tmp_path):
     index, made = command(folder, tmp_path / "a", *flags, "--groups=3")
     assert made["quantiser"] == "kmeans"
     assert equal(index, command(folder, tmp_path / "b", *flags[:-1])[0])
-    *_, found = masks.load(tmp_path / "a", "kmeans")
+    *_, found = mask.load(tmp_path / "a", "kmeans")
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
     model = loading.load_model(f"{folder}/model")
     windows = tasks.text_windows(tokenizer, dataset.read_texts(str(text)), 5, 16, 0)
@@ -98,7 +100,7 @@ def test_the_offline_default_makes_masks_of_text_and_of_a_task(tmp_path):
     for flags in (["--length=64"], ["--mask-from=task"], ["--mask-from=task", "--task=copa"]):
         out = tmp_path / f"{len(found)}.safetensors"
         mask.main([f"--out={out}", "--density=0.01", "--samples=4", *flags])
-        found.append(masks.load(out)[0])
+        found.append(mask.load(out)[0])
         assert len(found[-1]) == 21
     assert not any(equal(a, b) for a, b in zip(found, found[1:], strict=False))
 
@@ -113,7 +115,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
     texts = dataset.read_texts(str(shared / "data/text/tinystories_sample.txt"))
     losses = tasks.text_losses(tasks.text_windows(tokenizer, texts, 6, 128, 0))
     scores = masks.fisher(model, losses, statistic="of-mean")
-    assert masks.coverage(scores, masks.load(out)[0]) > 5 * 0.001
+    assert masks.coverage(scores, mask.load(out)[0]) > 5 * 0.001
 
 
 @pytest.mark.parametrize(
@@ -149,3 +151,88 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
     assert [path.name for path in tmp_path.iterdir()] == [text.name]
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model, a mask of it, and the file."""
+    model, path = build("llama"), tmp_path / "mask.safetensors"
+    weights = masks.decoder_linears(model)
+    index = masks.random_index(weights, 0.05, 1)
+    mask.save(path, index, weights, {"model": "some/llama"})
+    return model, index, path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mask_file_comes_back_and_fits_its_model_in_every_dtype(saved, dtype):
+    """Places and provenance are as they were, shapes are checked without weights, then values."""
+    model, index, path = saved
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    found, provenance, matrices, _ = mask.load(path)
+    assert equal(found, index) and provenance == {"model": "some/llama"}
+    assert all(i.dtype == torch.int32 for i in load_file(path).values())
+    weights = masks.decoder_linears(model.to(dtype))
+    mask.check_shapes(path, matrices, {name: w.to("meta") for name, w in weights.items()})
+    for name, w in weights.items():
+        mask.check_values(path, matrices, name, w)
+        with pytest.raises(ValueError, match=f"another model: {name} has other values"):
+            mask.check_values(path, matrices, name, w + 0.01)
+
+
+@pytest.mark.parametrize("other", ["opt", "shape", "fewer"])
+def test_a_mask_of_another_model_is_refused(saved, other):
+    """Other names, another shape, a matrix that the model lacks: one line names the matrix."""
+    model, _, path = saved
+    weights = masks.decoder_linears(build("opt") if other == "opt" else model)
+    name = next(iter(mask.load(path)[2]))
+    if other == "shape":
+        weights[name] = weights[name].view(16, 64)
+    elif other == "fewer":
+        del weights[name]
+    with pytest.raises(ValueError, match=f"^{path} is a mask of another model: {name} is .*$"):
+        mask.check_shapes(path, mask.load(path)[2], weights)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "missing", "folder",
+                                    "no metadata", "matrix", "extra", "half", "order"])  # fmt: skip
+def test_a_file_that_is_no_mask_is_refused_in_one_line(saved, damage):
+    """Truncated, garbage, missing, of another kind: one line that names the file."""
+    model, index, path = saved
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "garbage":
+        path.write_bytes(b"not a mask at all, but longer than eight bytes")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "folder":
+        path.mkdir()
+    elif damage == "no metadata":
+        save_file(index, path)
+    elif damage == "matrix":
+        save_file(dict(list(index.items())[1:]), path, about)
+    elif damage == "extra":
+        save_file(index | {"another.weight": index[next(iter(index))].clone()}, path, about)
+    elif damage == "half":  # codebooks of one matrix alone
+        save_file(index | {f"{next(iter(index))}.codes": torch.zeros(4)}, path, about)
+    elif damage == "order":
+        save_file({name: i.flip(0) for name, i in index.items()}, path, about)
+    with pytest.raises(ValueError, match="mask.safetensors") as error:
+        mask.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
+    """A mask is replaced by a complete one or not at all."""
+    model, index, path = saved
+    before = path.read_bytes()
+    monkeypatch.setattr(mask.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mask.save(path, {n: i[:1] for n, i in index.items()}, masks.decoder_linears(model), {})
+    assert path.read_bytes() == before

@@ -8,8 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, build, needs_gpu
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import masks
@@ -554,81 +552,6 @@ def test_overlap_of_a_known_answer_and_of_chance():
     assert abs(masks.overlap(one, two) - density) < 6 * spread
 
 
-# ------------------------------------------------------------------ files
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A model, a mask of it, and the file."""
-    model, path = build("llama"), tmp_path / "mask.safetensors"
-    weights = masks.decoder_linears(model)
-    index = masks.random_index(weights, 0.05, 1)
-    masks.save(path, index, weights, {"model": "some/llama"})
-    return model, index, path
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_mask_file_comes_back_and_fits_its_model_in_every_dtype(saved, dtype):
-    """Places and provenance are as they were, shapes are checked without weights, then values."""
-    model, index, path = saved
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-    found, provenance, matrices, _ = masks.load(path)
-    assert equal(found, index) and provenance == {"model": "some/llama"}
-    assert all(i.dtype == torch.int32 for i in load_file(path).values())
-    weights = masks.decoder_linears(model.to(dtype))
-    masks.check_shapes(path, matrices, {name: w.to("meta") for name, w in weights.items()})
-    for name, w in weights.items():
-        masks.check_values(path, matrices, name, w)
-        with pytest.raises(ValueError, match=f"another model: {name} has other values"):
-            masks.check_values(path, matrices, name, w + 0.01)
-
-
-@pytest.mark.parametrize("other", ["opt", "shape", "fewer"])
-def test_a_mask_of_another_model_is_refused(saved, other):
-    """Other names, another shape, a matrix that the model lacks: one line names the matrix."""
-    model, _, path = saved
-    weights = masks.decoder_linears(build("opt") if other == "opt" else model)
-    name = next(iter(masks.load(path)[2]))
-    if other == "shape":
-        weights[name] = weights[name].view(16, 64)
-    elif other == "fewer":
-        del weights[name]
-    with pytest.raises(ValueError, match=f"^{path} is a mask of another model: {name} is .*$"):
-        masks.check_shapes(path, masks.load(path)[2], weights)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "missing", "folder",
-                                    "no metadata", "matrix", "extra", "half", "order"])  # fmt: skip
-def test_a_file_that_is_no_mask_is_refused_in_one_line(saved, damage):
-    """Truncated, garbage, missing, of another kind: one line that names the file."""
-    model, index, path = saved
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-    whole = path.read_bytes()
-    path.unlink()
-    if damage == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif damage == "garbage":
-        path.write_bytes(b"not a mask at all, but longer than eight bytes")
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "folder":
-        path.mkdir()
-    elif damage == "no metadata":
-        save_file(index, path)
-    elif damage == "matrix":
-        save_file(dict(list(index.items())[1:]), path, about)
-    elif damage == "extra":
-        save_file(index | {"another.weight": index[next(iter(index))].clone()}, path, about)
-    elif damage == "half":  # codebooks of one matrix alone
-        save_file(index | {f"{next(iter(index))}.codes": torch.zeros(4)}, path, about)
-    elif damage == "order":
-        save_file({name: i.flip(0) for name, i in index.items()}, path, about)
-    with pytest.raises(ValueError, match="mask.safetensors") as error:
-        masks.load(path)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     "places",
     [
@@ -648,13 +571,3 @@ def test_places_that_a_matrix_does_not_have_are_refused(places):
     with pytest.raises(ValueError, match="w: an index is"):
         masks.check_places(places, 9, "w")
     masks.check_places(torch.tensor([0, 8]), 9, "w")
-
-
-def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
-    """A mask is replaced by a complete one or not at all."""
-    model, index, path = saved
-    before = path.read_bytes()
-    monkeypatch.setattr(masks.os, "replace", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        masks.save(path, {n: i[:1] for n, i in index.items()}, masks.decoder_linears(model), {})
-    assert path.read_bytes() == before

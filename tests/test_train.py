@@ -23,8 +23,7 @@ import tasks
 import train
 import zo
 from harness import config as configs
-from harness import dataset, loading, log
-from harness import mask as mask_command
+from harness import dataset, loading, log, mask
 
 ROOT = Path(train.__file__).parent
 SENSZOQ = ["--method=senszoq", "--mask-from=task", "--density=0.02", "--lr=0.3"]
@@ -368,7 +367,7 @@ def test_a_run_of_q_does_not_go_on_with_another_mask(folder, tmp_path, capsys):
     run(folder, out, *SENSZOQ)
     (out / "mask.safetensors").unlink()
     make = [f"--model={folder}/model", "--kind=random", "--density=0.02"]
-    mask_command.main([*make, f"--out={out}/mask.safetensors"])
+    mask.main([*make, f"--out={out}/mask.safetensors"])
     before = contents(out)
     for main, argv in ((train.main, [f"--resume={out}"]), (eval.main, [f"--run={out}"])):
         error = refused(main, [*argv, *(["--step=last"] if main is eval.main else [])], capsys)
@@ -474,7 +473,7 @@ def test_a_start_that_fails_keeps_the_mask(folder, tmp_path, monkeypatch, capsys
         patched.setattr(train, "open_model", lambda *_: (_ for _ in ()).throw(OSError("full")))
         error = refused(train.main, arguments(folder, tmp_path / "run", *SENSZOQ), capsys)
     assert error.endswith(f"full; python train.py --resume {tmp_path}/run goes on")
-    monkeypatch.setattr(mask_command, "make", lambda *_: pytest.fail("the mask was made again"))
+    monkeypatch.setattr(mask, "make", lambda *_: pytest.fail("the mask was made again"))
     train.main([f"--resume={tmp_path}/run"])
     assert len(steps_of(tmp_path / "run")) == 8
 
@@ -507,8 +506,8 @@ def test_a_run_brings_its_own_mask(folder, tmp_path, capsys):
     text.write_text("\n\n".join("red blue a b c d . red e f g blue ?" for _ in range(60)))
     made = [f"--text={text}", "--density=0.02"]
     run(folder, tmp_path / "a", "--method=senszoq", "--lr=0.3", *made)
-    mask_command.main([f"--model={folder}/model", *made, f"--out={file}"])
-    index, again = (masks.load(path)[0] for path in (tmp_path / "a/mask.safetensors", file))
+    mask.main([f"--model={folder}/model", *made, f"--out={file}"])
+    index, again = (mask.load(path)[0] for path in (tmp_path / "a/mask.safetensors", file))
     assert equal(index.values(), again.values())
     run(folder, tmp_path / "b", "--method=senszoq", "--lr=0.3", f"--mask={file}")
     assert (tmp_path / "b/mask.safetensors").read_bytes() == file.read_bytes()
@@ -548,7 +547,7 @@ def test_eval_gives_the_numbers_of_the_run(flags, folder, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(saved)
     if not flags:
         assert equal(moving(model), rebuilt(out))
-    for name, places in masks.load(out / "mask.safetensors")[0].items() if flags else ():
+    for name, places in mask.load(out / "mask.safetensors")[0].items() if flags else ():
         theirs = model.get_parameter(name).detach().flatten()[places.long()]
         assert torch.isin(theirs, rebuilt(out)[0]).all()
 
@@ -651,7 +650,7 @@ def test_bad_input_is_one_line(typed, folder, ready, tmp_path, capsys, monkeypat
     (data / "torn.jsonl").write_text(text.split("\n")[0] + "\n{oops")
     (data / "late.jsonl").write_text(text + json.dumps(row) + "\n")
     weights = masks.decoder_linears(build("llama-tied"))
-    masks.save(data / "mask.safetensors", masks.largest(weights, 0.01), weights, {"density": 0.01})
+    mask.save(data / "mask.safetensors", masks.largest(weights, 0.01), weights, {"density": 0.01})
     named = {"folder": folder, "data": data, "ready": ready, "tiny": ROOT / "tiny/data"}
     argv = [word.format(**named) for word in typed.removeprefix("eval ").split()]
     main = eval.main if typed.startswith("eval ") else train.main
@@ -672,7 +671,7 @@ def test_a_mask_says_what_goes_with_it(flag, line, folder, tmp_path, capsys):
     """Beside --mask another density is refused, and k-means where the file has no codebooks."""
     weights = masks.decoder_linears(AutoModelForCausalLM.from_pretrained(folder / "model"))
     file = tmp_path / "mask.safetensors"
-    masks.save(file, masks.largest(weights, 0.01), weights, {"density": 0.01})
+    mask.save(file, masks.largest(weights, 0.01), weights, {"density": 0.01})
     flags = ["--method=senszoq", f"--mask={file}", flag]
     assert line in refused(train.main, arguments(folder, tmp_path / "run", *flags), capsys)
     assert not (tmp_path / "run").exists()
