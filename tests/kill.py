@@ -86,8 +86,9 @@ def install(count, die_at: int | None) -> None:
         around(owner, name)
 
 
-def life(argv, count, die_at) -> None:
+def life(argv, count, die_at, threads) -> None:
     """A process of its own: train.main until it ends or dies."""
+    torch.set_num_threads(threads)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # theirs is a semaphore that all forks share:
@@ -101,9 +102,10 @@ def life(argv, count, die_at) -> None:
 
 def live(argv, die_at: int | None = None, seconds: float | None = None) -> tuple[int, int]:
     """(exit code, moments) of one life; −9 where it was killed, by number or after `seconds`."""
-    context = get_context("fork")
+    context = get_context("forkserver")  # of a process whose threads have done work no fork is safe
+    context.set_forkserver_preload(["train"])
     count = context.Value("i", 0, lock=False)
-    process = context.Process(target=life, args=(argv, count, die_at))
+    process = context.Process(target=life, args=(argv, count, die_at, torch.get_num_threads()))
     process.start()
     process.join(seconds)
     if process.is_alive():
