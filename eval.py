@@ -9,8 +9,9 @@
 An example counts as right when the right option has the highest mean log-probability (tasks.py).
 Accuracies come with their standard error, √(p (1 − p) / n), and n. Completions have a perplexity.
 
-A run is its log: θ_T follows from the original weights and one (seed, a) per step, with no forward
-pass. The last step is taken again, as train.py does: another model, other data or settings show.
+A run is its log: θ_T follows from the original weights and one (seed, a) per step. That needs no
+forward pass. Only the last step is taken again, as a check: another model, other data or settings
+would show.
 
 Of a run with --adapter, --save writes the adapter, which peft.PeftModel.from_pretrained reads. Of
 S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold the mask.
@@ -34,7 +35,7 @@ def evaluate(config: Settings, split: str, shots: int):
     """(line to print, model, tokenizer, examples) of a model as it is, zero-shot or in-context."""
     configs.check(config)
     tokenizer, model_config, data = dataset.prepare(config)
-    config.batch_size = config.batch_size or data.batch_size
+    config.batch_size = config.batch_size or tasks.TASKS.get(config.task, tasks.Task).batch_size
     examples = getattr(data, split)
     if not 0 <= shots <= len(data.train):
         raise ValueError(f"--shots {shots}: from 0 to {len(data.train)}, the training examples")

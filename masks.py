@@ -16,7 +16,7 @@ How it works
     A rule has two methods. `prepare` looks at a weight once, before training, and returns what must
     be kept for it. `mask` answers for any element of the weight, from the unperturbed θ and from
     what was kept. It is compiled into the loop of zo.apply, so a rule costs what its lines cost.
-    The README has one of five lines.
+    YOUR_OWN.md has one of five lines.
 
     rule             the mask is                                    kept
     Everything       all ones: MeZO                                 nothing
@@ -24,7 +24,7 @@ How it works
     MagnitudeGroup   the same of other groups by magnitude          two numbers per tensor
     ConstantMask     taken before training, [S] §3.2, or every k    one byte per weight
     PackedMask       the same, packed ([S] §3.3 packs each m_t)     one bit per weight
-    RandomMask       regenerated from a seed: R-MeZO                nothing
+    RandomMask       regenerated from a seed: R-MeZO                three numbers per tensor
 
     [Q]'s mask is no rule but an index. It is found once, from the gradients of a text, and is the
     same at every step. harness/mask.py keeps it in a file.
@@ -75,6 +75,12 @@ def check_moves(density: float, weights) -> None:
         )
 
 
+def check_finite(weight: Tensor, name: str = "the weight") -> None:
+    """ValueError where a weight holds NaN or infinity."""
+    if not torch.stack(weight.aminmax()).isfinite().all():  # NaN shows in both
+        raise ValueError(f"{name} holds NaN or infinity; get a sound copy of the model")
+
+
 # ------------------------------------------------------------------ [S]: Algorithm 3
 
 
@@ -106,8 +112,7 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
     counted by their upper bits, and only those that share the k-th's are looked at again.
     ValueError where a value is not finite.
     """
-    if not torch.stack(values.aminmax()).isfinite().all():  # NaN shows in both
-        raise ValueError("the weight holds NaN or infinity; get a sound copy of the model")
+    check_finite(values)
     if values.element_size() == 8:
         return values.kthvalue(k).values
     parts = values.split(1 << 22)  # bounds the temporaries
@@ -130,10 +135,9 @@ def upper_bits(values: Tensor) -> Tensor:
 class Rule:
     """Which elements of a weight move. `density` is the share wanted, in (0, 1]."""
 
-    refresh_every = 0  # steps after which `prepare` is called again; 0: never
-
-    def __init__(self, density: float = 1.0):
+    def __init__(self, density: float = 1.0, refresh_every: int = 0):
         self.density = check_density(density)
+        self.refresh_every = refresh_every  # steps after which `prepare` is called again; 0: never
 
     def prepare(self, weight: Tensor, stream: int) -> Tensor:
         """What must be kept for `weight`, on its device; called before training."""
@@ -165,10 +169,6 @@ class SmallWeights(Rule):
     freezes there: watch the active density.
     """
 
-    def __init__(self, density: float, refresh_every: int = 0):
-        super().__init__(density)
-        self.refresh_every = refresh_every
-
     def prepare(self, weight, stream):
         return threshold(weight, self.density)
 
@@ -179,14 +179,14 @@ class SmallWeights(Rule):
 
 class MagnitudeGroup(SmallWeights):
     """[S]'s replies, weights grouped by magnitude: of |θ_i| the share from `above` on, `density`
-    of it. above = 0.25, density = 0.25 is the group "0.25–0.5"; above = 0 is S-MeZO.
+    of it. above = 0.25, density = 0.25 is the group "0.25–0.5".
     """
 
     def __init__(self, density: float, above: float, refresh_every: int = 0):
         super().__init__(density, refresh_every)
         self.above = above
         if not 0 < above <= 1 - density:
-            raise ValueError(f"above {above}: from 0 to {1 - density:g}, 1 less density {density}")
+            raise ValueError(f"above {above}: above 0, at most {1 - density:g}, 1 less the density")
 
     def prepare(self, weight, stream):
         bounds = self.above, min(1.0, self.above + self.density)
@@ -203,10 +203,6 @@ class ConstantMask(Rule):
     `refresh_every=k` takes it again every k steps, and h with it. The authors asked how often that
     is due: on average 79.0 at every step, 76.3 at every fifth. They do not say what became of h.
     """
-
-    def __init__(self, density: float, refresh_every: int = 0):
-        super().__init__(density)
-        self.refresh_every = refresh_every
 
     def prepare(self, weight, stream):
         return get_mask(weight.detach().flatten(), threshold(weight, self.density))
@@ -339,13 +335,13 @@ def _only_gradients_of(wanted: dict[str, Tensor], model, receive):
             module.training = training
 
 
-def fisher(model, losses, *, statistic="per-sample", weights=None, device=None) -> dict:
+def fisher(model, losses, *, statistic="per-sample", weights=None) -> dict:
     """[Q]'s score of every decoder linear, {name: fp32 tensor}: the empirical Fisher diagonal.
 
     `losses`: an iterable of functions, loss(model) → scalar, one per sample; use_cache=False.
     per-sample: the mean of the samples' squared gradients. of-mean: the square of their mean.
     Squares are taken in fp32: in fp16 a gradient of 1e-4 squares to zero. `weights` restricts it to
-    some of `decoder_linears`, `device` is where scores are kept.
+    some of `decoder_linears`.
 
     Peak memory: the model, 4 bytes per scored weight, the gradient of one matrix as it comes and in
     fp32, one block's activations, every block's input, the logits. Llama-2-7B in bf16 at 512
@@ -356,7 +352,7 @@ def fisher(model, losses, *, statistic="per-sample", weights=None, device=None) 
         raise ValueError(f"statistic {statistic!r}: per-sample or of-mean")
     weights = decoder_linears(model) if weights is None else weights
     scores = {
-        name: torch.zeros(w.shape, dtype=torch.float32, device=device or w.device)
+        name: torch.zeros(w.shape, dtype=torch.float32, device=w.device)
         for name, w in weights.items()
     }
     samples = 0
@@ -382,8 +378,8 @@ def fisher(model, losses, *, statistic="per-sample", weights=None, device=None) 
 
 
 def how_many(weights: dict[str, Tensor], density: float) -> dict[str, int]:
-    """k = round(density · numel) per matrix, where that is 1 or more; ValueError if nowhere."""
-    check_moves(density, weights.values())
+    """k = round(density · numel) per matrix, where that is 1 or more."""
+    check_density(density)
     counts = {name: round(density * w.numel()) for name, w in weights.items()}
     return {name: k for name, k in counts.items() if k}
 
@@ -425,7 +421,7 @@ def sensitive_index(
     `then(scores, index)` is called of each part, for what else needs the scores.
     """
     weights, index = decoder_linears(model), {}
-    how_many(weights, density)  # before the work
+    check_moves(density, weights.values())  # before the work
     names, size = list(weights), -(-len(weights) // groups)
     for first in range(0, len(names), size):
         part = {name: weights[name] for name in names[first : first + size]}

@@ -79,7 +79,7 @@ class MaskedWeight(nn.Module):
 
 
 class Patch:
-    """A model whose weights can be probed and updated. `remove` gives the ordinary model back.
+    """A model whose weights can be probed and updated, until `remove`.
 
     patch = Patch(model, masks.SmallWeights(0.25))
     loss_plus, loss_minus = patch.losses(batch, loss_fn, seed)

@@ -246,7 +246,7 @@ def with_demonstrations(example: Example, demos: list[Example]) -> Example:
     return replace(example, prompt="\n\n".join([*solved, example.prompt.lstrip(" ")]))
 
 
-def batches(n: int, batch_size: int, seed: int, step: int) -> list[int]:
+def minibatch(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Which of n training examples `step` sees: a pure function, so a run resumes anywhere.
 
     Each epoch is a new permutation, without replacement; its incomplete last batch is dropped.
@@ -339,10 +339,6 @@ class Batch:
     def count(self) -> int:
         """How much `loss` weighs against another batch's: of how many terms it is the mean."""
         return len(self.labels if self.score == "all" else self.token)
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """Scalar, that of training, of logits [R, keep, V]."""
-        return (classification_loss if self.score == "all" else lm_loss)(logits, self)
 
 
 def model_inputs(model, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> dict:
@@ -474,9 +470,11 @@ def tally(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.n
 
 
 def check_examples(tokenizer, examples, max_length: int, vocabulary: int, score="all") -> int:
-    """How many prompts lose their beginning. ValueError where `encode` would raise it in the midst
-    of training, where the model's vocabulary lacks a token, and where two options that a loss
-    compares are the same tokens: no step would ever see a slope."""
+    """How many prompts lose their beginning. ValueError for what would spoil a run later.
+
+    Which is: an option that `encode` refuses, a token that the model's vocabulary lacks, and two
+    options of the same tokens, which a loss over scores cannot tell apart.
+    """
     cut = 0
     for example in examples:
         whole = encode(tokenizer, example, 1 << 30)
@@ -501,10 +499,11 @@ def check_tokens(tokenizer, ids: Iterable[int], vocabulary: int) -> None:
 
 def loss(model, batch: Batch) -> Tensor:
     """Scalar: the training loss of a batch, in one forward pass."""
-    return batch.loss(model(**batch.inputs(model), use_cache=False).logits)
+    logits = model(**batch.inputs(model), use_cache=False).logits
+    return (classification_loss if batch.score == "all" else lm_loss)(logits, batch)
 
 
-def minibatch(
+def micro_batches(
     examples: list[Example], tokenizer, *, score: str, micro_batch: int, max_length: int, device
 ) -> Iterable[Batch]:
     """The examples of one step as batches of at most `micro_batch`, made one at a time."""

@@ -5,7 +5,7 @@
     python train.py --resume runs/…
 
     code            [S] Algorithm 1
-    what_moves      m: which weights move. The four methods differ there, and only there
+    what_moves      m: which weights move. That is what tells the four methods apart
     losses          l⁺ and l⁻ of one minibatch, with mask and noise inside forward (§3.3)
     measure_step    proj_grad of one step, and −η · proj_grad
     train           the loop, in the order of the printed algorithm
@@ -58,8 +58,8 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
         if in_a_row == 20:
             raise ValueError(
                 f"20 losses in a row were not finite: --lr {config.lr} or --eps {config.eps} is "
-                "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run "
-                f"{steps.run} evaluates the best step so far, {steps.best_step()}"
+                "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run … "
+                f"evaluates the best step so far, {steps.best_step()}"
             )
         if step.step % config.eval_every == 0 or step.step == config.steps:
             step = evaluated(config, patch, tokenizer, data, step)
@@ -68,16 +68,16 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
 
 
 def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
-    """Step t of Algorithm 1 but for its update, which θ ← θ + a m⊙z makes with the answer's a."""
+    """Step t of Algorithm 1 without its update. The caller makes that, with the answer's `a`."""
     # Sample minibatch B from X and random seed s
-    chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
+    chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
     seed = zo.step_seed(config.seed, t)
-    # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
-    batches = tasks.minibatch(
+    batches = tasks.micro_batches(
         workers.share([data.train[i] for i in chosen]), tokenizer, score=data.score,
         micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
         device=patch.device,
     )  # fmt: skip
+    # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
     loss_plus, loss_minus = losses(patch, batches, seed)
     # proj_grad ← (l⁺ − l⁻) / 2ε
     proj_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
@@ -97,10 +97,7 @@ def losses(patch, batches, seed: int) -> tuple[float, float]:
 
 
 def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tuple:
-    """A rule of [S]; of [Q] what mask.load gives: index, provenance, matrices, codebooks.
-
-    The four methods differ here, and only here.
-    """
+    """A rule of [S]; of [Q] what mask.load gives: index, provenance, matrices, codebooks."""
     if config.method == "mezo" or config.adapter:  # S-MeZO masks A B, not A and B
         return masks.Everything()
     if config.method == "r-mezo":
@@ -133,16 +130,16 @@ def open_model(config: Config, run: Path, moves) -> tuple:
     else:
         index, _, matrices, codebooks = moves
         path = run / "mask.safetensors"
-        moves = quant.DenseSparse(index, config.bits, device, codebooks)
-        movable = len(moves.values)
+        moves = sparse = quant.DenseSparse(index, config.bits, device, codebooks)
+        movable = len(sparse.values)
 
         def split(model, name, weight):
             mask.check_values(path, matrices, name, weight)
-            moves.split(model, name, weight)
+            sparse.split(model, name, weight)
 
         # in 4 bits a matrix is split as it is read; the others when all are there
         model = loading.load_model(*how, split=split if config.bits == 4 else None, index=index)
-        for name in index.keys() - moves.parts.keys():
+        for name in index.keys() - sparse.parts.keys():
             split(model, name, model.get_parameter(name).detach())
     fused = loading.compiles(config.compile, movable, device)
     select = adapter.MOVES if config.adapter else config.select
@@ -204,8 +201,9 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     """(tokenizer, data) of the settings, which are completed and printed."""
     configs.check(config)
     loading.choose_device(config.device)
-    taken = adapter.TOKENS if config.adapter == "prefix" else 0
+    asked, taken = config.max_length, adapter.TOKENS if config.adapter == "prefix" else 0
     tokenizer, model_config, data = dataset.prepare(config, taken)
+    sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
     kind = loading.quantised(model_config)
@@ -223,8 +221,10 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
         density = provenance["density"]
         if config.density not in (None, density):
             raise ValueError(f"--density {config.density}: that of --mask {path} is {density}")
-        config.density = density
-    configs.show(config, configs.fill_in(config, model_config.model_type))
+        config.density, sources["density"] = density, "that of the mask"
+    sources |= configs.fill_in(config, model_config.model_type)
+    resumed = run and (run / "config.json").exists()
+    configs.show(config, sources, "you, or the run so far" if resumed else "you")
     describe(config, tokenizer, model_config, data)
     return tokenizer, data
 

@@ -13,9 +13,9 @@
     eps, lr            ε, η              seed             s, fresh for every step
 
 How it works
-    Everything here is one primitive, θ + a·m⊙z, with another a each time. The file shows it three
-    times: as the papers print it (this screen), as a function of a seed (`gaussian`), and as one
-    fused loop (`apply`), which is what training runs.
+    Everything here is one primitive, θ + a·m⊙z, with another a each time. The file has three parts:
+    the step as the papers print it (this screen), its noise as a function of a seed (`gaussian`),
+    and the primitive as one fused loop (`apply`), which is what training runs.
 
     `sparse_mezo_step` is [S]'s step. MeZO's step is the same with masks of ones. [Q]'s step is the
     same on one vector of k values. No function here sees a model: parameters are plain tensors and
@@ -100,7 +100,7 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 #
 # One draw serves two elements: of n, element i gets r cos φ and element i + ⌈n/2⌉ gets r sin φ.
 
-MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # of one tensor; all three are 32-bit words here
+MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements of one tensor; each is a word below
 MASK_STREAM = 1 << 30  # streams from here on belong to random masks, those below to noise
 ROTATIONS, PARITY = (13, 15, 26, 6, 17, 29, 16, 24), 0x1BD11BDA  # Threefry-2x32's constants
 
@@ -183,8 +183,8 @@ def word(number: int) -> Tensor:
     It is on the CPU, also where θ is on a GPU. The kernel gets it as an argument. Made on the GPU
     it would cost a launch, and every read of it a load.
     """
-    signed = (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
-    return torch.full((), signed, dtype=torch.int32)
+    low = (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
+    return torch.full((), low, dtype=torch.int32)
 
 
 class Shift(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a long run needs beside the papers: settings, loading, adapters, log, workers, bench."""
+"""What a long run needs beside the papers: settings, models, data, log, workers, bench."""
 
 import sys
 

@@ -91,7 +91,10 @@ class MaskedProduct(nn.Module):
 
 
 def merged(model):
-    """A model without adapter, where an ordinary one cannot hold S-MeZO's mask; else as it is."""
+    """The model with S-MeZO's LoRA in its weights, as no ordinary adapter can hold the mask.
+
+    Other models are returned as they are.
+    """
     held = [module for module in model.modules() if hasattr(module, "parametrizations")]
     for module in held:
         quant.unparametrize(module, {"weight": nn.Parameter(module.weight.detach(), False)})

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 TINY = "tiny/model"
 QUANTISER = "senszoq, 4 bits: nf4, or [Q]'s kmeans, fitted with the mask"
 
@@ -170,13 +170,13 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
     return sources
 
 
-def show(config: Config, sources: dict[str, str]) -> None:
+def show(config: Config, sources: dict[str, str], others: str = "you") -> None:
     """Print every value that is not a plain default, with its source."""
     for f in fields(config):
         value = getattr(config, f.name)
         said = value != f.default and f.name not in ("task", "data_dir", "out")
         if f.name in sources or said:
-            print(f"  {f.name:<14} {value!s:<24} {sources.get(f.name, 'you')}")
+            print(f"  {f.name:<14} {value!s:<24} {sources.get(f.name, others)}")
 
 
 # ------------------------------------------------------------------ what cannot work
@@ -334,12 +334,12 @@ def one_line_errors(hint=lambda: ""):
 
 def locate(name: str) -> str:
     """The offline default lies beside the code, wherever the program is started."""
-    return str(HERE / name) if name.startswith("tiny/") and not Path(name).exists() else name
+    return str(ROOT / name) if name.startswith("tiny/") and not Path(name).exists() else name
 
 
 def is_tiny(model: str) -> bool:
     """Is it the offline default, by whatever path? It brings data and a text of its own."""
-    return Path(locate(model)).resolve() == HERE / TINY
+    return Path(locate(model)).resolve() == ROOT / TINY
 
 
 def new_run(config: Config) -> Path:

@@ -30,7 +30,7 @@ from unicodedata import normalize
 import numpy as np
 
 from harness import loading
-from harness.config import HERE
+from harness.config import locate
 from tasks import Example, Task, get_task, option_tokens
 
 _COMMITS = {  # parquet, no script to run; pinned: a seed means the same examples for good
@@ -61,7 +61,6 @@ class Data:
     classification: bool
     source: str
     odd: str | None = None  # of own files: the first row whose options are other than the rest's
-    batch_size: int = 16
 
     @property
     def metric(self) -> str:
@@ -136,15 +135,15 @@ def load_examples(
     if not train:
         raise ValueError(f"{source}: num_validation {num_validation} leaves nothing to train on")
     parts = train, validation, _draw(test, num_test, seed)
-    return Data(*parts, spec.classification, str(source), odd, spec.batch_size)
+    return Data(*parts, spec.classification, str(source), odd)
 
 
 def load(config, tokenizer=None) -> Data:
     """The examples that the settings of a command name (harness/config.py)."""
     names = set(inspect.signature(load_examples).parameters) - {"seed", "tokenizer"}
     how = {name: getattr(config, name) for name in names}
-    if how["data_dir"] == "tiny/data":  # lies beside the code, wherever the program is started
-        how["data_dir"] = HERE / "tiny/data"
+    if how["data_dir"]:
+        how["data_dir"] = locate(how["data_dir"])
     return load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
 
 
@@ -283,7 +282,7 @@ def _from_hub(task: Task, split: str) -> list[Example]:
     with _hub(task.hub, f"log in with `hf auth login`, or give --data-dir with {task.folder}/"):
         from datasets import load_dataset
 
-        rows = load_dataset(name, config, split=split, revision=_COMMITS[name])
+        rows = load_dataset(name, config, split=split, revision=_COMMITS.get(name))
     named = ((f"{task.hub} {split}[{i}]", row) for i, row in enumerate(rows))
     return _parsed(named, task.to_examples, f"a labelled {task.name} row")
 

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+import masks
 import tasks
+import zo
 from harness.config import first_line, locate
 
 # how far rounding may move a position's logits, relative to their spread; at 135 M it is a fifth
@@ -191,8 +193,7 @@ def check_model(model, name: str, read: dict | None = None) -> None:
             )
     for key, weight in model.named_parameters():
         if weight.dtype in DTYPES and weight.numel():
-            if not torch.stack(weight.aminmax()).isfinite().all():  # NaN shows in both
-                raise ValueError(f"{key} holds NaN or infinity; get a sound copy of the model")
+            masks.check_finite(weight, key)
 
     def logits(**inputs):
         try:
@@ -313,9 +314,6 @@ def compiles(setting: str, weights: int, device: str) -> bool:
 
     False, with a line, where this machine has no compiler.
     """
-    import masks
-    import zo
-
     if setting == "no" or setting == "auto" and device == "cpu" and weights < 10e6:
         return False
     theta, everything = torch.zeros(256, device=device), masks.Everything()

@@ -9,7 +9,7 @@ megabyte.
 
 A line is appended when everything of its step is done, so `kill -9` leaves at worst a torn last
 line, which does not count. Whoever goes on with a run takes its last logged step again (`compare`).
-If another number comes out, it is not the run's model, data or settings.
+If the numbers differ by more than rounding, it is not the run's model, data or settings.
 """
 
 import contextlib

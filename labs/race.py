@@ -22,13 +22,13 @@ class Tiny:
         self.tokenizer, _ = loading.load_tokenizer(config.TINY)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             self.model = loading.load_model(config.TINY, device="cpu")
-        self.data = dataset.load_examples("rte", data_dir=config.HERE / "tiny/data")
+        self.data = dataset.load_examples("rte", data_dir=config.ROOT / "tiny/data")
         self.names = [name for name, _ in self.model.named_parameters()]
         self.gradients = torch.autograd.grad(self.loss(range(16))(), self.model.parameters())
 
     def loss(self, chosen):
         """A function of no argument: the loss at the model's weights."""
-        (batch,) = tasks.minibatch(
+        (batch,) = tasks.micro_batches(
             [self.data.train[i] for i in chosen], self.tokenizer, score=self.data.score,
             micro_batch=len(chosen), max_length=128, device="cpu",
         )  # fmt: skip
@@ -36,7 +36,7 @@ class Tiny:
 
     def sensitive(self):
         """[Q]'s mask of the tiny model's own text: for each parameter its places, or none."""
-        texts = dataset.read_texts(config.HERE / "tiny/data/c4.jsonl")
+        texts = dataset.read_texts(config.ROOT / "tiny/data/c4.jsonl")
         windows = tasks.text_windows(self.tokenizer, texts, samples=32, length=64, seed=0)
         index = masks.sensitive_index(self.model, tasks.text_losses(windows), 0.001)
         return [index.get(name, []) for name in self.names]
@@ -76,7 +76,7 @@ def run(tiny, rules):
     for seed in SEEDS:
         at = {(name, r): start for name in rules for r in RATES}
         for t in range(STEPS):
-            loss = tiny.loss(tasks.batches(len(tiny.data.train), 8, seed, t))
+            loss = tiny.loss(tasks.minibatch(len(tiny.data.train), 8, seed, t))
             z = zo.gaussian(zo.step_seed(seed, t), 0, start.shape)
             for (name, r), theta in at.items():
                 m = mask(name, theta)

@@ -134,8 +134,8 @@ def masked_step(optimizer, h: dict) -> None:
 
 def gradient(config: Config, model, tokenizer, data: dataset.Data, t: int) -> float:
     """L(θ; B) of the minibatch that train.py's step t has; ∇L is left in the weights' grad."""
-    chosen = tasks.batches(len(data.train), config.batch_size, config.seed, t)
-    batches = list(tasks.minibatch(
+    chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
+    batches = list(tasks.micro_batches(
         [data.train[i] for i in chosen], tokenizer, score=data.score, device=model.device,
         micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
     ))  # fmt: skip

@@ -43,7 +43,7 @@ import masks
 import tasks
 import zo
 from harness import dataset, loading
-from harness.config import HERE, TINY, is_tiny, one_line_errors, write_json
+from harness.config import ROOT, TINY, is_tiny, one_line_errors, write_json
 from model_patch import Patch
 from studies import first_order
 from studies.slopes import slope
@@ -152,7 +152,7 @@ class Study:
     def batches(self, data, count: int):
         """`count` batches, drawn as train.py draws them."""
         for t in range(count):
-            chosen = tasks.batches(len(data.train), self.args.batch_size, 1, t)
+            chosen = tasks.minibatch(len(data.train), self.args.batch_size, 1, t)
             yield tasks.collate(
                 self.tokenizer, [data.train[i] for i in chosen], score=data.score,
                 max_length=self.args.max_length, device=self.model.device,
@@ -334,7 +334,7 @@ def main(argv=None) -> None:
     args.rates = dict(args.rates)
     with one_line_errors():
         if is_tiny(args.model):
-            tiny = HERE / "tiny/data"
+            tiny = ROOT / "tiny/data"
             args.data_dir, args.text = args.data_dir or tiny, args.text or tiny / "c4.jsonl"
             args.other = args.other or tiny / "other.jsonl"
         if args.other is None:

@@ -111,9 +111,9 @@ def test_parts_of_a_batch_have_its_loss_and_its_gradient(score, folder):
     for config.micro_batch in (None, 3):
         loss = first_order.gradient(config, model, tokenizer, data, 5)
         found.append([torch.tensor(loss), *(w.grad.clone() for w in model.parameters())])
-    chosen = [data.train[i] for i in tasks.batches(len(data.train), 8, 3, 5)]
+    chosen = [data.train[i] for i in tasks.minibatch(len(data.train), 8, 3, 5)]
     whole = tasks.collate(tokenizer, chosen, score=score)
-    assert found[0][0] == whole.loss(model(**whole.inputs(model)).logits).item()
+    assert found[0][0] == tasks.loss(model, whole).item()
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
