@@ -12,7 +12,7 @@ batch too small to fill the cores can go below. Published: MeZO 3.3, Sparse-MeZO
     mezo … r-mezo           model_patch.py: mask and noise inside forward
     senszoq                 [Q]: 0.1 % moves, at random places, the rest in 16 (or 32) bits
     4 bits: two forwards    the unit of the next row: the model with its linears in NF4
-    4 bits: senszoq         [Q] as published
+    4 bits: senszoq         [Q]'s step, in NF4
     LoRA, Adam              first order, for [S]'s Table 3: loss.backward() on the same batch
 
 Memory is the peak during the row, all of it. GPU: the allocator's. CPU: resident memory above the

@@ -1,6 +1,6 @@
 """How fast does each method learn, and which weights should move? Many runs of train.py.
 
-    python studies/learning.py                                    the tiny model, ten minutes
+    python studies/learning.py            two parts on the tiny model, ten minutes
     python studies/learning.py --model DIR --data-dir DIR --tasks sst2 --steps 1000 --short 300 \\
         --seeds 3 --num-validation 200 --num-test 300             a real one, a day
 

@@ -20,7 +20,7 @@ SEED, EPS, LR = zo.step_seed(3, 14), 1e-3, 1e-2
 
 
 class LargeWeights(masks.Rule):
-    """A rule of one's own, as in the README."""
+    """A rule of one's own, as in YOUR_OWN.md."""
 
     def prepare(self, weight, stream):
         return masks.threshold(weight, 1 - self.density)
