@@ -45,7 +45,7 @@ def evaluate(config: Settings, split: str, shots: int):
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"
     vocabulary = loading.vocabulary(model_config)
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.score):
+    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
     found = train.score(config, model, tokenizer, examples)

@@ -329,7 +329,7 @@ class Batch:
     labels: Tensor  # [B] int64
     valid: Tensor  # [B, C] bool: the options that exist and are scored, of at most C
     keep: int  # logits_to_keep: positions, from the right, that are read at all
-    score: str  # "all" options, or only the "right" ones
+    scored: str  # "all" options, or only the "right" ones
 
     def inputs(self, model) -> dict:
         """What this model's forward takes of the batch; logits only where an option is scored."""
@@ -338,7 +338,7 @@ class Batch:
     @property
     def count(self) -> int:
         """How much `loss` weighs against another batch's: of how many terms it is the mean."""
-        return len(self.labels if self.score == "all" else self.token)
+        return len(self.labels if self.scored == "all" else self.token)
 
 
 def model_inputs(model, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> dict:
@@ -355,18 +355,18 @@ def model_inputs(model, input_ids: Tensor, attention_mask: Tensor, keep: int = 0
 
 
 def collate(
-    tokenizer, examples: list[Example], *, max_length: int = 2048, score: str = "all", device="cpu"
+    tokenizer, examples: list[Example], *, max_length: int = 2048, scored: str = "all", device="cpu"
 ) -> Batch:
     """A batch that scores "all" options, or only the "right" ones (all that `lm_loss` reads)."""
-    if score not in ("all", "right"):
-        raise ValueError(f"score {score!r} must be 'all' or 'right'")
+    if scored not in ("all", "right"):
+        raise ValueError(f"scored {scored!r} must be 'all' or 'right'")
     C = max(len(e.options) for e in examples)
     valid = torch.zeros(len(examples), C, dtype=torch.bool)
     rows, reads = [], []  # reads: (row, places before its end, token, slot, option's length)
     for b, example in enumerate(examples):
         shared = {}  # equal inputs, one row
         for c, (ids, length) in enumerate(encode(tokenizer, example, max_length)):
-            if score == "right" and c != example.label:
+            if scored == "right" and c != example.label:
                 continue
             valid[b, c] = True
             row = shared.setdefault(tuple(ids[:-1]), len(rows))
@@ -380,7 +380,7 @@ def collate(
     mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows])  # [R, T]
     labels = torch.tensor([e.label for e in examples])
     tensors = (ids, mask, row, keep - back, token, slot, 1 / length.float(), labels, valid)
-    return Batch(*(x.to(device) for x in tensors), keep, score)
+    return Batch(*(x.to(device) for x in tensors), keep, scored)
 
 
 # Scores and losses: functions of logits [R, keep, V], of any dtype, and the batch; all fp32.
@@ -404,8 +404,8 @@ def option_scores(logits: Tensor, batch: Batch) -> Tensor:
 
 def classification_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Scalar: cross-entropy over the options' scores (MeZO's train_as_classification)."""
-    if batch.score == "right":  # among one option the loss is 0, and so is every gradient
-        raise ValueError("classification_loss needs all options; collate with score='all'")
+    if batch.scored == "right":  # among one option the loss is 0, and so is every gradient
+        raise ValueError("classification_loss needs all options; collate with scored='all'")
     return F.cross_entropy(option_scores(logits, batch), batch.labels)
 
 
@@ -469,7 +469,7 @@ def tally(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.n
     return total
 
 
-def check_examples(tokenizer, examples, max_length: int, vocabulary: int, score="all") -> int:
+def check_examples(tokenizer, examples, max_length: int, vocabulary: int, scored="all") -> int:
     """How many prompts lose their beginning. ValueError for what would spoil a run later.
 
     Which is: an option that `encode` refuses, a token that the model's vocabulary lacks, and two
@@ -479,7 +479,7 @@ def check_examples(tokenizer, examples, max_length: int, vocabulary: int, score=
     for example in examples:
         whole = encode(tokenizer, example, 1 << 30)
         check_tokens(tokenizer, [token for ids, _ in whole for token in ids], vocabulary)
-        if score == "all" and len({tuple(ids) for ids, _ in whole}) < len(whole):
+        if scored == "all" and len({tuple(ids) for ids, _ in whole}) < len(whole):
             raise ValueError(f"two of the options {example.options} are the same to this tokenizer")
         if any(length >= max_length for _, length in whole):
             encode(tokenizer, example, max_length)  # raises
@@ -500,16 +500,16 @@ def check_tokens(tokenizer, ids: Iterable[int], vocabulary: int) -> None:
 def loss(model, batch: Batch) -> Tensor:
     """Scalar: the training loss of a batch, in one forward pass."""
     logits = model(**batch.inputs(model), use_cache=False).logits
-    return (classification_loss if batch.score == "all" else lm_loss)(logits, batch)
+    return (classification_loss if batch.scored == "all" else lm_loss)(logits, batch)
 
 
 def micro_batches(
-    examples: list[Example], tokenizer, *, score: str, micro_batch: int, max_length: int, device
+    examples: list[Example], tokenizer, *, scored: str, micro_batch: int, max_length: int, device
 ) -> Iterable[Batch]:
     """The examples of one step as batches of at most `micro_batch`, made one at a time."""
     for start in range(0, len(examples), micro_batch):
         part = examples[start : start + micro_batch]
-        yield collate(tokenizer, part, score=score, max_length=max_length, device=device)
+        yield collate(tokenizer, part, scored=scored, max_length=max_length, device=device)
 
 
 # ------------------------------------------------------------------ losses that score [Q]'s weights
@@ -550,11 +550,11 @@ def text_losses(windows: Tensor) -> list:
     return [partial(loss_of, row) for row in windows]
 
 
-def task_losses(tokenizer, examples, score: str, max_length: int = 2048) -> list:
+def task_losses(tokenizer, examples, scored: str, max_length: int = 2048) -> list:
     """Per example a function of the model, the loss that train.py would train it with."""
 
     def loss_of(example, model):
-        how = {"score": score, "max_length": max_length, "device": model.device}
+        how = {"scored": scored, "max_length": max_length, "device": model.device}
         batch = collate(tokenizer, [example], **how)
         return loss(model, batch)
 

@@ -73,7 +73,7 @@ def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -
     chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
     seed = zo.step_seed(config.seed, t)
     batches = tasks.micro_batches(
-        workers.share([data.train[i] for i in chosen]), tokenizer, score=data.score,
+        workers.share([data.train[i] for i in chosen]), tokenizer, scored=data.scored,
         micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
         device=patch.device,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tu
         if config.mask is not None:  # an own copy: the run is whole without the file
             os.replace(shutil.copy(config.mask, f"{path}.tmp"), path)
         else:
-            mask.make(config, path, (data.train, data.score))
+            mask.make(config, path, (data.train, data.scored))
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 
@@ -241,7 +241,7 @@ def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
         print(f"  {'':<14} and not over scores, as options differ: {data.odd}")
     examples = data.train + data.validation + data.test
     vocabulary = loading.vocabulary(model_config)
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.score):
+    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
         print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
 
 

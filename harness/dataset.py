@@ -68,7 +68,7 @@ class Data:
         return "perplexity" if len(self.train[0].options) == 1 else "accuracy"
 
     @property
-    def score(self) -> str:
+    def scored(self) -> str:
         """Which options the training loss reads: "all", or the "right" one."""
         return "all" if self.classification else "right"
 

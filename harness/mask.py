@@ -78,8 +78,8 @@ def make(config, path, examples=None) -> None:
         about |= {"source": " ".join(source), "length": length}
     elif scored:
         longest = loading.usable_length(settings.max_length, model_config)
-        examples, score = examples
-        losses = tasks.task_losses(tokenizer, examples[: settings.samples], score, longest)
+        examples, scored = examples
+        losses = tasks.task_losses(tokenizer, examples[: settings.samples], scored, longest)
         about |= {"source": settings.task or settings.train_file}
     dtype = settings.dtype
     if scored and dtype == "auto" and device != "cpu":
@@ -213,7 +213,7 @@ def main(argv=None) -> None:
         if config.mask_from == "task" and config.kind == "sensitive":
             configs.check(config)
             _, _, data = dataset.prepare(config)
-            examples = data.train, data.score
+            examples = data.train, data.scored
         make(config, config.out, examples)
         index, *_ = load(config.out)
         print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")

@@ -29,7 +29,7 @@ class Tiny:
     def loss(self, chosen):
         """A function of no argument: the loss at the model's weights."""
         (batch,) = tasks.micro_batches(
-            [self.data.train[i] for i in chosen], self.tokenizer, score=self.data.score,
+            [self.data.train[i] for i in chosen], self.tokenizer, scored=self.data.scored,
             micro_batch=len(chosen), max_length=128, device="cpu",
         )  # fmt: skip
         return lambda: tasks.loss(self.model, batch)

@@ -124,7 +124,7 @@ class Study:
         if task in self.found.get("magnitude", {}):  # the last of the four
             return
         losses = tasks.task_losses(
-            self.tokenizer, data.train[: self.args.samples], data.score, self.args.max_length
+            self.tokenizer, data.train[: self.args.samples], data.scored, self.args.max_length
         )
         own = self.fisher(losses, task)
         mean = self.fisher(losses, task, statistic="of-mean")
@@ -154,7 +154,7 @@ class Study:
         for t in range(count):
             chosen = tasks.minibatch(len(data.train), self.args.batch_size, 1, t)
             yield tasks.collate(
-                self.tokenizer, [data.train[i] for i in chosen], score=data.score,
+                self.tokenizer, [data.train[i] for i in chosen], scored=data.scored,
                 max_length=self.args.max_length, device=self.model.device,
             )  # fmt: skip
 
@@ -231,7 +231,7 @@ class Study:
         start = [(p, p.detach().clone()) for p in self.model.parameters()]
         optimizer = torch.optim.Adam(self.model.parameters(), lr=args.adam, foreach=False)
         losses = tasks.task_losses(
-            self.tokenizer, data.train[: args.samples], data.score, args.max_length
+            self.tokenizer, data.train[: args.samples], data.scored, args.max_length
         )
         how = argparse.Namespace(**vars(args), seed=1, micro_batch=None)
         static = {}

@@ -80,7 +80,7 @@ def test_a_mask_of_a_task_is_of_its_training_loss(folder, tmp_path):
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
     names = {"train_file": folder / "train.jsonl", "test_file": folder / "test.jsonl"}
     data = dataset.load_examples(**names)
-    losses = tasks.task_losses(tokenizer, data.train[:5], data.score)
+    losses = tasks.task_losses(tokenizer, data.train[:5], data.scored)
     model = loading.load_model(f"{folder}/model")
     assert equal(index, masks.sensitive_index(model, losses, 0.01)) and made["samples"] == 5
 

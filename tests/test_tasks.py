@@ -390,7 +390,7 @@ def test_real_files_of_piqa_and_aqua(tmp_path, llama2):
         assert found[key] == int(label)
     for data in (aqua, piqa):
         examples = data.test[:100]
-        assert tasks.check_examples(llama2, examples, 2048, len(llama2), data.score) == 0
+        assert tasks.check_examples(llama2, examples, 2048, len(llama2), data.scored) == 0
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -446,7 +446,7 @@ def test_own_files(tmp_path):
     assert not load_examples(**files).classification
     write(held, own(4, options=("No ", "Yes")))  # a space at an option's end is none
     data = load_examples(**files)
-    assert data.classification and data.score == "all"
+    assert data.classification and data.scored == "all"
 
 
 GOOD = '{"prompt": "q", "options": ["a", "b"], "label": 0}\n'
@@ -721,7 +721,7 @@ def test_losses_are_mezos(llama, examples):
     assert abs(tasks.lm_loss(logits, batch) + torch.cat(right).mean()) < 1e-5
     best = [int(s.argmax()) == e.label for s, e in zip(scores, examples, strict=True)]
     assert tasks.correct(logits, batch)[0].tolist() == best
-    only = collate(TOKENIZER, examples, score="right")
+    only = collate(TOKENIZER, examples, scored="right")
     assert abs(tasks.lm_loss(run(llama, only), only) + torch.cat(right).mean()) < 1e-5
     assert len(only.input_ids) == len(examples) and only.valid.sum() == len(examples)
     with pytest.raises(ValueError, match="all options"):
@@ -789,7 +789,7 @@ def test_layout_of_a_batch():
     assert batch.weight.dtype == torch.float32
     assert batch.labels.tolist() == [e.label for e in YES_NO + MULTI]
     with pytest.raises(ValueError, match="'best' must be 'all' or 'right'"):
-        collate(TOKENIZER, YES_NO, score="best")
+        collate(TOKENIZER, YES_NO, scored="best")
 
 
 def test_only_the_last_positions_are_needed(llama):
@@ -873,8 +873,8 @@ def test_truncated_batch_is_the_truncated_text(llama):
 # --- what a step and an evaluation are made of ----------------------------------------------------
 
 
-@pytest.mark.parametrize("score, micro", [("all", 1), ("all", 3), ("right", 1), ("right", 3)])
-def test_micro_batches_are_the_whole_batch_to_rounding(score, micro):
+@pytest.mark.parametrize("scored, micro", [("all", 1), ("all", 3), ("right", 1), ("right", 3)])
+def test_micro_batches_are_the_whole_batch_to_rounding(scored, micro):
     """Options of unequal length, where a mean of means would be another number, for both losses."""
     patch = model_patch.Patch(build("llama"), masks.Everything(), eps=1e-3)
     examples = [
@@ -883,7 +883,7 @@ def test_micro_batches_are_the_whole_batch_to_rounding(score, micro):
     ]
 
     def both(size):
-        how = {"score": score, "micro_batch": size, "max_length": 64, "device": "cpu"}
+        how = {"scored": scored, "micro_batch": size, "max_length": 64, "device": "cpu"}
         batches = list(tasks.micro_batches(examples, TOKENIZER, **how))
         assert [len(b.labels) for b in batches] == [size] * (7 // size) + [7 % size] * (
             7 % size > 0
@@ -925,8 +925,8 @@ def test_the_loss_that_scores_weights_is_that_of_training(llama, classification)
     """task_losses gives each example the very loss that a step of train.py gives it."""
     data = dataset.Data(YES_NO + MULTI, [], [], classification, "")
     patch = model_patch.Patch(build("llama"), masks.Everything(), eps=1e-9)
-    losses = tasks.task_losses(TOKENIZER, data.train, data.score)
-    how = {"score": data.score, "micro_batch": 1, "max_length": 64, "device": "cpu"}
+    losses = tasks.task_losses(TOKENIZER, data.train, data.scored)
+    how = {"scored": data.scored, "micro_batch": 1, "max_length": 64, "device": "cpu"}
     for loss, batch in zip(losses, tasks.micro_batches(data.train, TOKENIZER, **how), strict=True):
         want, _ = train.losses(patch, [batch], 0)
         assert loss(llama).item() == pytest.approx(want, rel=1e-5)
@@ -945,7 +945,7 @@ def test_the_tiny_data_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = dataset.load(Config(task="copa", data_dir="tiny/data", num_train=7, num_test=5))
     assert (len(data.train), len(data.validation), len(data.test)) == (7, 100, 5)
-    assert not data.classification and data.score == "right"
+    assert not data.classification and data.scored == "right"
 
 
 # --- completions: an example with one option ------------------------------------------------------
@@ -975,7 +975,7 @@ def test_perplexity_is_over_tokens_one_at_a_time(llama):
     assert found.value == pytest.approx(math.exp(-want.mean()), rel=1e-5)
     assert (found.n, found.metric) == (10, "perplexity")
     assert str(tasks.Score(math.e, 10, 0, "perplexity")) == "2.718 (loss 1.0000, n = 10 tokens)"
-    batch = collate(TOKENIZER, COMPLETIONS, score="right")
+    batch = collate(TOKENIZER, COMPLETIONS, scored="right")
     with torch.no_grad():  # the loss of training is the same number
         torch.testing.assert_close(tasks.loss(llama, batch).double(), -want.mean())
 
@@ -1006,7 +1006,7 @@ def test_a_text_is_blocks_of_tokens(tmp_path, llama, length):
     encoded = [encode(TOKENIZER, e, length) for e in data.test]
     assert sorted(encoded) == sorted([(row, len(row) - 1)] for row in rows)
     assert sorted(map(astuple, data.train)) == sorted(map(astuple, data.test))
-    assert (data.metric, data.score, data.classification) == ("perplexity", "right", False)
+    assert (data.metric, data.scored, data.classification) == ("perplexity", "right", False)
     total, n, _ = tasks.tally(llama, TOKENIZER, data.test, max_length=length, batch_size=3)
     with torch.no_grad():
         wants = [llama(input_ids=row, labels=row).loss for row in torch.tensor(rows)[:, None]]
@@ -1067,7 +1067,7 @@ def test_only_the_assistants_tokens_have_a_loss(tmp_path):
     how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     whole = tokenizer.apply_chat_template(TALK, **how)
     data = replies(tmp_path, [TALK] * 2, tokenizer)
-    assert len(data.test) == 4 and data.score == "right"
+    assert len(data.test) == 4 and data.scored == "right"
     marked = [0] * len(whole["input_ids"])
     for example in data.test:
         [(ids, length)] = encode(tokenizer, example)
@@ -1100,7 +1100,7 @@ def test_completions_of_own_files(tmp_path):
     path = write(tmp_path / "own.jsonl", rows)
     data = load_examples(train_file=path, test_file=path, tokenizer=TOKENIZER)
     assert (len(data.train), len(data.validation), len(data.test)) == (8, 4, 12)
-    assert (data.metric, data.score, data.odd) == ("perplexity", "right", None)
+    assert (data.metric, data.scored, data.odd) == ("perplexity", "right", None)
     for example in data.test:
         [(ids, length)] = encode(TOKENIZER, example)
         assert TOKENIZER.convert_ids_to_tokens(ids[-length:]) == ["it", "was", "so", "</s>"]

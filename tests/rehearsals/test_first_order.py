@@ -100,19 +100,19 @@ def test_lora_moves_its_adapters_alone():
         what_moves(Config(method="lora"), build("gpt2"))
 
 
-@pytest.mark.parametrize("score", ["all", "right"])
-def test_parts_of_a_batch_have_its_loss_and_its_gradient(score, folder):
+@pytest.mark.parametrize("scored", ["all", "right"])
+def test_parts_of_a_batch_have_its_loss_and_its_gradient(scored, folder):
     """A batch in parts of three has the loss and the gradient of train.py's whole minibatch."""
     config = Config(model=f"{folder}/model", batch_size=8, train_file=folder / "train.jsonl",
                     test_file=folder / "test.jsonl", seed=3)  # fmt: skip
     data, (tokenizer, _) = dataset.load(config), loading.load_tokenizer(config.model)
-    data = replace(data, classification=score == "all")
+    data = replace(data, classification=scored == "all")
     model, found = loading.load_model(config.model), []
     for config.micro_batch in (None, 3):
         loss = first_order.gradient(config, model, tokenizer, data, 5)
         found.append([torch.tensor(loss), *(w.grad.clone() for w in model.parameters())])
     chosen = [data.train[i] for i in tasks.minibatch(len(data.train), 8, 3, 5)]
-    whole = tasks.collate(tokenizer, chosen, score=score)
+    whole = tasks.collate(tokenizer, chosen, scored=scored)
     assert found[0][0] == tasks.loss(model, whole).item()
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 

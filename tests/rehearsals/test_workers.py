@@ -231,8 +231,8 @@ def test_micro_batches_are_the_whole_batch_to_rounding(kind, micro, folder, monk
     )
 
     def both(size):
-        score = "all" if kind == "classification" else "right"
-        how = {"score": score, "max_length": 64, "device": "cpu"}
+        scored = "all" if kind == "classification" else "right"
+        how = {"scored": scored, "max_length": 64, "device": "cpu"}
         parts = tasks.micro_batches(examples, tokenizer, micro_batch=size, **how)
         return train.losses(patch, parts, 5)
 
