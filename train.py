@@ -11,6 +11,16 @@
     train           the loop, in the order of the printed algorithm
     replay          θ_T from θ_0 and the log: a finished step is (seed, a)
 
+One step, from the loop down:
+
+    train
+        measure_step              the minibatch, by tasks.minibatch, and the seed
+            losses                twice Patch.losses' probe: +ε, then −ε
+                tasks.loss        a forward pass. For each weight it asks MaskedWeight.forward,
+                    zo.apply      which makes θ + a m⊙z, with the mask of a rule in masks.py
+        Patch.update              zo.apply in place, with a = −η · proj_grad
+        StepLog.append            the line in steps.csv; now the step is done
+
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). A run that was
 stopped, by Ctrl-C, kill -9 or a power failure, goes on with --resume: on the same machine to the
