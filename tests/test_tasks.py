@@ -412,6 +412,18 @@ def test_hub_asks_for_parquet_and_gives_what_the_files_give(monkeypatch, tmp_pat
     assert data.train[0] == tasks.TASKS[name].to_examples(GOLDEN[name][0])[0]
 
 
+def test_a_new_task_is_a_new_row(monkeypatch):
+    """A row for another repository is read from the hub, at its latest commit, and trains."""
+    row = tasks.Task("new", "some/body:plain", "new", "{text}\n", ("No", "Yes"))
+    monkeypatch.setitem(tasks.TASKS, "new", row)
+    hub = datasets.Dataset.from_list([{"text": f"is {i} odd?", "label": i % 2} for i in range(9)])
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *what, **how: asked.append(how) or hub)
+    data = load_examples("new", num_validation=3)
+    assert [how["revision"] for how in asked] == [None, None] and len(data.train) == 6
+    assert data.train[0].options == ("No", "Yes") and data.classification
+
+
 def test_hub_failure_is_one_line_with_the_ways_out(monkeypatch):
     """Offline or gated: the error names the repository, the login, and the files to use instead."""
 
