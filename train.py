@@ -283,7 +283,8 @@ def run_to_end(config: Config, run: Path) -> None:
         workers.check_same(zlib.crc32(examples.encode()), "data")
         measure_step(config, patch, tokenizer, data, 0)  # is every weight that moves read?
         zero_shot = score(config, model, tokenizer, data.test)
-        print(f"zero-shot test {data.metric} {zero_shot}")
+        start = "untrained prefix, " if config.adapter == "prefix" else "zero-shot "
+        print(f"{start}test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()
         write_result(run, result)
         steps.append(evaluated(config, patch, tokenizer, data, log.Step(0)))

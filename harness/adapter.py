@@ -62,6 +62,8 @@ def attach(model, config):
             cache = model(input_ids=tokens.to(model.device), use_cache=True).past_key_values
             model = peft.get_peft_model(model, settings).eval()
             initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no keys and values: whatever the model or peft raises
             raise ValueError(f"--adapter prefix: {config.model}: {first_line(error)}") from error
     loading.check_model(model, f"{config.model} with a prefix")
