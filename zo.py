@@ -29,6 +29,7 @@ What it costs
     The literal step holds a tensor's whole z. `apply` holds none of it, and writes one tensor.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -252,21 +253,23 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
         out.copy_(value)  # rounds to nearest
 
 
-torch._dynamo.config.recompile_limit = 64  # a loop for each rule and dtype; 8 are too few
-_fused = torch.compile(
-    _apply,
-    dynamic=True,
-    fullgraph=True,
-    options={
+@functools.cache
+def _compiled():
+    """`_apply` as one fused loop, made when it is first asked for: the compiler imports slowly."""
+    torch._dynamo.config.recompile_limit = 64  # a loop for each rule and dtype; 8 are too few
+    # torch 2.13 keeps compiled loops on disk and forgets for which vectors: a loop for AVX-512 that
+    # is taken up by an AVX2 process leaves half of the elements out, without an error
+    vectors = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+    options = {
         "triton.autotune_pointwise": False,  # its trials would copy what is written
         "assume_aligned_inputs": True,  # those that are not are copied for the call
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
         "cpp.dynamic_threads": True,  # a kernel first compiled for a small tensor is not serial
-        # torch 2.13 keeps compiled loops on disk and forgets for which vectors: a loop for AVX-512
-        # that is taken up by an AVX2 process leaves half of the elements out, without an error
-        "cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability()),
-    },
-)
+        "cpp.simdlen": vectors,
+    }
+    return torch.compile(_apply, dynamic=True, fullgraph=True, options=options)
+
+
 CHUNK = 1 << 16  # draws at a time without a compiler: some 10 temporaries of that size
 
 
@@ -293,6 +296,6 @@ def apply(
         # in place the very same objects: of two that overlap the compiler makes a base, or fails
         outs = thetas if in_place else [into[a:b].data for a, b in ends]
         # of an odd number the element in the middle has no partner, and no loop of its own
-        kernel = _fused if fused and thetas[0].shape == thetas[1].shape else _apply
+        kernel = _compiled() if fused and thetas[0].shape == thetas[1].shape else _apply
         kernel(outs, thetas, word(start), word(half), shift, stream, mask, state, stochastic)
     return result
