@@ -9,13 +9,14 @@ A setting is one field: the command line's flag, the line in config.json, the at
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -245,8 +246,6 @@ def _check_method(config: Config) -> None:
             raise ValueError(
                 f"{flag(f.name)} is for --method {', '.join(methods)}, not for {method}"
             )
-    if not 0 <= config.above <= 1 - (config.density or 0):
-        raise ValueError(f"--above {config.above}: from 0 to 1 less --density")
     if config.above and config.mask_kind != "dynamic":
         raise ValueError(f"--above {config.above} is for --mask-kind dynamic")
     if config.quantiser == "kmeans" and config.bits == 16:
@@ -357,14 +356,11 @@ def new_run(config: Config) -> Path:
     data = Path(config.train_file).stem if config.train_file else config.task
     method = "-".join(filter(None, (config.method, config.adapter)))
     name = f"{Path(config.model).name}-{data}-{method}-seed{config.seed}"
-    for number in range(1, 10_000):
+    for number in itertools.count(1):
         run = Path("runs", name + (f"-{number}" if number > 1 else ""))
-        try:
+        with suppress(FileExistsError):
             run.mkdir(parents=True)
             return run
-        except FileExistsError:
-            continue
-    raise ValueError(f"runs/ holds 9,999 runs of {name}; name one with --out")
 
 
 def save(run: Path, config: Config) -> None:
