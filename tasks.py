@@ -16,7 +16,7 @@
 How it works
     A zeroth-order step needs one number per forward pass, the loss. Here it is made. The model is
     never asked for a class, only how likely each option is after the prompt. `TASKS` has one row
-    per task; a new task is a new row. A task of your own is a file (harness/dataset.py).
+    per task; a new task is a new row. Rows of your own need no task (harness/dataset.py).
 
     An example with one option is a completion: of a prompt, of a conversation, or of a text's first
     token. All else follows from that. Its loss is `lm_loss`, and its score is perplexity.

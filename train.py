@@ -15,11 +15,13 @@ One step, from the loop down:
 
     train
         measure_step              the minibatch, by tasks.minibatch, and the seed
-            losses                twice Patch.losses' probe: +ε, then −ε
-                tasks.loss        a forward pass. For each weight it asks MaskedWeight.forward,
-                    zo.apply      which makes θ + a m⊙z, with the mask of a rule in masks.py
+            losses                l⁺ and l⁻: Patch.losses opens a probe with a = +ε, then with −ε
+                tasks.loss        a forward pass. For each weight it asks MaskedWeight.forward
+                    zo.apply      θ + a m⊙z: Threefry's words, z of them, the rule's m, the sum
         Patch.update              zo.apply in place, with a = −η · proj_grad
         StepLog.append            the line in steps.csv; now the step is done
+
+[Q]'s layers ask quant.Parts.forward instead. zo.apply has been called once then, on all k values.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). A run that was
@@ -87,7 +89,7 @@ def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -
         micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
         device=patch.device,
     )  # fmt: skip
-    # m ← GetMask(θ_t, h);  l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B)
+    # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  at every read m ← GetMask(θ_t, h)
     loss_plus, loss_minus = losses(patch, batches, seed)
     # proj_grad ← (l⁺ − l⁻) / 2ε
     proj_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)

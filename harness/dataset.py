@@ -1,6 +1,6 @@
 """Examples, from the hub, from official files, or from files of one's own, as tasks.py wants them.
 
-    --task rte                                   the hub's rows, at a pinned commit
+    --task rte                                   the hub's rows; commits are pinned below
     --task rte --data-dir DIR                    the official archive's files
     --train-file FILE --test-file FILE           files of one's own, with rows of one kind:
 

@@ -9,9 +9,10 @@ comes through `make`, too, where no --mask is given. Kinds beside "sensitive" ar
 With --quantiser kmeans the file has the weights, too, in 4 bits: half a byte each, in host memory
 until it is written. They are fitted here because the squared gradients are.
 
-The file is of safetensors: per matrix its name and the flat positions of the weights that move. It
-says which model it is of, too, so a mask of another model is refused (`check_shapes` before that is
-loaded, `check_values` as it is).
+The file is of safetensors: per matrix its name and the flat positions of the weights that move, as
+int32. Their values are never saved, as the run's log rebuilds them. The file says which model it is
+of, so a mask of another model is refused (`check_shapes` before that is loaded, `check_values` as
+it is).
 """
 
 import json
