@@ -42,7 +42,8 @@ What differs from the papers
     weights negates indices where it should negate magnitudes; `largest` ranks magnitudes.
 
 What it costs
-    A threshold: one copy of its weight. Scores: see `fisher`. A mask of [Q]: 4 bytes a place on disk.
+    A threshold: one copy of its weight. Scores: see `fisher`. A mask of [Q] as a file: 4 bytes
+    per place.
 """
 
 from contextlib import contextmanager
