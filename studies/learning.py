@@ -51,9 +51,9 @@ from harness.config import TINY, is_tiny, one_line_errors, write_json
 
 SENSZOQ = "train --method=senszoq --mask=sensitive-0.001"
 ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one of 100 M parameters)
-    "MeZO": ("train --method=mezo", (3e-4, 1e-3, 3e-3), (1e-6, 3e-6, 1e-5)),
-    "S-MeZO": ("train --method=s-mezo", (3e-3, 1e-2, 3e-2, 1e-1), (3e-6, 1e-5, 3e-5)),
-    "R-MeZO": ("train --method=r-mezo", (1e-3, 3e-3, 1e-2), (3e-6, 1e-5, 3e-5)),
+    "MeZO": ("train --method=mezo", (3e-4, 1e-3, 3e-3), (3e-6, 1e-5, 3e-5)),
+    "S-MeZO": ("train --method=s-mezo", (3e-3, 1e-2, 3e-2, 1e-1), (1e-5, 3e-5, 1e-4)),
+    "R-MeZO": ("train --method=r-mezo", (1e-3, 3e-3, 1e-2), (1e-5, 3e-5, 1e-4)),
     "SensZOQ, 4 bits": (SENSZOQ, (3e-2, 1e-1, 3e-1, 1), (1e-4, 3e-4, 1e-3)),
     "SensZOQ, 16 bits": (f"{SENSZOQ} --bits=16", (3e-2, 1e-1, 3e-1, 1), (1e-4, 3e-4, 1e-3)),
     "MeZO, LoRA": ("train --method=mezo --adapter=lora", (3e-3, 1e-2, 3e-2), (5e-5, 1e-4, 3e-4)),
