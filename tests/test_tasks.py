@@ -5,8 +5,10 @@ import copy
 import functools
 import json
 import math
+import re
 import shutil
 from dataclasses import astuple
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -413,15 +415,23 @@ def test_hub_asks_for_parquet_and_gives_what_the_files_give(monkeypatch, tmp_pat
 
 
 def test_a_new_task_is_a_new_row(monkeypatch):
-    """A row for another repository is read from the hub, at its latest commit, and trains."""
-    row = tasks.Task("new", "some/body:plain", "new", "{text}\n", ("No", "Yes"))
-    monkeypatch.setitem(tasks.TASKS, "new", row)
-    hub = datasets.Dataset.from_list([{"text": f"is {i} odd?", "label": i % 2} for i in range(9)])
+    """YOUR_OWN.md's row, as printed: read from the hub, at its latest commit."""
+    text = (Path(tasks.__file__).parent / "YOUR_OWN.md").read_text("utf-8")
+    row = eval(re.search(r"```python\n(Task\(.*?)```", text, re.S)[1], {"Task": tasks.Task})
+    monkeypatch.setitem(tasks.TASKS, row.name, row)
+    rows = [{"question": f"Is {i} odd?", "label": i % 2} for i in range(9)]
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *what, **how: asked.append(how) or hub)
-    data = load_examples("new", num_validation=3)
-    assert [how["revision"] for how in asked] == [None, None] and len(data.train) == 6
-    assert data.train[0].options == ("No", "Yes") and data.classification
+
+    def load_dataset(*what, **how):
+        asked.append((*what, *how.values()))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_examples("mine", num_validation=3)
+    assert asked == [("me/my-data", "default", split, None) for split in ("train", "test")]
+    assert len(data.train) == 6 and data.classification
+    assert data.train[0].prompt.endswith(" odd?\nYes or No?\n")
+    assert all(e.label == int(e.prompt.split()[1]) % 2 for e in data.train)
 
 
 def test_hub_failure_is_one_line_with_the_ways_out(monkeypatch):
