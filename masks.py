@@ -379,8 +379,8 @@ def fisher(model, losses, *, statistic="per-sample", weights=None) -> dict:
 
 
 def how_many(weights: dict[str, Tensor], density: float) -> dict[str, int]:
-    """k = round(density · numel) per matrix, where that is 1 or more."""
-    check_density(density)
+    """k = round(density · numel) per matrix, where that is 1 or more; ValueError if nowhere."""
+    check_moves(density, weights.values())
     counts = {name: round(density * w.numel()) for name, w in weights.items()}
     return {name: k for name, k in counts.items() if k}
 
@@ -407,10 +407,11 @@ def check_places(places: Tensor, numel: int, name: str) -> None:
 def sensitive(scores: dict[str, Tensor], density: float) -> dict[str, Tensor]:
     """[Q]'s mask: per matrix the k highest scores, as `top` gives them.
 
-    A matrix that no gradient reaches is left out, such as an expert that no token was routed to.
+    Left out are a matrix too small for one place, and one that no gradient reaches, such as an
+    expert that no token was routed to.
     """
-    ks = how_many(scores, density)
-    return {name: top(scores[name], k) for name, k in ks.items() if scores[name].any()}
+    ks = {name: round(density * score.numel()) for name, score in scores.items() if score.any()}
+    return {name: top(scores[name], k) for name, k in ks.items() if k}
 
 
 def sensitive_index(
@@ -422,7 +423,7 @@ def sensitive_index(
     `then(scores, index)` is called of each part, for what else needs the scores.
     """
     weights, index = decoder_linears(model), {}
-    check_moves(density, weights.values())  # before the work
+    how_many(weights, density)  # before the work
     names, size = list(weights), -(-len(weights) // groups)
     for first in range(0, len(names), size):
         part = {name: weights[name] for name in names[first : first + size]}

@@ -70,8 +70,8 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
         if in_a_row == 20:
             raise ValueError(
                 f"20 losses in a row were not finite: --lr {config.lr} or --eps {config.eps} is "
-                "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run … "
-                f"evaluates the best step so far, {steps.best_step()}"
+                "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run "
+                f"{steps.run or '…'} evaluates the best step so far, {steps.best_step()}"
             )
         if step.step % config.eval_every == 0 or step.step == config.steps:
             step = evaluated(config, patch, tokenizer, data, step)

@@ -66,7 +66,7 @@ def make(config, path, examples=None) -> None:
     about = {name: getattr(settings, name) for name in ("model", "kind", "density", "seed")}
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     shapes = masks.decoder_linears(loading.skeleton(model_config, settings.trust_remote_code))
-    masks.check_moves(settings.density, shapes.values())  # said before a model is loaded
+    masks.how_many(shapes, settings.density)  # what cannot be is said before a model is loaded
     if scored and settings.mask_from == "text":
         if settings.text is None and configs.is_tiny(settings.model):
             settings.text = configs.locate("tiny/data/c4.jsonl")
