@@ -405,8 +405,9 @@ def draw(study: Study, task: str, path: Path) -> None:
     rate.set(yscale="log")
     sparse.set(xlabel="sparsity", ylabel=f"loss, step {study.args.short}")
     group.set(xlabel="share of the weights by magnitude", ylabel=f"loss, step {study.args.short}")
-    if found.get("methods"):
-        loss.legend(fontsize=7)
+    for axis in figure.axes:
+        axis.set_visible(any(len(line.get_xdata()) for line in axis.lines))
+    (loss if found.get("methods") else rate).legend(fontsize=7)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
