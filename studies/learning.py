@@ -408,7 +408,7 @@ def draw(study: Study, task: str, path: Path) -> None:
     for axis in figure.axes:
         axis.set_visible(any(len(line.get_xdata()) for line in axis.lines))
     (loss if found.get("methods") else rate).legend(fontsize=7)
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure).print_figure(str(path), bbox_inches="tight")
 
 
 def data_dir(args) -> list[str]:
