@@ -19,7 +19,7 @@ import threading
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "tiny/model"
@@ -246,6 +246,8 @@ def _check_method(config: Config) -> None:
             raise ValueError(
                 f"{flag(f.name)} is for --method {', '.join(methods)}, not for {method}"
             )
+    if not 0 <= config.above <= 1 - (config.density or 0):
+        raise ValueError(f"--above {config.above}: from 0 to 1 less --density")
     if config.above and config.mask_kind != "dynamic":
         raise ValueError(f"--above {config.above} is for --mask-kind dynamic")
     if config.quantiser == "kmeans" and config.bits == 16:
@@ -269,13 +271,13 @@ def flag(name: str) -> str:
 def parse(kind: type, description: str, argv=None, **more) -> dict:
     """{name: value} of what the command line says, and nothing of what it does not.
 
-    `more`: {name: (type, help)} of flags that are no settings. ValueError where it cannot be read.
+    `more`: {name: (type, help)} of flags that are no settings.
     """
     from transformers import HfArgumentParser  # a second
 
     class Parser(HfArgumentParser):
         def error(self, message):  # one line, as all of ours are, and not the whole usage
-            raise ValueError(f"{message}; --help lists the flags")
+            self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
 
     parser = Parser(kind, description=description, allow_abbrev=False)
     for name, (type_, help) in more.items():
@@ -356,10 +358,11 @@ def new_run(config: Config) -> Path:
     data = Path(config.train_file).stem if config.train_file else config.task
     method = "-".join(filter(None, (config.method, config.adapter)))
     name = f"{Path(config.model).name}-{data}-{method}-seed{config.seed}"
+    Path("runs").mkdir(exist_ok=True)  # a file, or a link to nowhere, is said here
     for number in itertools.count(1):
         run = Path("runs", name + (f"-{number}" if number > 1 else ""))
         with suppress(FileExistsError):
-            run.mkdir(parents=True)
+            run.mkdir()
             return run
 
 
@@ -382,14 +385,25 @@ def load(run: Path, changes: dict) -> Config:
         raise ValueError(f"{flag(name)} cannot be changed in {run}: {fixed[name]}; start a new run")
     try:
         kept = json.loads((run / "config.json").read_text())
-        said = [f"{flag(name)}={value}" for name, value in kept.items() if value is not None]
-        config = Config(**parse(Config, "", said) | changes)
+        config = Config(**kept | changes)
+        check_types(config)
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run directory: it has no config.json") from error
-    except (AttributeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
     check(config)
     return config
+
+
+def check_types(config: Settings) -> None:
+    """ValueError for a value that its field cannot have: the file may have been edited."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) or (hint,)  # of X | None, both
+        literal = [kind for kind in (hint, *kinds) if get_origin(kind) is Literal]
+        choices = [choice for kind in literal for choice in get_args(kind)]
+        types = (*kinds, int) if float in kinds else kinds
+        if type(value) not in types and not (isinstance(value, (str, int)) and value in choices):
+            raise ValueError(f"{name} is {value!r}")
 
 
 def write_json(path: Path, value) -> None:

@@ -597,7 +597,7 @@ BAD = {  # what the user types: what the one line must say
     "--method=mezo --mask-kind=packed": "is for --method s-mezo, not for mezo",
     "--mask=some": "--mask is for --method senszoq, not for s-mezo",
     "--bits=4": "--bits is for --method senszoq",
-    "--above=0.9 --density=0.3": "above 0.9: above 0, at most 0.7",
+    "--above=0.9 --density=0.3": "from 0 to 1 less --density",
     "--mask-kind=packed --above=0.25": "is for --mask-kind dynamic",
     "--method=senszoq --select=proj": "is for --method mezo, s-mezo, r-mezo, not for senszoq",
     "--quantiser=kmeans": "--quantiser is for --method senszoq, not for s-mezo",
