@@ -187,7 +187,7 @@ class MagnitudeGroup(SmallWeights):
         super().__init__(density, refresh_every)
         self.above = above
         if not 0 < above <= 1 - density:
-            raise ValueError(f"above {above}: above 0, at most {1 - density:g}, 1 less the density")
+            raise ValueError(f"above {above}: from 0 to {1 - density:g}, 1 less density {density}")
 
     def prepare(self, weight, stream):
         bounds = self.above, min(1.0, self.above + self.density)
@@ -410,8 +410,12 @@ def sensitive(scores: dict[str, Tensor], density: float) -> dict[str, Tensor]:
     Left out are a matrix too small for one place, and one that no gradient reaches, such as an
     expert that no token was routed to.
     """
-    ks = {name: round(density * score.numel()) for name, score in scores.items() if score.any()}
-    return {name: top(scores[name], k) for name, k in ks.items() if k}
+    return _highest(scores, how_many(scores, density))
+
+
+def _highest(scores: dict[str, Tensor], ks: dict[str, int]) -> dict[str, Tensor]:
+    """`sensitive`, where k is known of more matrices than there are scores of."""
+    return {name: top(s, ks[name]) for name, s in scores.items() if name in ks and s.any()}
 
 
 def sensitive_index(
@@ -423,12 +427,12 @@ def sensitive_index(
     `then(scores, index)` is called of each part, for what else needs the scores.
     """
     weights, index = decoder_linears(model), {}
-    how_many(weights, density)  # before the work
+    ks = how_many(weights, density)  # of all, as one part alone may have no place
     names, size = list(weights), -(-len(weights) // groups)
     for first in range(0, len(names), size):
         part = {name: weights[name] for name in names[first : first + size]}
         scores = fisher(model, losses, weights=part, **how)
-        found = sensitive(scores, density)
+        found = _highest(scores, ks)
         then(scores, found)
         index |= found
         del scores  # before the next are made

@@ -114,11 +114,10 @@ def make(config, path, examples=None) -> None:
 
 def signature(weights: dict[str, Tensor]) -> dict:
     """What tells one model from another: names, shapes and eight values of each matrix."""
-    return {name: {"shape": list(w.shape), "sample": sample(w)} for name, w in weights.items()}
+    return {name: {"shape": list(w.shape), "sample": _sample(w)} for name, w in weights.items()}
 
 
-def sample(weight: Tensor) -> list[float]:
-    """Eight of its values, evenly spaced, to six digits."""
+def _sample(weight: Tensor) -> list[float]:
     flat = weight.detach().flatten()
     return [float(f"{v:.6g}") for v in flat[:: max(1, flat.numel() // 8)][:8].float().tolist()]
 
@@ -185,7 +184,7 @@ def check_values(path, matrices: dict, name: str, weight: Tensor) -> None:
     So a mask of the fp32 model fits the same model in 16 bits, on any device.
     """
     theirs = torch.tensor(matrices[name]["sample"])
-    if not torch.allclose(torch.tensor(sample(weight)), theirs, rtol=2**-7, atol=1e-6):
+    if not torch.allclose(torch.tensor(_sample(weight)), theirs, rtol=2**-7, atol=1e-6):
         raise ValueError(
             f"{path} is a mask of another model: {name} has other values here; "
             "make one with python -m harness.mask"

@@ -317,7 +317,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "name: (-top(weights[name].abs(), k) % weights[name].numel()).sort().values.int()",
      "test_masks::test_largest_and_smallest_rank_values_not_places", CURVE),
     ("top-k over all matrices, not per matrix", "masks",
-     "    return {name: top(scores[name], k) for name, k in ks.items() if k}",
+     "    return _highest(scores, how_many(scores, density))",
      "    flat = torch.cat([s.flatten() for s in scores.values()])\n"
      "    h = flat.kthvalue(flat.numel() - round(density * flat.numel()) + 1).values\n"
      "    return {n: (s.flatten() >= h).nonzero().flatten().int() for n, s in scores.items()}",

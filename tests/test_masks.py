@@ -115,7 +115,7 @@ def test_groups_by_magnitude_share_out_the_weights():
     assert torch.equal(sum(mask.int() for mask in taken), torch.ones(64, 50, dtype=torch.int))
     for smaller, larger in itertools.pairwise(taken):
         assert weight[smaller].abs().max() <= weight[larger].abs().min()
-    with pytest.raises(ValueError, match="above 0.8: above 0, at most 0.75"):
+    with pytest.raises(ValueError, match="above 0.8: from 0 to 0.75"):
         masks.MagnitudeGroup(0.25, 0.8)
 
 

@@ -1048,7 +1048,7 @@ def test_wikitext2_is_read_as_the_field_reads_it(tmp_path, monkeypatch):
     blocks = [ids[i : i + 5] for i in range(0, len(ids) - 4, 5)]
     assert sorted([*e.prompt, *e.options[0]] for e in data.test) == sorted(blocks)
     assert sorted(map(astuple, data.validation)) == sorted(map(astuple, data.test))
-    assert len(data.train) > len(data.test)
+    assert len(data.train) > len(data.test) and tasks.get_task("wikitext2").batch_size == 2
 
     def load_dataset(path, config, *, split, revision):
         assert (path, config, len(revision)) == ("Salesforce/wikitext", "wikitext-2-raw-v1", 40)
