@@ -101,7 +101,7 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 #
 # One draw serves two elements: of n, element i gets r cos φ and element i + ⌈n/2⌉ gets r sin φ.
 
-MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements of one tensor; each is a word below
+MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements are one tensor's; all are 32-bit words
 MASK_STREAM = 1 << 30  # streams from here on belong to random masks, those below to noise
 ROTATIONS, PARITY = (13, 15, 26, 6, 17, 29, 16, 24), 0x1BD11BDA  # Threefry-2x32's constants
 
@@ -255,7 +255,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
 
 @functools.cache
 def _compiled():
-    """`_apply` as one fused loop, made when it is first asked for: the compiler imports slowly."""
+    """`_apply` as one fused loop. It is made at first use, as importing the compiler takes time."""
     torch._dynamo.config.recompile_limit = 64  # a loop for each rule and dtype; 8 are too few
     # torch 2.13 keeps compiled loops on disk and forgets for which vectors: a loop for AVX-512 that
     # is taken up by an AVX2 process leaves half of the elements out, without an error

@@ -80,13 +80,13 @@ def main(argv=None) -> None:
     with configs.one_line_errors():
         args.out.mkdir(parents=True, exist_ok=True)
         for method, lr in args.lr:
-            for dtype in ("bfloat16", "float16"):
+            for dtype in HALVES:
                 row = f"{method}, η = {lr:g}, {dtype}"
                 shares = found["arrive"][row] = arrive(method, lr, dtype, flags, args.count)
                 cells = ["–" if share is None else f"{share:.1%}" for share in shares]
                 print(f"| {row} | {' | '.join(cells)} |", flush=True)
-        found["machine"] = loading.machine(torch.device(loading.choose_device("auto")))
-        configs.write_json(args.out / "precision.json", found)
+                found["machine"] = loading.machine(torch.device(loading.choose_device("auto")))
+                configs.write_json(args.out / "precision.json", found)
 
 
 if __name__ == "__main__":
