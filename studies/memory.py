@@ -1,0 +1,107 @@
+"""How much memory does a step take? [S] Table 3, by the length of the examples.
+
+    python studies/memory.py                                    a shape of 134 M, some minutes
+    python studies/memory.py --shape 7b --dtype bfloat16        the table's, on a GPU
+
+[S] has a column for every task, at batch 1. Tasks differ in their tokens, so the columns here are
+numbers of tokens: a prompt of SST-2 has some 30, one of MultiRC some 400.
+
+    row                   in [S] Table 3, LLaMA-7B
+    Adam                  158.6 GB, "FT", on MultiRC
+    LoRA                  15.7 GB on SST-2 to 34.2 on MultiRC, in a reply to reviewers
+    S-MeZO, in place      28.3 GB, "vanilla": its mask is stored
+    s-mezo, mezo          14.6 GB, "EI", §3.3: model_patch.py
+    4 bits: senszoq       [Q]: Llama-2-7B in under 8 GiB
+
+How it works
+    Each column is a run of harness.bench, which says what a peak is. Its file is kept in --out, and
+    what is there is not measured again. Printed: GB, and in brackets multiples of the weights.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import peft  # noqa: F401  # before a row's peak, so that none has these 60 MB
+import torch
+
+from harness import bench
+from harness.config import one_line_errors
+
+ROWS = ["Adam", "LoRA", "S-MeZO, in place", "mezo", "s-mezo", "4 bits: senszoq"]
+
+
+def measure(args) -> dict[int, dict]:
+    """{tokens: what the bench found}"""
+    found = {}
+    for tokens in args.tokens:
+        file = args.out / f"{args.shape}-{args.dtype}-{args.batch}x{tokens}.json"
+        if not file.exists() or not file.read_text():
+            flags = ["--shape", args.shape, "--dtype", args.dtype, "--batch", args.batch]
+            flags += ["--tokens", tokens, "--device", args.device, "--rounds", 1]
+            flags += ["--rows", *ROWS, "--json", file]
+            bench.main([*map(str, flags), *([] if args.compile else ["--no-compile"])])
+        found[tokens] = json.loads(file.read_text())
+    return found
+
+
+def peaks(found: dict[int, dict], row: str) -> dict[int, float]:
+    """{tokens: GB}; without those that did not fit."""
+    return {n: of["rows"][row]["peak_bytes"] / 1e9 for n, of in found.items() if row in of["rows"]}
+
+
+def table(found: dict[int, dict], weights: float) -> str:
+    lines = [["| ", *(f"{n} tokens" for n in found)], ["|---", *["---"] * len(found)]]
+    for row in ROWS:
+        taken = peaks(found, row)
+        cells = [f"{taken[n]:.2f} ({taken[n] / weights:.2f})" if n in taken else "–" for n in found]
+        lines.append([f"| {row}", *cells])
+    return "\n".join(" | ".join(line) + " |" for line in lines)
+
+
+def draw(found: dict[int, dict], weights: float, path: Path) -> None:
+    """Peak memory over the weights' own, against tokens."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for number, row in enumerate(ROWS):
+        taken = peaks(found, row)
+        how = {"color": str(0.65 * number / len(ROWS)), "marker": "osd^vx"[number]}
+        axis.plot(list(taken), [gb / weights for gb in taken.values()], label=row, **how)
+    axis.set(xlabel="tokens of an example", xscale="log", ylabel="peak memory / weights", ylim=0)
+    axis.set_xticks(list(found), list(found))
+    axis.minorticks_off()
+    figure.legend(fontsize=7, loc="outside right")
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--shape", choices=bench.SHAPES, default="134m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128, 512])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        args.out.mkdir(parents=True, exist_ok=True)
+        model = bench.build(args.shape, getattr(torch, args.dtype), "meta")
+        weights = sum(p.numel() * p.itemsize for p in model.parameters()) / 1e9
+        found = measure(args)
+        draw(found, weights, args.out / "memory.png")
+        print(f"\n{args.shape}, {args.dtype}, batch {args.batch}, GB; the weights {weights:.2f}\n")
+        print(table(found, weights))
+
+
+if __name__ == "__main__":
+    main()
