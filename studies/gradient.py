@@ -20,8 +20,9 @@
 How it works
     Scores are per-sample Fisher diagonals of the linears in the decoder (masks.fisher), and masks
     take their top per matrix. A task's gradient is the mean over its examples, as in [Q]'s figures.
-    Answers go to gradient.json as they come. What is in it already is not done again, and with
-    everything in it only the tables and the picture are made. Other settings want another --out.
+    `--parts scores` is the first four. Answers go to gradient.json as they come. What is in it is
+    not done again, and with everything in it only the tables and the picture are made. Other
+    settings want another --out.
 
 What it costs
     A forward and a backward pass per sample, and two fp32 copies of the weights per source of text.
@@ -50,8 +51,8 @@ from studies.slopes import slope
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
 MASK = 1e-3  # [Q]'s density
-PARTS = ("concentration", "coverage", "overlap", "magnitude", "cosine", "increase", "tuning")
-UNLIKE = ("out", "tasks", "tuning", "adam")  # settings in which answers of one file may differ
+PARTS = ("scores", "cosine", "increase", "tuning")  # `scores`: the table's first four
+UNLIKE = ("out", "tasks", "parts", "tuning", "adam")  # in these, answers of one file may differ
 RULES = {"MeZO": masks.Everything(), "S-MeZO": masks.SmallWeights(0.25)}
 
 
@@ -90,10 +91,16 @@ class Study:
     def weights(self) -> dict:
         return masks.decoder_linears(self.model)
 
-    def answer(self, part: str, task: str, function) -> None:
-        """The answer to one part for one task, unless it is there."""
-        if task not in self.found.setdefault(part, {}):
-            self.found[part][task] = function()
+    def answer(self, task: str) -> None:
+        """Every part for one task, unless it is there."""
+        known = {part for part, of in self.found.items() if task in of}
+        known |= {"scores"} if "magnitude" in known else set()
+        missing = [part for part in self.args.parts if part not in known]
+        data = dataset.load_examples(task, data_dir=self.args.data_dir) if missing else None
+        for part in missing:
+            answer = getattr(self, part)(data)
+            for name, rows in (answer if part == "scores" else {part: answer}).items():
+                self.found.setdefault(name, {})[task] = rows
             write_json(self.file, self.found | {"machine": loading.machine(self.model.device)})
 
     def fisher(self, losses, name: str, **how) -> dict:
@@ -119,21 +126,18 @@ class Study:
 
     # ------------------------------------------------------------------ the parts
 
-    def scores(self, task: str, data) -> None:
+    def scores(self, data) -> dict[str, dict]:
         """Concentration, coverage, overlap and magnitude: all follow from a task's scores."""
-        if task in self.found.get("magnitude", {}):  # the last of the four
-            return
         losses = tasks.task_losses(
             self.tokenizer, data.train[: self.args.samples], data.scored, self.args.max_length
         )
-        own = self.fisher(losses, task)
-        mean = self.fisher(losses, task, statistic="of-mean")
+        own = self.fisher(losses, "the task")
+        mean = self.fisher(losses, "the task", statistic="of-mean")
         kinds = self.masks_of_texts()
         mine = {density: masks.sensitive(own, density) for density in DENSITIES}
         best = {density: masks.sensitive(mean, density) for density in DENSITIES}
         top = {f"{d:g}": masks.coverage(own, mine[d]) for d in DENSITIES}
         top |= {f"{d:g}, mean gradient": masks.coverage(mean, best[d]) for d in DENSITIES}
-        self.answer("concentration", task, lambda: top)
         columns = {
             f"{d:g}": {
                 name: masks.coverage(mean, index)
@@ -141,13 +145,13 @@ class Study:
             }
             for d in DENSITIES
         }
-        self.answer("coverage", task, lambda: columns)
         names = {"task": mine[MASK], **kinds[MASK]}
-        self.answer("overlap", task, lambda: {
+        common = {
             f"{a} and {b}": masks.overlap(names[a], names[b])
             for i, a in enumerate(names) for b in list(names)[i + 1 :]
-        })  # fmt: skip
-        self.answer("magnitude", task, lambda: quarters(self.weights, mean))
+        }  # fmt: skip
+        found = {"concentration": top, "coverage": columns, "overlap": common}
+        return found | {"magnitude": quarters(self.weights, mean)}
 
     def batches(self, data, count: int):
         """`count` batches, drawn as train.py draws them."""
@@ -221,7 +225,7 @@ class Study:
             counts |= {f"{name}, {which}": n / trials for which, n in worse.items()}
         return counts
 
-    def tuning(self, task: str, data) -> dict:
+    def tuning(self, data) -> dict:
         """Of weights that Adam moves: whose masks still cover the task's squared gradient?
 
         "static" is the task's mask of before, "dynamic" its mask of now.
@@ -235,10 +239,10 @@ class Study:
         )
         how = argparse.Namespace(**vars(args), seed=1, micro_batch=None)
         static = {}
-        for t in tqdm(range(args.tuning + 1), f"tuning on {task}", leave=False):
+        for t in tqdm(range(args.tuning + 1), "tuning", leave=False):
             if t in (0, args.tuning // 10, args.tuning):
-                own = self.fisher(losses, task)
-                mean = self.fisher(losses, task, statistic="of-mean")
+                own = self.fisher(losses, "the task")
+                mean = self.fisher(losses, "the task", statistic="of-mean")
                 alone = [masks.coverage({n: s}, masks.sensitive({n: s}, MASK))
                          for n, s in mean.items()]  # fmt: skip
                 found[f"step {t}, top {MASK:g}, mean over matrices"] = sum(alone) / len(alone)
@@ -315,6 +319,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--tasks", nargs="+", default=["rte", "copa"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--data-dir", help="as for train.py; the tiny model brings its own")
     parser.add_argument("--text", help="C4, or what stands for it; default the hub's")
     parser.add_argument("--other", help="another text")
@@ -342,13 +347,7 @@ def main(argv=None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         study = Study(args)
         for task in args.tasks:
-            if all(task in study.found.get(part, {}) for part in PARTS):
-                continue
-            data = dataset.load_examples(task, data_dir=args.data_dir)
-            study.scores(task, data)
-            study.answer("cosine", task, lambda: study.cosine(data))  # noqa: B023, called now
-            study.answer("increase", task, lambda: study.increase(data))  # noqa: B023
-            study.answer("tuning", task, lambda: study.tuning(task, data))  # noqa: B023
+            study.answer(task)
         print(tables(study.found))
         draw(study.found, args.out / "gradient.png")
 
