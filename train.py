@@ -213,8 +213,8 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     """(tokenizer, data) of the settings, which are completed and printed."""
     configs.check(config)
     loading.choose_device(config.device)
-    asked, taken = config.max_length, adapter.TOKENS if config.adapter == "prefix" else 0
-    tokenizer, model_config, data = dataset.prepare(config, taken)
+    asked = config.max_length
+    tokenizer, model_config, data = dataset.prepare(config)
     sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))

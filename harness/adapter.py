@@ -14,7 +14,6 @@ S-MeZO's mask of θ_0, so it stays. The weight is rounded to θ_0's dtype whenev
 """
 
 import warnings
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -33,8 +32,6 @@ MOVES = r"\.lora_[AB]\.|^prompt_encoder\."  # names of an adapter's parameters
 
 def check(config, shapes: nn.Module) -> None:
     """ValueError where a model has no place for the adapter. `shapes`: it without its weights."""
-    if find_spec("peft") is None:
-        raise ValueError("--adapter needs peft, which is not installed: pip install peft")
     linears = {n: m for n, m in shapes.named_modules() if isinstance(m, nn.Linear)}
     lacks = set(LORA["target_modules"]) - {name.rpartition(".")[2] for name in linears}
     if config.adapter == "lora" and lacks:

@@ -18,6 +18,7 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -234,6 +235,8 @@ def _check_method(config: Config) -> None:
         raise ValueError(f"--select {config.select}: no regular expression: {error}") from error
     if config.method == "mezo" and config.density not in (None, 1):
         raise ValueError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
+    if config.adapter and find_spec("peft") is None:
+        raise ValueError("--adapter needs peft, which is not installed: pip install peft")
     if config.adapter and (config.adapter, config.method) not in ADAPTERS:
         methods = ", ".join(method for adapter, method in ADAPTERS if adapter == config.adapter)
         raise ValueError(

@@ -29,7 +29,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from harness import loading
+from harness import adapter, loading
 from harness.config import locate
 from tasks import Example, Task, get_task, option_tokens
 
@@ -147,11 +147,12 @@ def load(config, tokenizer=None) -> Data:
     return load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
 
 
-def prepare(config, taken: int = 0) -> tuple:
+def prepare(config) -> tuple:
     """(tokenizer, model configuration, data) of the settings, without a model.
 
-    max_length becomes at most the number of the model's positions, less `taken`.
+    max_length becomes at most the number of the model's positions, less those of a prefix.
     """
+    taken = adapter.TOKENS if getattr(config, "adapter", None) == "prefix" else 0
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config, taken)
     return tokenizer, model_config, load(config, tokenizer)

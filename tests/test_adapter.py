@@ -224,10 +224,11 @@ def test_weights_under_an_adapter_in_4_bits_are_bitsandbytes(wide):
     assert patch.total == plain.num_parameters() + moving
 
 
-def test_a_longest_prompt_leaves_room_for_the_prefix(folder):
-    """Of the positions that a model has, five are the prefix's."""
+@pytest.mark.parametrize("prepare", [train.prepare, dataset.prepare], ids=["train", "eval"])
+def test_a_longest_prompt_leaves_room_for_the_prefix(prepare, folder):
+    """Of the positions that a model has, five are the prefix's, in training and evaluation."""
     argv = [f"--model={folder}/model", *files(folder), *KINDS["mezo-prefix"]]
-    train.prepare(config := Config(**configs.parse(Config, "", argv)))
+    prepare(config := Config(**configs.parse(Config, "", argv), max_length=10_000))
     assert config.max_length == SIZES["max_position_embeddings"] - 5
 
 
