@@ -100,12 +100,13 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     # Where may a cut be? At the widest gaps, and at equal steps of this density, the cube root of
     # F · gap²: the best of many levels lie so (Panter and Dite, 1951).
     gaps = w.diff(dim=1)
+    widest = gaps.topk(min(WIDEST, gaps.shape[1])).indices
     density = ((importance[:, 1:] + importance[:, :-1]) * gaps**2) ** (1 / 3)
+    density = density.scatter(1, widest, 0)  # these have a cut already
     density = F.pad(density.cumsum(1), (1, 0))
     steps = density[:, -1:] * torch.linspace(0, 1, EVEN, dtype=w.dtype, device=w.device)
-    widest = gaps.topk(min(WIDEST, gaps.shape[1])).indices + 1
-    cuts = torch.cat([torch.searchsorted(density, steps), widest], 1).sort(1).values
-    cuts[:, 0], cuts[:, -1] = 0, w.shape[1]
+    cuts = torch.cat([torch.searchsorted(density, steps), widest + 1], 1).sort(1).values
+    cuts = F.pad(cuts, (0, 1), value=w.shape[1])  # the first is 0
 
     # The best 16 runs between these cuts, by dynamic programming. A run explains moment² / mass of
     # Σ F w²; `explained` is what the best runs from the start to each cut do.

@@ -144,10 +144,12 @@ def test_of_a_normal_row_the_levels_are_lloyd_and_maxs():
     assert float(nf4.square().mean()) == pytest.approx(0.0085, rel=0.02)
 
 
-@pytest.mark.parametrize("columns", [40, 200, 600])
-def test_the_error_is_close_to_the_least(columns):
+@pytest.mark.parametrize("columns, outlier", [(40, None), (200, None), (600, None), (600, -30.0)])
+def test_the_error_is_close_to_the_least(columns, outlier):
     """Σ F (w − level)² is in no row below the least there is, and in all 1 % more at most."""
     w, f = some_weight(24, columns), heavy(24, columns)
+    if outlier is not None:
+        w[:, 7] = outlier
     error = (f * (w - fitted(w, f)) ** 2).double().sum(1)
     least = torch.tensor([least_error(*row) for row in zip(w, f, strict=True)])
     assert (error > 0.999 * least).all() and error.sum() < 1.01 * least.sum()
