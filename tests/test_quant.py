@@ -146,13 +146,13 @@ def test_of_a_normal_row_the_levels_are_lloyd_and_maxs():
 
 @pytest.mark.parametrize("columns, outlier", [(40, None), (200, None), (600, None), (600, -30.0)])
 def test_the_error_is_close_to_the_least(columns, outlier):
-    """Σ F (w − level)² is in no row below the least there is, and in all 1 % more at most."""
+    """Σ F (w − level)² is in no row below the least there is, and in all 2 % more at most."""
     w, f = some_weight(24, columns), heavy(24, columns)
     if outlier is not None:
         w[:, 7] = outlier
     error = (f * (w - fitted(w, f)) ** 2).double().sum(1)
     least = torch.tensor([least_error(*row) for row in zip(w, f, strict=True)])
-    assert (error > 0.999 * least).all() and error.sum() < 1.01 * least.sum()
+    assert (error > 0.999 * least).all() and error.sum() < 1.02 * least.sum()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,7 +171,7 @@ def test_sixteen_different_weights_in_a_row_are_exact(shape, dtype):
 
 def test_what_moves_counts_for_nothing():
     """Whatever stands at the moving places, the rest gets the same levels and codes."""
-    weight, scores, places = some_weight(), heavy(64, 96), torch.arange(0, 64 * 96, 50)
+    weight, scores, places = some_weight(), heavy(64, 96), torch.arange(0, 64 * 96, 2)
     rest = torch.ones(64 * 96, dtype=torch.bool)
     rest[places] = False
     once = fitted(weight, scores, places)
