@@ -73,7 +73,8 @@ def evaluate_run(run: Path, step: str, changes: dict, split: str):
 
 def show_continuations(model, tokenizer, examples: list, tokens: int = 64) -> None:
     """Print how the model continues each prompt, of a text its first half, greedily."""
-    longest = loading.usable_length(2048, model.config)
+    taken = adapter.TOKENS if hasattr(model, "prompt_encoder") else 0  # peft's prefix
+    longest = loading.usable_length(2048, model.config, taken)
     for example in examples:
         ids, length = tasks.encode(tokenizer, example, longest)[example.label]
         start = len(ids) - length if len(ids) - length > 1 else len(ids) // 2

@@ -223,6 +223,11 @@ USES = {  # setting: the methods that have a use for it
 }
 
 
+# A resumed run keeps these. In 16 bits its last step, taken again, might come out near enough.
+WHAT_MOVES = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh_every",
+              "rounding", "seed")  # fmt: skip
+
+
 def _check_method(config: Config) -> None:
     """ValueError for a setting that the method has no use for: it would be ignored in silence."""
     import masks
@@ -390,10 +395,16 @@ def load(run: Path, changes: dict) -> Config:
         kept = json.loads((run / "config.json").read_text())
         config = Config(**kept | changes)
         check_types(config)
+        others = [n for n in WHAT_MOVES if n in changes and changes[n] != kept.get(n)]
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run directory: it has no config.json") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
+    for name in others:
+        raise ValueError(
+            f"{flag(name)} {changes[name]} cannot be changed in {run}, whose steps moved weights "
+            f"with {kept.get(name)}; start a new run"
+        )
     check(config)
     return config
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peft  # noqa: F401  # before a row's peak, so that none has these 60 MB
 import torch
 
-from harness import bench
+from harness import bench, loading
 from harness.config import one_line_errors
 
 ROWS = ["Adam", "LoRA", "S-MeZO, in place", "mezo", "s-mezo", "4 bits: senszoq"]
@@ -38,7 +38,8 @@ def measure(args) -> dict[int, dict]:
     """{tokens: what the bench found}"""
     found = {}
     for tokens in args.tokens:
-        file = args.out / f"{args.shape}-{args.dtype}-{args.batch}x{tokens}.json"
+        how = f"{args.device}{'' if args.compile else '-eager'}"
+        file = args.out / f"{args.shape}-{args.dtype}-{how}-{args.batch}x{tokens}.json"
         if not file.exists() or not file.read_text():
             flags = ["--shape", args.shape, "--dtype", args.dtype, "--batch", args.batch]
             flags += ["--tokens", tokens, "--device", args.device, "--rounds", 1]
@@ -94,6 +95,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))
     args = parser.parse_args(argv)
     with one_line_errors():
+        args.device = loading.choose_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         model = bench.build(args.shape, getattr(torch, args.dtype), "meta")
         weights = sum(p.numel() * p.itemsize for p in model.parameters()) / 1e9

@@ -232,6 +232,15 @@ def test_a_longest_prompt_leaves_room_for_the_prefix(prepare, folder):
     assert config.max_length == SIZES["max_position_embeddings"] - 5
 
 
+def test_a_long_prompt_is_continued_behind_a_prefix(folder, capsys):
+    """eval.py --generate leaves the prefix its positions, in a model that has no more of them."""
+    _, model = attached("opt", "mezo-prefix")
+    tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
+    long = tasks.Example(tuple(5 + i % 40 for i in range(3000)), ((7,),), 0)
+    eval.show_continuations(model, tokenizer, [long])
+    assert capsys.readouterr().out.count("→") == 1
+
+
 # ------------------------------------------------------------------ settings
 
 

@@ -10,7 +10,7 @@ def test_a_small_table(tmp_path, capsys):
     flags = ["--shape=tiny", "--tokens", "8", "16", "--no-compile", "--device=cpu"]
     memory.main([*flags, f"--out={tmp_path}"])
     said = capsys.readouterr().out
-    files = [tmp_path / f"tiny-float32-1x{tokens}.json" for tokens in (8, 16)]
+    files = [tmp_path / f"tiny-float32-cpu-eager-1x{tokens}.json" for tokens in (8, 16)]
     for row in memory.ROWS:
         peaks = [json.loads(file.read_text())["rows"][row]["peak_bytes"] / 1e9 for file in files]
         (line,) = (line for line in said.splitlines() if line.startswith(f"| {row} | "))
