@@ -385,26 +385,25 @@ def save(run: Path, config: Config) -> None:
 
 def load(run: Path, changes: dict) -> Config:
     """The settings of a run, with what the command line says now over them."""
-    fixed = {"out": "a run stays where it is"}
-    if (run / "mask.safetensors").exists():
-        makes_it = ("density", "mask", "mask_from", "text", "groups", "quantiser")
-        fixed |= dict.fromkeys(makes_it, "it has its mask")
-    for name in fixed.keys() & changes.keys():
-        raise ValueError(f"{flag(name)} cannot be changed in {run}: {fixed[name]}; start a new run")
     try:
         kept = json.loads((run / "config.json").read_text())
         config = Config(**kept | changes)
         check_types(config)
-        others = [n for n in WHAT_MOVES if n in changes and changes[n] != kept.get(n)]
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run directory: it has no config.json") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
-    for name in others:
-        raise ValueError(
-            f"{flag(name)} {changes[name]} cannot be changed in {run}, whose steps moved weights "
-            f"with {kept.get(name)}; start a new run"
-        )
+    fixed = {
+        name: f"its steps moved weights with {kept.get(name)}"
+        for name in WHAT_MOVES
+        if changes.get(name, kept.get(name)) != kept.get(name)
+    }
+    if (run / "mask.safetensors").exists():
+        makes_it = ("density", "mask", "mask_from", "text", "groups", "quantiser")
+        fixed |= dict.fromkeys(makes_it, "it has its mask")
+    fixed["out"] = "a run stays where it is"
+    for name in fixed.keys() & changes.keys():
+        raise ValueError(f"{flag(name)} cannot be changed in {run}: {fixed[name]}; start a new run")
     check(config)
     return config
 

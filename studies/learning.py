@@ -364,7 +364,7 @@ def table(title: str, rows: dict) -> str:
     lines = [f"\n{title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
         values = [row.get(column) for column in columns]
-        cells = ["–" if v is None else f"{v:.3g}" for v in values]
+        cells = ["–" if v is None else v if type(v) is str else f"{v:.3g}" for v in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

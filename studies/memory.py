@@ -30,6 +30,7 @@ import torch
 
 from harness import bench, loading
 from harness.config import one_line_errors
+from studies.learning import table
 
 ROWS = ["Adam", "LoRA", "S-MeZO, in place", "mezo", "s-mezo", "4 bits: senszoq"]
 
@@ -54,13 +55,8 @@ def peaks(found: dict[int, dict], row: str) -> dict[int, float]:
     return {n: of["rows"][row]["peak_bytes"] / 1e9 for n, of in found.items() if row in of["rows"]}
 
 
-def table(found: dict[int, dict], weights: float) -> str:
-    lines = [["| ", *(f"{n} tokens" for n in found)], ["|---", *["---"] * len(found)]]
-    for row in ROWS:
-        taken = peaks(found, row)
-        cells = [f"{taken[n]:.2f} ({taken[n] / weights:.2f})" if n in taken else "–" for n in found]
-        lines.append([f"| {row}", *cells])
-    return "\n".join(" | ".join(line) + " |" for line in lines)
+def cells(found: dict[int, dict], row: str, weights: float) -> dict[str, str]:
+    return {f"{n} tokens": f"{gb:.2f} ({gb / weights:.2f})" for n, gb in peaks(found, row).items()}
 
 
 def draw(found: dict[int, dict], weights: float, path: Path) -> None:
@@ -101,8 +97,8 @@ def main(argv=None) -> None:
         weights = sum(p.numel() * p.itemsize for p in model.parameters()) / 1e9
         found = measure(args)
         draw(found, weights, args.out / "memory.png")
-        print(f"\n{args.shape}, {args.dtype}, batch {args.batch}, GB; the weights {weights:.2f}\n")
-        print(table(found, weights))
+        title = f"{args.shape}, {args.dtype}, batch {args.batch}, GB; the weights {weights:.2f}"
+        print(table(title, {row: cells(found, row, weights) for row in ROWS}))
 
 
 if __name__ == "__main__":

@@ -225,10 +225,11 @@ def test_weights_under_an_adapter_in_4_bits_are_bitsandbytes(wide):
 
 
 @pytest.mark.parametrize("prepare", [train.prepare, dataset.prepare], ids=["train", "eval"])
-def test_a_longest_prompt_leaves_room_for_the_prefix(prepare, folder):
+@pytest.mark.parametrize("asked", [[], ["--max-length=10000"]])
+def test_a_longest_prompt_leaves_room_for_the_prefix(prepare, asked, folder):
     """Of the positions that a model has, five are the prefix's, in training and evaluation."""
-    argv = [f"--model={folder}/model", *files(folder), *KINDS["mezo-prefix"]]
-    prepare(config := Config(**configs.parse(Config, "", argv), max_length=10_000))
+    argv = [f"--model={folder}/model", *files(folder), *KINDS["mezo-prefix"], *asked]
+    prepare(config := Config(**configs.parse(Config, "", argv)))
     assert config.max_length == SIZES["max_position_embeddings"] - 5
 
 

@@ -169,9 +169,10 @@ def test_sixteen_different_weights_in_a_row_are_exact(shape, dtype):
     assert bitwise(fitted(weight, torch.zeros(shape)), weight)
 
 
-def test_what_moves_counts_for_nothing():
+@pytest.mark.parametrize("apart", [50, 2])
+def test_what_moves_counts_for_nothing(apart):
     """Whatever stands at the moving places, the rest gets the same levels and codes."""
-    weight, scores, places = some_weight(), heavy(64, 96), torch.arange(0, 64 * 96, 2)
+    weight, scores, places = some_weight(), heavy(64, 96), torch.arange(0, 64 * 96, apart)
     rest = torch.ones(64 * 96, dtype=torch.bool)
     rest[places] = False
     once = fitted(weight, scores, places)
