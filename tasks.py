@@ -33,10 +33,13 @@ What differs from MeZO
     loss near 0.7 moves in steps of 4.9e-4, so g at ε = 1e-3 would move in steps of 0.24.
 
 What it costs
-    Only positions that predict an option token become logits; `Batch.keep` counts them from the
-    right, hence left padding. 16 prompts of 256 tokens give [16, 1, 32000] logits, 1 MB in fp16,
-    not 262 MB. Options with equal inputs share a row: where each is one token (Yes, No), that is
-    one row per example, half of MeZO's work and the same numbers.
+    Texts that fit into one row share it, and the attention mask keeps them apart (`pack_rows`).
+    MeZO pads every text to the longest; of 16 sentences of SST-2 two thirds are padding. Options
+    with equal inputs are one text: where each is one token (Yes, No), that is one text per example.
+    Both leave the numbers as they are.
+
+    Only positions that predict an option token become logits (`Batch.keep`). 16 prompts of 256
+    tokens give at most [16, 16, 32000] logits, 16 MB in fp16, not 262 MB.
 """
 
 import inspect
@@ -315,25 +318,28 @@ def option_tokens(tokenizer, full: str, option: str, special: bool = True) -> tu
 class Batch:
     """R rows of T tokens, and the list of the n log-probabilities to read from them.
 
-    The i-th is that of token[i], read at row[i], position[i]. It counts weight[i] in the score of
+    The i-th is that of token[i], read at row[i], keep[kept[i]]. It counts weight[i] in the score of
     slot[i] = example * C + option.
     """
 
     input_ids: Tensor  # [R, T] int64, padded on the left, T a multiple of 8
-    attention_mask: Tensor  # [R, T] int64
+    position_ids: Tensor  # [R, T] int64, from 0 in each text; 0 where there is padding
+    attention_mask: Tensor  # [R, T] int64; where texts share rows [R, 1, T, T] bool
     row: Tensor  # [n] int64
-    position: Tensor  # [n] int64, within the last `keep`
+    kept: Tensor  # [n] int64
     token: Tensor  # [n] int64
     slot: Tensor  # [n] int64
     weight: Tensor  # [n] fp32, 1 / number of the option's tokens
     labels: Tensor  # [B] int64
     valid: Tensor  # [B, C] bool: the options that exist and are scored, of at most C
-    keep: int  # logits_to_keep: positions, from the right, that are read at all
+    keep: Tensor  # [K] int64, logits_to_keep: the places in a row that are read in any of them
     scored: str  # "all" options, or only the "right" ones
 
     def inputs(self, model) -> dict:
         """What this model's forward takes of the batch; logits only where an option is scored."""
-        return model_inputs(model, self.input_ids, self.attention_mask, self.keep)
+        return model_inputs(
+            model, self.input_ids, self.attention_mask, self.position_ids, self.keep
+        )
 
     @property
     def count(self) -> int:
@@ -341,54 +347,100 @@ class Batch:
         return len(self.labels if self.scored == "all" else self.token)
 
 
-def model_inputs(model, input_ids: Tensor, attention_mask: Tensor, keep: int = 0) -> dict:
-    """What this model's forward takes: ids and mask [R, T]; logits of the last `keep`, 0: of all.
+def model_inputs(model, input_ids, attention_mask, position_ids, keep=0) -> dict:
+    """What this model's forward takes; logits where `keep` says, a tensor of places, or 0: all.
 
     Positions are explicit where they can be, as models differ in how they count padding.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    more = {"position_ids": positions, "logits_to_keep": keep}
+    more = {"position_ids": position_ids, "logits_to_keep": keep}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wraps it
     known = inspect.signature(inner.forward).parameters
     return inputs | {name: value for name, value in more.items() if name in known}
 
 
+def layout(model) -> dict:
+    """How `collate` lays out this model's batches: its device, and how long a shared row may be.
+
+    harness/loading.py finds that out (`pack`). The texts of other models have rows of their own.
+    """
+    return {"device": model.device, "pack": getattr(model, "pack", 0)}
+
+
+def pack_rows(lengths: list[int], T: int) -> list[list[int]]:
+    """Which texts stand in which row of T tokens: longest first, each in the first with room."""
+    rows, room = [], []
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        row = next((r for r, free in enumerate(room) if lengths[text] <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(T)
+        rows[row].append(text)
+        room[row] -= lengths[text]
+    return rows
+
+
+def packed_mask(position_ids: Tensor) -> Tensor:
+    """[R, 1, T, T] bool: may the token of a row attend to another? To earlier ones of its text."""
+    text = (position_ids == 0).cumsum(1)
+    return (text[:, :, None] == text[:, None, :]).tril()[:, None]
+
+
 def collate(
-    tokenizer, examples: list[Example], *, max_length: int = 2048, scored: str = "all", device="cpu"
-) -> Batch:
-    """A batch that scores "all" options, or only the "right" ones (all that `lm_loss` reads)."""
+    tokenizer, examples: list[Example], *, max_length: int = 2048, scored: str = "all",
+    device="cpu", pack: int = 0,
+) -> Batch:  # fmt: skip
+    """A batch that scores "all" options, or only the "right" ones (all that `lm_loss` reads).
+
+    Texts share rows as long as the longest, unless that is longer than `pack` tokens.
+    """
     if scored not in ("all", "right"):
         raise ValueError(f"scored {scored!r} must be 'all' or 'right'")
     C = max(len(e.options) for e in examples)
     valid = torch.zeros(len(examples), C, dtype=torch.bool)
-    rows, reads = [], []  # reads: (row, places before its end, token, slot, option's length)
+    texts, reads = [], []  # reads: (text, places before its end, token, slot, option's length)
     for b, example in enumerate(examples):
-        shared = {}  # equal inputs, one row
+        shared = {}  # equal inputs, one text
         for c, (ids, length) in enumerate(encode(tokenizer, example, max_length)):
             if scored == "right" and c != example.label:
                 continue
             valid[b, c] = True
-            row = shared.setdefault(tuple(ids[:-1]), len(rows))
-            rows += [ids[:-1]] if row == len(rows) else []
+            text = shared.setdefault(tuple(ids[:-1]), len(texts))
+            texts += [ids[:-1]] if text == len(texts) else []
             for back, token in zip(range(length, 0, -1), ids[-length:], strict=True):
-                reads.append((row, back, token, b * C + c, length))
-    row, back, token, slot, length = map(torch.tensor, zip(*reads, strict=True))
-    keep, T = int(back.max()), -(-max(map(len, rows)) // 8) * 8
-    # any token that the model knows will do for padding, as it is masked: a row's own first
-    ids = torch.tensor([r[:1] * (T - len(r)) + r for r in rows])  # [R, T]
-    mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows])  # [R, T]
-    labels = torch.tensor([e.label for e in examples])
-    tensors = (ids, mask, row, keep - back, token, slot, 1 / length.float(), labels, valid)
-    return Batch(*(x.to(device) for x in tensors), keep, scored)
+                reads.append((text, back, token, b * C + c, length))
+    T = -(-max(map(len, texts)) // 8) * 8
+    rows = [[i] for i in range(len(texts))] if pack < T else pack_rows(list(map(len, texts)), T)
+    ids, positions, mask, place = [], [], [], {}  # place: of a text, its row and its end
+    for r, row in enumerate(rows):
+        tokens = [token for text in row for token in texts[text]]
+        free = T - len(tokens)
+        # any token that the model knows will do for padding, as nothing reads it: the row's first
+        ids.append(tokens[:1] * free + tokens)
+        mask.append([0] * free + [1] * len(tokens))
+        positions.append([0] * free + [i for text in row for i in range(len(texts[text]))])
+        for text in row:
+            free += len(texts[text])
+            place[text] = r, free
+    text, back, token, slot, length = zip(*reads, strict=True)
+    row, end = torch.tensor([place[t] for t in text]).T
+    keep, kept = (end - torch.tensor(back)).unique(return_inverse=True)
+    weight, labels = 1 / torch.tensor(length).float(), [e.label for e in examples]
+    if len(rows) < len(texts):
+        mask = packed_mask(torch.tensor(positions))
+    tensors = ids, positions, mask, row, kept, token, slot, weight, labels, valid, keep
+    return Batch(*(torch.as_tensor(x, device=device) for x in tensors), scored)
 
 
-# Scores and losses: functions of logits [R, keep, V], of any dtype, and the batch; all fp32.
+# Scores and losses: functions of logits [R, K, V], of any dtype, and the batch; all fp32. A model
+# that does not know logits_to_keep gives [R, T, V].
 
 
 def _log_probs(logits: Tensor, batch: Batch) -> Tensor:
     """[n]. Only the positions that are read are upcast, and before the log-softmax."""
-    read = logits[:, -batch.keep :][batch.row, batch.position].float()  # [n, V]
+    K = len(batch.keep)
+    place = batch.kept if logits.shape[1] == K else batch.keep[batch.kept]
+    read = logits[batch.row, place].float()  # [n, V]
     return -F.cross_entropy(read, batch.token, reduction="none")
 
 
@@ -457,7 +509,7 @@ def tally(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.n
     longest_first = sorted(examples, key=lambda e: len(e.prompt), reverse=True)  # little padding
     for start in tqdm(range(0, len(examples), batch_size), "evaluating", leave=False, delay=5):
         part = longest_first[start : start + batch_size]
-        batch = collate(tokenizer, part, max_length=max_length, device=model.device)
+        batch = collate(tokenizer, part, max_length=max_length, **layout(model))
         logits = model(**batch.inputs(model), use_cache=False).logits
         if batch.valid.shape[1] == 1:
             loss = -_log_probs(logits, batch)  # [n], and padding is not among them
@@ -504,12 +556,14 @@ def loss(model, batch: Batch) -> Tensor:
 
 
 def micro_batches(
-    examples: list[Example], tokenizer, *, scored: str, micro_batch: int, max_length: int, device
+    examples: list[Example], tokenizer, *, micro_batch: int, **how
 ) -> Iterable[Batch]:
-    """The examples of one step as batches of at most `micro_batch`, made one at a time."""
+    """The examples of one step as batches of at most `micro_batch`, made one at a time.
+
+    `how`: see `collate`.
+    """
     for start in range(0, len(examples), micro_batch):
-        part = examples[start : start + micro_batch]
-        yield collate(tokenizer, part, scored=scored, max_length=max_length, device=device)
+        yield collate(tokenizer, examples[start : start + micro_batch], **how)
 
 
 # ------------------------------------------------------------------ losses that score [Q]'s weights
@@ -554,8 +608,7 @@ def task_losses(tokenizer, examples, scored: str, max_length: int = 2048) -> lis
     """Per example a function of the model, the loss that train.py would train it with."""
 
     def loss_of(example, model):
-        how = {"scored": scored, "max_length": max_length, "device": model.device}
-        batch = collate(tokenizer, [example], **how)
-        return loss(model, batch)
+        how = {"scored": scored, "max_length": max_length} | layout(model)
+        return loss(model, collate(tokenizer, [example], **how))
 
     return [partial(loss_of, example) for example in examples]

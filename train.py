@@ -87,7 +87,7 @@ def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -
     batches = tasks.micro_batches(
         workers.share([data.train[i] for i in chosen]), tokenizer, scored=data.scored,
         micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
-        device=patch.device,
+        **tasks.layout(patch.model),
     )  # fmt: skip
     # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  at every read m ← GetMask(θ_t, h)
     loss_plus, loss_minus = losses(patch, batches, seed)

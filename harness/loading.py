@@ -178,7 +178,8 @@ def check_model(model, name: str, read: dict | None = None) -> None:
     """ValueError where a model would train, and be scored, to numbers that mean nothing.
 
     `read`: what transformers says of the checkpoint's names. The rest asks the model itself, with
-    twelve tokens: do logits depend on a later token, or on padding to the left?
+    twelve tokens: do logits depend on a later token, or on padding to the left? Whether they depend
+    on another text in the row is no error: `model.pack` is how long a row may be that texts share.
     """
     read = read or {"missing_keys": [], "unexpected_keys": []}
     left = [key for key in read["unexpected_keys"] if not HARMLESS.search(key)]
@@ -208,7 +209,7 @@ def check_model(model, name: str, read: dict | None = None) -> None:
     def change(a, b):  # of each position's logits, relative to their spread
         return (a - b).square().mean(-1).sqrt() / a.std()
 
-    kind, n, padding = f"{name} ({model.config.model_type})", 12, 5
+    kind, n, padding, model.pack = f"{name} ({model.config.model_type})", 12, 5, 0
     rounding = DTYPES.get(model.dtype, 0)
     ids = (1234 + 7919 * torch.arange(n)) % model.get_input_embeddings().num_embeddings
     ids = ids.expand(2, n).to(model.device)
@@ -222,12 +223,27 @@ def check_model(model, name: str, read: dict | None = None) -> None:
             f"{kind} is no causal language model: its logits depend on later tokens ({moved:.1%})"
         )
     mask[0, :padding] = 0  # row 0 is padded on the left, row 1 is as long without
-    behind = logits(**tasks.model_inputs(model, padded, mask))[0, padding:]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    behind = logits(**tasks.model_inputs(model, padded, mask, positions))[0, padding:]
     if (moved := float(change(plain[0], behind).median())) > rounding:
         raise ValueError(
             f"{kind} minds padding: its logits change by {moved:.1%} with {padding} masked tokens "
             "on the left, so losses of batches would be wrong"
         )
+    # two rows of two texts: the second texts are equal, the first are not
+    first = torch.stack([ids[0].flip(0), ids[0].roll(1)])
+    row, positions = torch.cat([first, ids], dim=1), torch.arange(2 * n, device=ids.device) % n
+    positions = positions.expand_as(row)
+    mask, config = tasks.packed_mask(positions), model.config.get_text_config()
+    try:
+        one, two = logits(**tasks.model_inputs(model, row, mask, positions))[:, n:]
+    except ValueError:  # a mask for each token is not for this model
+        return
+    leak, shift = change(one, two).max(), change(plain[0], one).max()
+    if leak <= rounding / 1000 and shift <= rounding:
+        windows = "sliding_window", "attention_chunk_size"  # the mask knows nothing of them
+        found = (getattr(config, name, None) for name in windows)
+        model.pack = min(filter(None, found), default=1 << 30)
 
 
 def _splitter(split, names: set):

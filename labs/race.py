@@ -30,7 +30,7 @@ class Tiny:
         """A function of no argument: the loss at the model's weights."""
         (batch,) = tasks.micro_batches(
             [self.data.train[i] for i in chosen], self.tokenizer, scored=self.data.scored,
-            micro_batch=len(chosen), max_length=128, device="cpu",
+            micro_batch=len(chosen), max_length=128, **tasks.layout(self.model),
         )  # fmt: skip
         return lambda: tasks.loss(self.model, batch)
 

@@ -136,8 +136,9 @@ def gradient(config: Config, model, tokenizer, data: dataset.Data, t: int) -> fl
     """L(θ; B) of the minibatch that train.py's step t has; ∇L is left in the weights' grad."""
     chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
     batches = list(tasks.micro_batches(
-        [data.train[i] for i in chosen], tokenizer, scored=data.scored, device=model.device,
+        [data.train[i] for i in chosen], tokenizer, scored=data.scored,
         micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
+        **tasks.layout(model),
     ))  # fmt: skip
     count, total = sum(batch.count for batch in batches), 0.0
     model.zero_grad()

@@ -159,7 +159,7 @@ class Study:
             chosen = tasks.minibatch(len(data.train), self.args.batch_size, 1, t)
             yield tasks.collate(
                 self.tokenizer, [data.train[i] for i in chosen], scored=data.scored,
-                max_length=self.args.max_length, device=self.model.device,
+                max_length=self.args.max_length, **tasks.layout(self.model),
             )  # fmt: skip
 
     def gradient(self, batch) -> dict:

@@ -52,7 +52,7 @@ def main() -> None:
     data = dataset.load_examples(args.task, data_dir=args.data_dir, num_train=args.batch_size)
     tokenizer, _ = loading.load_tokenizer(args.model)
     model = loading.load_model(args.model, args.dtype)
-    batch = tasks.collate(tokenizer, data.train, scored=data.scored, device=model.device)
+    batch = tasks.collate(tokenizer, data.train, scored=data.scored, **tasks.layout(model))
     tasks.loss(model, batch).backward()
     gradients = {name: p.grad.float() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)

@@ -169,7 +169,8 @@ def batch(model, rows: int = 3, tokens: int = 8) -> dict:
     mask = torch.ones(rows, tokens, dtype=torch.long)
     for row in range(rows):
         mask[row, :row], ids[row, :row] = 0, 0
-    return tasks.model_inputs(model, ids, mask, keep=2)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return tasks.model_inputs(model, ids, mask, positions, keep=2)
 
 
 def expect(condition, what: str) -> None:

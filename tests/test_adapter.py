@@ -128,7 +128,8 @@ def test_a_prefix_begins_as_five_tokens_in_front(name):
     draw = torch.Generator().manual_seed(7)
     front = torch.randint(SIZES["vocab_size"], (2, 5), generator=draw)[:1]
     for ids, mask in zip(*(batch()[key] for key in ("input_ids", "attention_mask")), strict=True):
-        padded = tasks.model_inputs(model, ids[None], mask[None])
+        positions = (mask[None].cumsum(1) - 1).clamp(min=0)
+        padded = tasks.model_inputs(model, ids[None], mask[None], positions)
         assert "position_ids" in padded and "logits_to_keep" in padded
         whole = torch.cat([front, ids[None, mask.bool()]], dim=1)
         got = model(**padded, use_cache=False).logits[:, -int(mask.sum()) :]

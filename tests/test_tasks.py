@@ -26,7 +26,7 @@ import model_patch
 import tasks
 import train
 from harness import config as configs
-from harness import dataset
+from harness import dataset, loading
 from harness.config import Config
 from harness.dataset import load_examples
 from tasks import Example, collate, encode
@@ -717,11 +717,11 @@ MULTI = [
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 @settings(deadline=None, derandomize=True, max_examples=12)
-@given(examples=st.lists(an_example(), min_size=1, max_size=4))
-def test_scores_are_mezos(name, examples):
+@given(examples=st.lists(an_example(), min_size=1, max_size=4), pack=st.sampled_from([0, 99]))
+def test_scores_are_mezos(name, examples, pack):
     """Batched, padded and shared rows give each option the score MeZO gets from it alone."""
     model = built(name)
-    batch = collate(TOKENIZER, examples)
+    batch = collate(TOKENIZER, examples, pack=pack)
     scores = tasks.option_scores(run(model, batch), batch)
     assert scores.dtype == torch.float32
     for got, e in zip(scores, examples, strict=True):
@@ -754,7 +754,7 @@ def test_a_score_that_is_not_finite_is_no_right_answer():
     """argmax of NaN is the first option, which would make the share of label 0 the accuracy."""
     examples = [*YES_NO[:2], Example("it", (" was", " ran", " red"), 0)]
     batch = collate(TOKENIZER, examples)
-    logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
+    logits = torch.zeros(len(batch.input_ids), len(batch.keep), VOCAB)
     assert tasks.correct(logits, batch)[1].all()  # an option that two examples lack is no NaN
     logits[batch.row[batch.slot // 3 == 1]] = torch.nan
     right, finite = tasks.correct(logits, batch)
@@ -778,8 +778,8 @@ def test_examples_are_checked_before_training():
 def test_the_score_is_a_mean_not_a_sum():
     """A long option of likelier tokens beats a short one; a sum would turn that round."""
     batch = collate(TOKENIZER, [Example("it", (" was red so great", " ran"), 0)])
-    logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
-    logits[batch.row, batch.position, batch.token] = torch.tensor([3.0] * 4 + [2.0])
+    logits = torch.zeros(len(batch.input_ids), len(batch.keep), VOCAB)
+    logits[batch.row, batch.kept, batch.token] = torch.tensor([3.0] * 4 + [2.0])
     log_probs = tasks._log_probs(logits, batch)
     assert log_probs[:4].sum() < log_probs[4]  # the sum prefers the short one
     assert tasks.correct(logits, batch)[0].all()
@@ -789,10 +789,10 @@ def test_the_score_is_a_mean_not_a_sum():
 def test_one_row_where_inputs_are_equal():
     """Yes/No costs one row an example and one position; other options have rows of their own."""
     batch = collate(TOKENIZER, YES_NO)
-    assert len(batch.input_ids) == 3 and batch.keep == 1
+    assert len(batch.input_ids) == 3 and len(batch.keep) == 1
     assert batch.row.tolist() == [0, 0, 1, 1, 2, 2]
     batch = collate(TOKENIZER, YES_NO + MULTI)
-    assert len(batch.input_ids) == 3 + 2 + 3 and batch.keep == 6
+    assert len(batch.input_ids) == 3 + 2 + 3 and len(batch.keep) == 6
     assert batch.valid.tolist() == [[1, 1, 0]] * 3 + [[1, 1, 0], [1, 1, 1]]
     assert len(collate(TOKENIZER, [YES_NO[0]] * 2).input_ids) == 2  # examples never share
 
@@ -814,14 +814,80 @@ def test_layout_of_a_batch():
         collate(TOKENIZER, YES_NO, scored="best")
 
 
+def test_texts_share_rows_and_not_their_meaning():
+    """Every text stands once and whole in a row, attends to itself alone, and counts from 0."""
+    examples = YES_NO + MULTI + [Example("red", (" was",), 0)] * 3
+    apart, batch = collate(TOKENIZER, examples), collate(TOKENIZER, examples, pack=99)
+    assert batch.input_ids.shape[1] == apart.input_ids.shape[1]
+    assert len(batch.input_ids) < len(apart.input_ids)
+    found = []
+    for ids, mask, position in zip(
+        batch.input_ids, batch.attention_mask[:, 0], batch.position_ids, strict=True
+    ):
+        starts = [i for i, p in enumerate(position.tolist()) if p == 0] + [len(ids)]
+        want = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+        for i, j in zip(starts, starts[1:], strict=False):
+            assert position[i:j].tolist() == list(range(j - i))
+            want[i:j, i:j] = True
+            found += [ids[i:j].tolist()] * (j - i > 1)
+        assert torch.equal(mask, want.tril())
+    texts = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(apart.input_ids, apart.attention_mask, strict=True)
+    ]
+    assert sorted(found) == sorted(texts)
+    ends = torch.stack([batch.row, batch.keep[batch.kept]])
+    assert (
+        batch.input_ids[*ends].tolist()
+        == apart.input_ids[apart.row, apart.keep[apart.kept]].tolist()
+    )
+
+
+def test_no_row_is_shared_beyond_what_a_model_bears():
+    """A row longer than a window, or texts that fill a row each, leave the batch as it was."""
+    apart = collate(TOKENIZER, YES_NO + MULTI)
+    T = apart.input_ids.shape[1]
+    same = [collate(TOKENIZER, YES_NO + MULTI, pack=T - 1)]
+    apart = [apart, collate(TOKENIZER, YES_NO[:1] * 2)]
+    same.append(collate(TOKENIZER, YES_NO[:1] * 2, pack=99))
+    for one, other in zip(same, apart, strict=True):
+        assert all(torch.equal(x, getattr(other, k)) for k, x in vars(one).items() if k != "scored")
+
+
+@settings(deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), more=st.integers(0, 3))
+def test_every_text_has_one_row_with_room(lengths, more):
+    """No row is fuller than its tokens, and no two rows have room for each other."""
+    T = max(lengths) + more
+    rows = tasks.pack_rows(lengths, T)
+    assert sorted(sum(rows, [])) == list(range(len(lengths)))
+    full = sorted(sum(lengths[i] for i in row) for row in rows)
+    assert full[-1] <= T and (len(full) == 1 or full[0] + full[1] > T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name, longest",
+    [("llama", 1 << 30), ("opt", 1 << 30), ("opt-350m", 1 << 30), ("gpt2", 1 << 30),
+     ("falcon", 1 << 30), ("qwen3", 1 << 30), ("gemma3", 4096), ("llama4", 8192),
+     ("mistral", 0), ("bloom", 0), ("mamba", 0), ("jamba", 0)],
+)  # fmt: skip
+def test_a_model_says_whether_texts_may_share_its_rows(name, longest, dtype):
+    """As far as its window, and not at all where ALiBi or a state runs on from text to text."""
+    model = build(name, dtype)
+    assert tasks.layout(model)["pack"] == 0
+    loading.check_model(model, name)
+    assert tasks.layout(model) == {"device": model.device, "pack": longest}
+
+
 def test_only_the_last_positions_are_needed(llama):
     """logits_to_keep and all logits (a model that ignores it) give bit-equal scores."""
     batch = collate(TOKENIZER, YES_NO + MULTI)
     kept = run(llama, batch)
     full = llama(**batch.inputs(llama) | {"logits_to_keep": 0}).logits.detach()
-    assert kept.shape[1] == batch.keep < full.shape[1]
+    assert kept.shape[1] == len(batch.keep) < full.shape[1]
     assert torch.equal(
-        tasks.option_scores(full[:, -batch.keep :], batch), tasks.option_scores(full, batch)
+        tasks.option_scores(full[:, batch.keep], batch), tasks.option_scores(full, batch)
     )
     torch.testing.assert_close(tasks.option_scores(kept, batch), tasks.option_scores(full, batch))
 
@@ -834,7 +900,7 @@ def test_half_logits_make_an_fp32_loss(llama, dtype):
     for loss in (tasks.classification_loss, tasks.lm_loss):
         assert loss(half, batch).dtype == torch.float32
         assert abs(loss(half, batch) - loss(half.float(), batch)) < 1e-6
-    coarse = half.log_softmax(-1)[batch.row, batch.position, batch.token].float()
+    coarse = half.log_softmax(-1)[batch.row, batch.kept, batch.token].float()
     fine = tasks._log_probs(half, batch)
     assert 1e-5 < (coarse - fine).abs().max() < 0.1
 
@@ -842,11 +908,11 @@ def test_half_logits_make_an_fp32_loss(llama, dtype):
 def test_a_missing_or_impossible_option_spoils_nothing():
     """-inf for one option's token, or an option that an example lacks, leaves the others finite."""
     batch = collate(TOKENIZER, MULTI)
-    logits = torch.randn(len(batch.input_ids), batch.keep, VOCAB)
+    logits = torch.randn(len(batch.input_ids), len(batch.keep), VOCAB)
     want = tasks.option_scores(logits, batch)
     assert torch.isinf(want).tolist() == [[False, False, True], [False] * 3]
     wrong = int((batch.slot == 1 * 3 + 1).nonzero()[0])  # example 1, option 1; option 0 is right
-    logits[batch.row[wrong], batch.position[wrong], batch.token[wrong]] = -torch.inf
+    logits[batch.row[wrong], batch.kept[wrong], batch.token[wrong]] = -torch.inf
     scores = tasks.option_scores(logits, batch)
     assert scores[1, 1] == -torch.inf and torch.equal(scores[0], want[0])
     for loss in (tasks.classification_loss, tasks.lm_loss):
@@ -857,7 +923,7 @@ def test_a_batch_moves_whole():
     """Every tensor is made on the device that was asked for."""
     batch = collate(TOKENIZER, YES_NO, device="meta")
     tensors = [v for v in vars(batch).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 9 and all(t.device.type == "meta" for t in tensors)
+    assert len(tensors) == 11 and all(t.device.type == "meta" for t in tensors)
 
 
 @pytest.mark.parametrize("name", ["sst2", "copa", "rte"])
@@ -926,7 +992,7 @@ def test_a_forward_gets_only_what_it_names(llama):
     always = {"input_ids", "attention_mask"}
     assert set(batch.inputs(Model(lambda *args, **kwargs: 0))) == always
     assert set(batch.inputs(Model(lambda input_ids, position_ids: 0))) == always | {"position_ids"}
-    assert batch.inputs(llama)["logits_to_keep"] == batch.keep
+    assert batch.inputs(llama)["logits_to_keep"] is batch.keep
 
 
 def test_accuracy_counts_every_example_once(llama):
