@@ -34,6 +34,7 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -186,11 +187,16 @@ class Study:
             bar = stack.enter_context(tqdm(total=total, unit="step", disable=not missing))
             pool = stack.enter_context(ProcessPoolExecutor(jobs)) if jobs > 1 and missing else None
             done = [pool.submit(carry_out, *way) for way in ways] if pool else ways
-            for run, way in zip(missing, done, strict=True):
-                bar.set_description(run.name)
-                self.runs[run.name] = way.result() if pool else carry_out(*way)
-                self.save()
-                bar.update(run.steps)
+            try:
+                for run, way in zip(missing, done, strict=True):
+                    bar.set_description(run.name)
+                    self.runs[run.name] = way.result() if pool else carry_out(*way)
+                    self.save()
+                    bar.update(run.steps)
+            except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.kill()  # or the pool would wait for its last run; a log is kept
+                raise
         return [self.runs[run.name] for run in runs]
 
     def best(self, row: str, task: str, flags: str | None = None) -> float:

@@ -1,11 +1,16 @@
 """studies/learning.py: its runs on the tiny model, and that what is known is not done again."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 import train
+from harness.config import ROOT
 from harness.log import StepLog
 from studies import learning
 
@@ -34,6 +39,31 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         learning.main([*argv, "--steps=4", "--max-length=99"])
     assert "runs of other settings" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_all_jobs(tmp_path):
+    """Two runs that would take a day end with the command that made them."""
+    argv = [
+        "--tasks=rte",
+        "--rows",
+        "MeZO",
+        "--steps=1000000",
+        "--short=1000000",
+        "--every=1000000",
+    ]
+    argv += ["--jobs=2", "--num-validation=4", "--num-test=4", f"--out={tmp_path}"]
+    command = [sys.executable, ROOT / "studies/learning.py", *argv]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        logs = []
+        while len(logs) < 2:
+            assert process.poll() is None
+            time.sleep(0.2)
+            logs = list(tmp_path.glob("runs/*/steps.csv"))
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(timeout=120) == 130
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
