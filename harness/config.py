@@ -121,7 +121,7 @@ TINY_RATES = {  # the tiny model's, of the grids in studies/learning.py, for 300
     "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
     "s-mezo": {"sst2": 3e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 1e-1},
     "r-mezo": {"sst2": 1e-2, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
-    "senszoq": {"sst2": 1.0, "rte": 1e-1, "boolq": 3e-2, "copa": 3e-1},
+    "senszoq": {"sst2": 0.3, "rte": 0.3, "boolq": 0.3, "copa": 0.3},
 }
 
 
