@@ -35,7 +35,7 @@ def evaluate(config: Settings, split: str, shots: int):
     """(line to print, model, tokenizer, examples) of a model as it is, zero-shot or in-context."""
     configs.check(config)
     tokenizer, model_config, data = dataset.prepare(config)
-    config.batch_size = config.batch_size or tasks.TASKS.get(config.task, tasks.Task).batch_size
+    config.batch_size = config.batch_size or tasks.TASKS.get(config.task, tasks.OWN).batch_size
     examples = getattr(data, split)
     if not 0 <= shots <= len(data.train):
         raise ValueError(f"--shots {shots}: from 0 to {len(data.train)}, the training examples")
@@ -53,9 +53,8 @@ def evaluate(config: Settings, split: str, shots: int):
     return line, model, tokenizer, examples
 
 
-def evaluate_run(run: Path, step: str, changes: dict, split: str):
+def evaluate_run(config: configs.Config, run: Path, step: str, split: str):
     """(line to print, model, tokenizer, examples) of a run after its best, last or any step."""
-    config = configs.load(run, changes)
     log = StepLog(run)
     after = {"best": log.best_step(), "last": len(log.steps)}.get(step)
     if after is None:
@@ -71,10 +70,8 @@ def evaluate_run(run: Path, step: str, changes: dict, split: str):
     return line, model, tokenizer, examples
 
 
-def show_continuations(model, tokenizer, examples: list, tokens: int = 64) -> None:
+def show_continuations(model, tokenizer, examples: list, longest: int, tokens: int = 64) -> None:
     """Print how the model continues each prompt, of a text its first half, greedily."""
-    taken = adapter.TOKENS if hasattr(model, "prompt_encoder") else 0  # peft's prefix
-    longest = loading.usable_length(2048, model.config, taken)
     for example in examples:
         ids, length = tasks.encode(tokenizer, example, longest)[example.label]
         start = len(ids) - length if len(ids) - length > 1 else len(ids) // 2
@@ -111,11 +108,13 @@ def main(argv=None) -> None:
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)  # or it is said before the work
         if run is None:
-            line, model, tokenizer, examples = evaluate(Settings(**settings), split, shots or 0)
+            config = Settings(**settings)
+            line, model, tokenizer, examples = evaluate(config, split, shots or 0)
         else:
-            line, model, tokenizer, examples = evaluate_run(run, step or "best", settings, split)
+            config = configs.load(run, settings)
+            line, model, tokenizer, examples = evaluate_run(config, run, step or "best", split)
         print(line)
-        show_continuations(model, tokenizer, examples[: generate or 0])
+        show_continuations(model, tokenizer, examples[: generate or 0], config.max_length)
         if save is not None:
             quant.join(model)
             model = adapter.merged(model)  # S-MeZO's LoRA; others as they are

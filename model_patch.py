@@ -54,9 +54,19 @@ class MaskedWeight(nn.Module):
         self.was_read = False
         self.prepare()
 
+    @property
+    def theta(self) -> Tensor:
+        """θ itself, whatever a probe lets the layer read."""
+        return self.held[0].detach()
+
     def prepare(self) -> None:
         """What the rule keeps of θ, such as [S]'s threshold h."""
-        self.state = self.patch.rule.prepare(self.held[0].detach(), self.number)
+        self.state = self.patch.rule.prepare(self.theta, self.number)
+
+    def mask(self) -> Tensor:
+        """m(θ) as it is now, boolean, θ's shape."""
+        element = torch.arange(self.theta.numel(), dtype=torch.int32, device=self.theta.device)
+        return self.patch.rule.mask(self.theta.view(-1), element, self.state).view_as(self.theta)
 
     def forward(self, theta: Tensor) -> Tensor:
         """What a layer gets when it asks for its weight."""
@@ -73,7 +83,7 @@ class MaskedWeight(nn.Module):
     def plus(self, shift: zo.Shift, out: Tensor, stochastic: bool = False) -> Tensor:
         """θ + a m(θ)⊙z, into `out`."""
         return zo.apply(
-            self.held[0].detach(), shift, self.stream, self.patch.rule.mask, self.state,
+            self.theta, shift, self.stream, self.patch.rule.mask, self.state,
             out=out, stochastic=stochastic, fused=self.patch.fused,
         )  # fmt: skip
 
@@ -124,12 +134,11 @@ class Patch:
         else:
             self.rule, self.device = what_moves, next(model.parameters()).device
             self._parametrize(select)
-        with torch.no_grad():
-            # bitsandbytes packs two of 4 bits into a byte
-            shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]
-            self.total = sum(shape.numel() for shape in shapes)
+        # bitsandbytes packs two of 4 bits into a byte
+        shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]
         parts = self.sparse.parts.values() if self.sparse else ()
-        self.total += sum(part.shape.numel() for part in parts if part.packed is not None)
+        shapes += [part.shape for part in parts if part.packed is not None]
+        self.total = sum(shape.numel() for shape in shapes)
 
     def _parametrize(self, select: str) -> None:
         """Give every parameter that moves a `MaskedWeight`, and every module that has it, too."""
@@ -164,7 +173,7 @@ class Patch:
             fits = buffer.dtype == like.dtype and buffer.numel() >= like.numel()
             if fits and holders(buffer) == alone:
                 return buffer[: like.numel()].view(like.shape)
-        held = [pair for pair in self.buffers if holders(pair[0]) > pair[1]]  # the others are small
+        held = [pair for pair in self.buffers if holders(pair[0]) > pair[1]]  # free ones do not fit
         buffer = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
         self.buffers = [*held, (buffer, holders(buffer))]
         return buffer.view(like.shape)
@@ -177,7 +186,7 @@ class Patch:
         assert not self.model.training, "the model was put into training mode after patching"
         self.shift = zo.Shift.of(a, seed)
         if self.sparse:
-            self.sparse.visible = self._shifted_values()
+            self.sparse.visible = self._shifted_values(self.shift)
         try:
             yield
         finally:
@@ -216,13 +225,13 @@ class Patch:
         if self.sparse:
             self._shifted_values(shift, out=self.sparse.values)
         for weight in self.weights:
-            weight.plus(shift, out=weight.held[0].detach(), stochastic=self.stochastic)
+            weight.plus(shift, out=weight.theta, stochastic=self.stochastic)
 
-    def _shifted_values(self, shift: zo.Shift | None = None, out: Tensor | None = None) -> Tensor:
+    def _shifted_values(self, shift: zo.Shift, out: Tensor | None = None) -> Tensor:
         """[Q]: values + a z, all of them, one stream."""
         values, everything = self.sparse.values, masks.Everything()
         return zo.apply(
-            values, shift or self.shift, zo.word(0), everything.mask,
+            values, shift, zo.word(0), everything.mask,
             everything.prepare(values, 0), out=out, fused=self.fused,
         )  # fmt: skip
 
@@ -236,17 +245,14 @@ class Patch:
 
     def moving(self) -> list[Tensor]:
         """The tensors that an update writes: [Q]'s values, or the parameters of the rule."""
-        return [self.sparse.values] if self.sparse else [w.held[0].detach() for w in self.weights]
+        return [self.sparse.values] if self.sparse else [w.theta for w in self.weights]
 
     def active_density(self) -> float:
         """Share of the weights of moving tensors that are inside the mask now."""
         if self.sparse:
             return self.sparse.values.numel() / self.sparse.count_weights()
-        inside = sum(
-            masks.active_count(self.rule, w.held[0].detach().view(-1), w.state)
-            for w in self.weights
-        )
-        return inside / sum(w.held[0].numel() for w in self.weights)
+        inside = sum(masks.active_count(self.rule, w.theta.view(-1), w.state) for w in self.weights)
+        return inside / sum(theta.numel() for theta in self.moving())
 
     @torch.no_grad()
     def checksum(self) -> float:
@@ -258,7 +264,7 @@ class Patch:
             move, tensors = self.sparse.values.numel(), len(self.sparse.parts)
             rest = f"; the rest of these is in {self.sparse}"
         else:
-            move = round(self.active_density() * sum(w.held[0].numel() for w in self.weights))
+            move = round(self.active_density() * sum(theta.numel() for theta in self.moving()))
             tensors, rest = len(self.weights), ""
         return f"{move:,} of {self.total:,} weights move, in {tensors} tensors{rest}"
 

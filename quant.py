@@ -264,7 +264,7 @@ class Parts(nn.Module):
         super().__init__()
         self.sparse, self.slice, self.places = sparse, sparse.slices[name], places
         self.shape, self.was_read = weight.shape, False
-        # Plain attributes: buffers would be empty ones when transformers is done loading.
+        # Plain attributes: transformers leaves buffers empty when it is done loading.
         self.packed, self.dtype = None, weight.dtype
         if sparse.bits == 4 and sparse.codebooks is not None:
             fitted = (sparse.codebooks[f"{name}.{kind}"] for kind in FITTED)

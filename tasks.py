@@ -233,6 +233,7 @@ TASKS = {task.name: task for task in (
          files=("wiki.train.raw", "wiki.test.raw", "wiki.valid.raw"), classification=False,
          num_train=1_000_000, batch_size=2, sizes="all blocks; [Q]'s numbers are unknown"),
 )}  # fmt: skip
+OWN = Task("own", "", "", "", ())  # of files of one's own
 
 
 def get_task(name: str) -> Task:
@@ -490,9 +491,9 @@ class Score(NamedTuple):
     metric: str = "accuracy"
 
     def __str__(self):
-        broken = f", {self.broken} of them without finite scores" if self.broken else ""
+        which = "them" if self.metric == "accuracy" else "the examples"
+        broken = f", {self.broken} of {which} without finite scores" if self.broken else ""
         if self.metric == "perplexity":
-            broken = broken.replace("them", "the examples")
             return f"{self.value:.4g} (loss {np.log(self.value):.4f}, n = {self.n} tokens{broken})"
         error = math.sqrt(self.value * (1 - self.value) / self.n)  # as of n coin flips
         return f"{self.value:.3f} ± {error:.3f} (n = {self.n}{broken})"

@@ -14,11 +14,13 @@
 One step, from the loop down:
 
     train
+        Patch.refresh             thresholds again, where --refresh-every asks for it
         measure_step              the minibatch, by tasks.minibatch, and the seed
             losses                l⁺ and l⁻: Patch.losses opens a probe with a = +ε, then with −ε
                 tasks.loss        a forward pass. For each weight it asks MaskedWeight.forward
                     zo.apply      θ + a m⊙z: Threefry's words, z of them, the rule's m, the sum
-        Patch.update              zo.apply in place, with a = −η · proj_grad
+        Patch.update              zo.apply in place, with a = −η · proj_grad, if that is finite
+        evaluated                 validation and active density, every --eval-every steps
         StepLog.append            the line in steps.csv; now the step is done
 
 [Q]'s layers ask quant.Parts.forward instead. zo.apply has been called once then, on all k values.
@@ -39,11 +41,11 @@ import os
 import shutil
 import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import masks
@@ -82,20 +84,25 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
 def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
     """Step t of Algorithm 1 without its update. The caller makes that, with the answer's `a`."""
     # Sample minibatch B from X and random seed s
-    chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
+    parts = minibatch(config, patch.model, tokenizer, data, t)
     seed = zo.step_seed(config.seed, t)
-    batches = tasks.micro_batches(
-        workers.share([data.train[i] for i in chosen]), tokenizer, scored=data.scored,
-        micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
-        **tasks.layout(patch.model),
-    )  # fmt: skip
     # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  at every read m ← GetMask(θ_t, h)
-    loss_plus, loss_minus = losses(patch, batches, seed)
+    loss_plus, loss_minus = losses(patch, parts, seed)
     # proj_grad ← (l⁺ − l⁻) / 2ε
     proj_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
     with np.errstate(over="ignore"):
         a = float(np.float32(-config.lr * proj_grad))  # rounded once, so that the log can hold it
     return log.Step(t + 1, seed, a, loss_plus, loss_minus)
+
+
+def minibatch(config, model, tokenizer, data: dataset.Data, t: int) -> Iterable[tasks.Batch]:
+    """What step t trains on, in parts of at most --micro-batch examples; a worker has its share."""
+    chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
+    return tasks.micro_batches(
+        workers.share([data.train[i] for i in chosen]), tokenizer, scored=data.scored,
+        micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
+        **tasks.layout(model),
+    )  # fmt: skip
 
 
 def losses(patch, batches, seed: int) -> tuple[float, float]:
@@ -211,7 +218,6 @@ def evaluated(config, patch, tokenizer, data: dataset.Data, step: log.Step) -> l
 
 def prepare(config: Config, run: Path | None = None) -> tuple:
     """(tokenizer, data) of the settings, which are completed and printed."""
-    configs.check(config)
     loading.choose_device(config.device)
     asked = config.max_length
     tokenizer, model_config, data = dataset.prepare(config)
@@ -280,7 +286,7 @@ def run_to_end(config: Config, run: Path) -> None:
     print(f"  {patch}\n  {run}/")
     result = {"zero_shot": None}
     if steps.start is None:
-        # their losses are shared already, and would not tell
+        # workers share their losses, so nothing else would show that their data differ
         examples = repr((data.train, data.validation, data.test))
         workers.check_same(zlib.crc32(examples.encode()), "data")
         measure_step(config, patch, tokenizer, data, 0)  # is every weight that moves read?
@@ -299,14 +305,13 @@ def run_to_end(config: Config, run: Path) -> None:
             configs.save(run, config)
     train(config, patch, tokenizer, data, steps)
 
-    if rise := steps.rise():
-        print(f"the training loss rose from {rise[0]:.3g} to {rise[1]:.3g}: try a lower --lr")
     last = score(config, model, tokenizer, data.test)
     print(f"test {data.metric}, last weights             {last}")
-    best, best_step = last, steps.best_step()  # chosen by validation, never by test
+    device, best = patch.device, last
+    best_step = steps.best_step()  # chosen by validation, never by test
     result |= {"last": last._asdict(), "best_step": best_step, "skipped": steps.skipped()}
     result |= {"seconds": time.perf_counter() - began, "workers": workers.SIZE}
-    write_result(run, result | loading.machine(patch.device))
+    write_result(run, result | loading.machine(device))
     if best_step != config.steps:
         patch.remove()
         del model, patch, moves
@@ -315,16 +320,8 @@ def run_to_end(config: Config, run: Path) -> None:
         best = score(config, model, tokenizer, data.test)
     if data.validation:
         print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
-    write_result(
-        run, result | {"best": best._asdict()} | loading.machine(torch.device(model.device))
-    )
-    if steps.skipped():
-        print(f"{steps.skipped()} steps moved nothing, as a loss was not finite: try a lower --lr")
-    if flat := steps.flat():
-        print(
-            f"{flat} steps moved nothing, as l⁺ and l⁻ were the same number: --eps {config.eps} is "
-            "too small for this dtype, or too high a rate broke the weights (try a lower --lr)"
-        )
+    write_result(run, result | {"best": best._asdict()} | loading.machine(device))
+    advise(config, steps)
     print(f"{run}/ holds the run")
     if workers.RANK == 0:
         zero_shot = (result["zero_shot"] or {}).get("value")
@@ -332,6 +329,19 @@ def run_to_end(config: Config, run: Path) -> None:
             log.draw_curve(steps, f"{config.model}, {config.method}", zero_shot)
         except Exception as error:  # the run is whole without its picture
             print(f"  no curve.png: {type(error).__name__}: {error}")
+
+
+def advise(config: Config, steps: log.StepLog) -> None:
+    """Say what in the log asks for another rate or ε."""
+    if rise := steps.rise():
+        print(f"the training loss rose from {rise[0]:.3g} to {rise[1]:.3g}: try a lower --lr")
+    if skipped := steps.skipped():
+        print(f"{skipped} steps moved nothing, as a loss was not finite: try a lower --lr")
+    if flat := steps.flat():
+        print(
+            f"{flat} steps moved nothing, as l⁺ and l⁻ were the same number: --eps {config.eps} is "
+            "too small for this dtype, or too high a rate broke the weights (try a lower --lr)"
+        )
 
 
 def write_result(run: Path, result: dict) -> None:

@@ -237,7 +237,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     """out ← θ + a·m⊙z for the draws from `start` on: (draws,) elements of either half of a tensor.
 
     `outs` and `thetas` are pairs. The second of a pair begins `half` elements after the first.
-    Both numbers are words: Triton would take Python's for 64 bits, and all that follows from them.
+    `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
     if thetas[0].numel() % 16 == 0:
         pass  # the compiler makes a loop for each answer; in this one a GPU moves 16 bytes at once

@@ -133,7 +133,7 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
     import tasks
 
     source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
-    spec = tasks.TASKS.get(config.task, tasks.Task)  # of own files: the class has the defaults
+    spec = tasks.TASKS.get(config.task, tasks.OWN)
     found = {
         "batch_size": (spec.batch_size, spec.sizes or "both papers"),
         "lr": (rates.get(config.method), f"{source}: of the grid for {config.method}; tune it"),
@@ -223,7 +223,7 @@ USES = {  # setting: the methods that have a use for it
 }
 
 
-# A resumed run keeps these. In 16 bits its last step, taken again, might come out near enough.
+# A resumed run keeps these. In 16 bits log.compare bears much rounding, and might miss a change.
 WHAT_MOVES = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh_every",
               "rounding", "seed")  # fmt: skip
 

@@ -11,8 +11,8 @@
 
 Completions, conversations and texts are scored by perplexity.
 
-What cannot be read is one line, which names the file and its line. MeZO's split is kept: equal
-seeds draw MeZO's examples (`load_examples`).
+A row that cannot be read is named in one line of error, with its file and line. MeZO's split is
+kept: equal seeds draw MeZO's examples (`load_examples`).
 """
 
 import csv
@@ -31,7 +31,7 @@ import numpy as np
 
 from harness import adapter, loading
 from harness.config import locate
-from tasks import Example, Task, get_task, option_tokens
+from tasks import OWN, Example, Task, get_task, option_tokens
 
 _COMMITS = {  # parquet, no script to run; pinned: a seed means the same examples for good
     "nyu-mll/glue": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
@@ -114,7 +114,7 @@ def load_examples(
             mixed = " and ".join(f"{n} {kind}" for kind, n in kinds.items())
             raise ValueError(f"{source}: {mixed}; train and test on rows of one kind")
         odd = _odd_row(everything) if "questions" in kinds else None
-        spec = Task("own", "", "", "", (), classification="questions" in kinds and odd is None)
+        spec = replace(OWN, classification="questions" in kinds and odd is None)
     else:
         raise ValueError("give a task (--task, --data-dir), or --train-file and --test-file")
 
@@ -186,7 +186,7 @@ def _own_example(tokenizer, row: dict) -> list[Example]:
         return _replies(tokenizer, row["messages"])
     if kind == "text":
         return _document(row)
-    for name in ("prompt", "completion")[: 2 if kind == "completion" else 1]:
+    for name in ("prompt", "completion") if kind == "completion" else ("prompt",):
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{name} {row[name]!r} must be text, not empty")
     if kind == "completion":  # its end is learnt, too, as in TRL

@@ -151,7 +151,8 @@ def load_model(
         module.support_avx512bf16_for_cpu = False  # or bitsandbytes computes in bf16, come what may
     if not packed:
         check_stored(name)
-    check_model(model, name, read)
+    check_names(name, read)
+    check_model(model, name)
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads cost more than they save on matrices this small
     return model
@@ -173,15 +174,8 @@ def check_stored(name: str) -> None:
                     )
 
 
-@torch.no_grad()
-def check_model(model, name: str, read: dict | None = None) -> None:
-    """ValueError where a model would train, and be scored, to numbers that mean nothing.
-
-    `read`: what transformers says of the checkpoint's names. The rest asks the model itself, with
-    twelve tokens: do logits depend on a later token, or on padding to the left? Whether they depend
-    on another text in the row is no error: `model.pack` is how long a row may be that texts share.
-    """
-    read = read or {"missing_keys": [], "unexpected_keys": []}
+def check_names(name: str, read: dict) -> None:
+    """ValueError where a checkpoint, as transformers `read` it, has not its model's weights."""
     left = [key for key in read["unexpected_keys"] if not HARMLESS.search(key)]
     for keys, what in (
         (read["missing_keys"], "lacks these weights, which would be drawn at random"),
@@ -192,6 +186,16 @@ def check_model(model, name: str, read: dict | None = None) -> None:
                 f"the checkpoint {name} {what}: {', '.join(keys[:3])} ({len(keys)} in all); get a "
                 "complete one, whose config.json is its own"
             )
+
+
+@torch.no_grad()
+def check_model(model, name: str) -> None:
+    """ValueError where a model would train, and be scored, to numbers that mean nothing.
+
+    It is asked itself, with twelve tokens: do logits depend on a later token, or on padding to the
+    left? Whether they depend on another text in the row is no error: `model.pack` is how long a row
+    may be that texts share.
+    """
     for key, weight in model.named_parameters():
         if weight.dtype in DTYPES and weight.numel():
             masks.check_finite(weight, key)
@@ -305,7 +309,7 @@ def _splitter(split, names: set):
                 self.error = None
 
             def takes(self, model, name):
-                # what others will be tied to is still looked for after it was read
+                # a weight that others are tied to has to stay: they are tied after it was read
                 return name in self.names and name not in model.all_tied_weights_keys.values()
 
             def __deepcopy__(self, memo):

@@ -34,6 +34,11 @@ class Step(NamedTuple):
     validation: float | None = None
     active_density: float | None = None
 
+    @property
+    def loss(self) -> float:
+        """The mean of both probes' losses: that of θ_t, but for the curvature."""
+        return (self.loss_plus + self.loss_minus) / 2
+
     def line(self) -> str:
         return ",".join("" if x is None else repr(x) for x in self)
 
@@ -118,7 +123,7 @@ class StepLog:
 
     def rise(self) -> tuple[float, float] | None:
         """The first loss and the mean of the last tenth, where that is half as much more."""
-        losses = [(s.loss_plus + s.loss_minus) / 2 for s in self.steps if math.isfinite(s.a)]
+        losses = [s.loss for s in self.steps if math.isfinite(s.a)]
         last = losses[-max(1, len(losses) // 10) :]
         if not losses or sum(last) / len(last) <= max(1.5 * losses[0], losses[0] + 0.1):
             return None
@@ -190,8 +195,7 @@ class Progress:
 
     def update(self, step: Step) -> None:
         if math.isfinite(step.a):
-            loss = (step.loss_plus + step.loss_minus) / 2
-            self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
+            self.mean = step.loss if self.mean is None else 0.95 * self.mean + 0.05 * step.loss
             self.shown["loss"] = f"{self.mean:.4f}"
         if step.validation is not None:
             self.shown[self.validation] = f"{step.validation:.4g}"
@@ -206,13 +210,12 @@ def draw_curve(log: StepLog, title: str, zero_shot: float | None) -> None:
 
     The logarithm of a perplexity is a loss, and is drawn beside that of training.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # whatever MPLBACKEND says
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot, so whatever MPLBACKEND says
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     finite = [s for s in log.steps if math.isfinite(s.a)]
-    left.plot([s.step for s in finite], [(s.loss_plus + s.loss_minus) / 2 for s in finite], lw=0.7)
+    left.plot([s.step for s in finite], [s.loss for s in finite], lw=0.7)
     left.set(xlabel="step", ylabel="training loss")
     left.set_title(title, parse_math=False)
     taken = [s for s in (log.start, *log.steps) if s and s.active_density is not None]
@@ -230,4 +233,4 @@ def draw_curve(log: StepLog, title: str, zero_shot: float | None) -> None:
         left.set_ylabel("loss = ln perplexity"), right.set_ylabel("share")
         left.legend()
     right.legend()
-    FigureCanvasAgg(figure).print_png(str(log.run / "curve.png"))
+    figure.savefig(log.run / "curve.png")

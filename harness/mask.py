@@ -4,7 +4,7 @@
     python -m harness.mask --model M --task rte --mask-from task --out mask.safetensors
 
 Scoring 7B takes 40 GB where training takes 4, so it is often done on another machine. train.py
-comes through `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
+calls `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
 
 With --quantiser kmeans the file has the weights, too, in 4 bits: half a byte each, in host memory
 until it is written. They are fitted here because the squared gradients are.
@@ -62,28 +62,17 @@ def make(config, path, examples=None) -> None:
         name: getattr(config, name) for name in MaskConfig.__dataclass_fields__
         if hasattr(config, name) and name != "out"
     })  # fmt: skip
-    device, scored = loading.choose_device(settings.device), settings.kind == "sensitive"
+    device, sensitive = loading.choose_device(settings.device), settings.kind == "sensitive"
     about = {name: getattr(settings, name) for name in ("model", "kind", "density", "seed")}
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     shapes = masks.decoder_linears(loading.skeleton(model_config, settings.trust_remote_code))
     masks.how_many(shapes, settings.density)  # what cannot be is said before a model is loaded
-    if scored and settings.mask_from == "text":
-        if settings.text is None and configs.is_tiny(settings.model):
-            settings.text = configs.locate("tiny/data/c4.jsonl")
-        length = loading.usable_length(settings.length, model_config)
-        texts = dataset.read_texts(settings.text)
-        windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
-        tasks.check_tokens(tokenizer, windows.flatten().tolist(), loading.vocabulary(model_config))
-        losses = tasks.text_losses(windows)
-        source = dataset.TEXTS.get(settings.text or "c4", [settings.text])[:2]
-        about |= {"source": " ".join(source), "length": length}
-    elif scored:
-        longest = loading.usable_length(settings.max_length, model_config)
-        examples, scored = examples
-        losses = tasks.task_losses(tokenizer, examples[: settings.samples], scored, longest)
-        about |= {"source": settings.task or settings.train_file}
+    if sensitive:
+        losses, source = what_is_scored(settings, tokenizer, model_config, examples)
+        about |= source | {"statistic": settings.statistic, "samples": len(losses)}
+        about |= {"quantiser": settings.quantiser}
     dtype = settings.dtype
-    if scored and dtype == "auto" and device != "cpu":
+    if sensitive and dtype == "auto" and device != "cpu":
         dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
     model = loading.load_model(settings.model, dtype, device, settings.trust_remote_code)
     weights, codebooks = masks.decoder_linears(model), {}
@@ -92,9 +81,7 @@ def make(config, path, examples=None) -> None:
         if settings.quantiser == "kmeans":
             codebooks.update(quant.fit_codebooks(weights, scores, index))
 
-    if scored:
-        about |= {"statistic": settings.statistic, "samples": len(losses)}
-        about |= {"quantiser": settings.quantiser}
+    if sensitive:
         index = masks.sensitive_index(
             model, tqdm(losses, "scoring", unit=" samples"), settings.density,
             groups=settings.groups, statistic=settings.statistic, then=fit,
@@ -107,6 +94,23 @@ def make(config, path, examples=None) -> None:
     if without := len(weights) - len(index):
         print(f"{without} of {len(weights)} matrices stay still: too small, or without a gradient")
     save(path, index, weights, about | {"torch": str(torch.__version__)}, codebooks)
+
+
+def what_is_scored(settings: MaskConfig, tokenizer, model_config, examples) -> tuple[list, dict]:
+    """(losses, what they are of): windows of a text, or a task's examples."""
+    if settings.mask_from == "task":
+        chosen, scored = examples
+        chosen = chosen[: settings.samples]
+        losses = tasks.task_losses(tokenizer, chosen, scored, settings.max_length)
+        return losses, {"source": settings.task or settings.train_file}
+    if settings.text is None and configs.is_tiny(settings.model):
+        settings.text = configs.locate("tiny/data/c4.jsonl")
+    length = loading.usable_length(settings.length, model_config)
+    texts = dataset.read_texts(settings.text)
+    windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
+    tasks.check_tokens(tokenizer, windows.flatten().tolist(), loading.vocabulary(model_config))
+    source = dataset.TEXTS.get(settings.text or "c4", [settings.text])[:2]
+    return tasks.text_losses(windows), {"source": " ".join(source), "length": length}
 
 
 # ------------------------------------------------------------------ the file

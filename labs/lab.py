@@ -77,7 +77,6 @@ def report(title: str, numbers: list[Number]) -> int:
 def save(path: Path, draw, found) -> None:
     """One picture: `draw(found, figure)`, in shades of grey."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path.parent.mkdir(exist_ok=True)
@@ -85,7 +84,7 @@ def save(path: Path, draw, found) -> None:
     with rc_context({"axes.prop_cycle": greys, "image.cmap": "gray"}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         draw(found, figure)
-        FigureCanvasAgg(figure).print_png(str(path))
+        figure.savefig(path)
 
 
 def load(path: Path):

@@ -28,9 +28,9 @@ class Tiny:
 
     def loss(self, chosen):
         """A function of no argument: the loss at the model's weights."""
-        (batch,) = tasks.micro_batches(
-            [self.data.train[i] for i in chosen], self.tokenizer, scored=self.data.scored,
-            micro_batch=len(chosen), max_length=128, **tasks.layout(self.model),
+        batch = tasks.collate(
+            self.tokenizer, [self.data.train[i] for i in chosen], scored=self.data.scored,
+            max_length=128, **tasks.layout(self.model),
         )  # fmt: skip
         return lambda: tasks.loss(self.model, batch)
 

@@ -36,7 +36,7 @@ def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[f
     for t in range(steps):
         patch.refresh(t)
         step = train.measure_step(config, patch, tokenizer, data, t)
-        losses.append((step.loss_plus + step.loss_minus) / 2)
+        losses.append(step.loss)
         bar.update()
         if not math.isfinite(step.a):
             return [*losses, math.nan]
@@ -74,7 +74,6 @@ def advice(found: dict[float, float]) -> tuple[float, float]:
 
 def draw(found: dict[float, float], best: float, path: Path) -> None:
     """Loss against rate."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
@@ -84,7 +83,7 @@ def draw(found: dict[float, float], best: float, path: Path) -> None:
     low = min(loss for loss in found.values() if math.isfinite(loss))
     axis.set(xscale="log", xlabel="learning rate", ylabel="training loss, last third",
              ylim=(None, 2 * low + 1))  # fmt: skip
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path)
 
 
 def main(argv=None) -> None:

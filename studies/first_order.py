@@ -134,12 +134,7 @@ def masked_step(optimizer, h: dict) -> None:
 
 def gradient(config: Config, model, tokenizer, data: dataset.Data, t: int) -> float:
     """L(θ; B) of the minibatch that train.py's step t has; ∇L is left in the weights' grad."""
-    chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
-    batches = list(tasks.micro_batches(
-        [data.train[i] for i in chosen], tokenizer, scored=data.scored,
-        micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
-        **tasks.layout(model),
-    ))  # fmt: skip
+    batches = list(train.minibatch(config, model, tokenizer, data, t))
     count, total = sum(batch.count for batch in batches), 0.0
     model.zero_grad()
     for batch in batches:  # gradients add up over the parts

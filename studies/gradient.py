@@ -42,11 +42,13 @@ from tqdm import tqdm
 
 import masks
 import tasks
+import train
 import zo
 from harness import dataset, loading
 from harness.config import ROOT, TINY, is_tiny, one_line_errors, write_json
 from model_patch import Patch
 from studies import first_order
+from studies.learning import table
 from studies.slopes import slope
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -77,6 +79,7 @@ class Study:
         kept = {name: str(value) for name, value in vars(args).items() if name not in UNLIKE}
         if self.found.setdefault("settings", kept) != kept:
             raise ValueError(f"{self.file} has the answers of other settings; give another --out")
+        self.how = argparse.Namespace(**vars(args), seed=1, micro_batch=None)  # as of train.py
         self.indices = None
 
     @cached_property
@@ -156,11 +159,7 @@ class Study:
     def batches(self, data, count: int):
         """`count` batches, drawn as train.py draws them."""
         for t in range(count):
-            chosen = tasks.minibatch(len(data.train), self.args.batch_size, 1, t)
-            yield tasks.collate(
-                self.tokenizer, [data.train[i] for i in chosen], scored=data.scored,
-                max_length=self.args.max_length, **tasks.layout(self.model),
-            )  # fmt: skip
+            yield from train.minibatch(self.how, self.model, self.tokenizer, data, t)
 
     def gradient(self, batch) -> dict:
         """autograd's, of every parameter."""
@@ -181,11 +180,9 @@ class Study:
         for name, rule in RULES.items():
             patch, d, inside = self.patch(rule), 0, 0.0
             for weight in patch.weights:
-                theta = weight.held[0].detach().view(-1)
-                element = torch.arange(theta.numel(), dtype=torch.int32, device=theta.device)
-                mask = rule.mask(theta, element, weight.state)
+                mask = weight.mask()
                 d += int(mask.sum())
-                inside += float((gradients[weight.name].view(-1) * mask).double().square().sum())
+                inside += float((gradients[weight.name] * mask).double().square().sum())
             slopes = [
                 abs(slope(patch, gradients, zo.step_seed(2, t))) for t in range(self.args.seeds)
             ]
@@ -237,7 +234,6 @@ class Study:
         losses = tasks.task_losses(
             self.tokenizer, data.train[: args.samples], data.scored, args.max_length
         )
-        how = argparse.Namespace(**vars(args), seed=1, micro_batch=None)
         static = {}
         for t in tqdm(range(args.tuning + 1), "tuning", leave=False):
             if t in (0, args.tuning // 10, args.tuning):
@@ -251,7 +247,7 @@ class Study:
                     kinds = {"dynamic": now, "static": static.setdefault(density, now)}
                     for name, index in (kinds | {"C4": elsewhere[density]}).items():
                         found[f"step {t}, {density:g}, {name}"] = masks.coverage(mean, index)
-            first_order.gradient(how, self.model, self.tokenizer, data, t)
+            first_order.gradient(self.how, self.model, self.tokenizer, data, t)
             optimizer.step()
         with torch.no_grad():
             for p, theta in start:
@@ -263,25 +259,21 @@ class Study:
 # ------------------------------------------------------------------ tables and picture
 
 
-def table(title: str, rows: dict[str, dict]) -> str:
-    """A Markdown table, a column per task: {task: {row: number}}."""
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    lines = [[title, *rows], ["---"] * (len(rows) + 1)]
-    lines += [[name, *(f"{of[name]:.3g}" for of in rows.values())] for name in names]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def tables(found: dict) -> str:
+    """A table per part, a column per task."""
     parts = {part: rows for part, rows in found.items() if part not in ("machine", "settings")}
     coverage = parts.pop("coverage", {})
     for density in (f"{d:g}" for d in DENSITIES):
         parts[f"coverage at {density}"] = {task: of[density] for task, of in coverage.items()}
-    return "\n".join(table(part, rows) for part, rows in parts.items() if rows)
+
+    def turned(of: dict) -> dict:  # {task: {row: number}} to {row: {task: number}}
+        return {row: {task: of[task][row] for task in of} for row in next(iter(of.values()))}
+
+    return "\n".join(table(part, turned(of)) for part, of in parts.items() if of)
 
 
 def draw(found: dict, path: Path) -> None:
     """Concentration, coverage at 0.1 %, quarters by magnitude and increases, readable in grey."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
@@ -303,7 +295,7 @@ def draw(found: dict, path: Path) -> None:
         axis.tick_params(labelsize=7)
         if rows:
             axis.legend(fontsize=7)
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path)
 
 
 def rate(text: str) -> tuple[str, float]:

@@ -117,7 +117,7 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: in
     log = StepLog(folder)
     if not log.steps and stopped:
         raise ValueError(f"{run.name}: {stopped}")
-    mean = [(s.loss_plus + s.loss_minus) / 2 for s in log.steps]
+    mean = [step.loss for step in log.steps]
     checked = [s for s in (log.start, *log.steps) if s.validation is not None]
     return {
         "steps": run.steps, "stopped": stopped, "metric": log.metric,
@@ -377,7 +377,6 @@ def table(title: str, rows: dict) -> str:
 
 def draw(study: Study, task: str, path: Path) -> None:
     """Loss, validation and active share against steps; loss against rate, sparsity and group."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7), layout="constrained")
@@ -414,7 +413,7 @@ def draw(study: Study, task: str, path: Path) -> None:
     for axis in figure.axes:
         axis.set_visible(any(len(line.get_xdata()) for line in axis.lines))
     (loss if found.get("methods") else rate).legend(fontsize=7)
-    FigureCanvasAgg(figure).print_figure(str(path), bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")
 
 
 def data_dir(args) -> list[str]:

@@ -61,7 +61,6 @@ def cells(found: dict[int, dict], row: str, weights: float) -> dict[str, str]:
 
 def draw(found: dict[int, dict], weights: float, path: Path) -> None:
     """Peak memory over the weights' own, against tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -74,7 +73,7 @@ def draw(found: dict[int, dict], weights: float, path: Path) -> None:
     axis.set_xticks(list(found), list(found))
     axis.minorticks_off()
     figure.legend(fontsize=7, loc="outside right")
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path)
 
 
 def main(argv=None) -> None:

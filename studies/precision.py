@@ -38,21 +38,18 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     """
     given = configs.parse(configs.Config, "", [*flags, "--rounding=nearest"])
     config = configs.Config(**given | {"method": method, "lr": lr, "dtype": dtype})
+    configs.check(config)
     with contextlib.redirect_stdout(io.StringIO()):
         tokenizer, data = train.prepare(config)
         _, patch = train.open_model(config, Path(), train.what_moves(config, Path(), data))
     changed, inside = torch.zeros(4), torch.zeros(4)
-    thetas = [weight.held[0].detach().view(-1) for weight in patch.weights]
+    thetas = [weight.theta.view(-1) for weight in patch.weights]
     quarters = [t.float().abs().argsort().argsort() * 4 // len(t) for t in thetas]
     for t in range(count):
         step = train.measure_step(config, patch, tokenizer, data, t)
-        originals = [theta.clone() for theta in thetas]
+        before = [(w.theta.flatten().clone(), w.mask().flatten()) for w in patch.weights]
         patch.update(step.seed, step.a)
-        for weight, theta, was, quarter in zip(
-            patch.weights, thetas, originals, quarters, strict=True
-        ):
-            element = torch.arange(was.numel(), dtype=torch.int32, device=was.device)
-            mask = patch.rule.mask(was, element, weight.state)
+        for theta, (was, mask), quarter in zip(thetas, before, quarters, strict=True):
             inside += torch.bincount(quarter[mask], minlength=4).cpu()
             changed += torch.bincount(quarter[mask & (was != theta)], minlength=4).cpu()
             theta.copy_(was)

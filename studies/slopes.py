@@ -28,13 +28,10 @@ def slope(patch: Patch, gradients: dict, seed: int) -> float:
     total, everything = 0.0, masks.Everything()
     shift = zo.Shift.of(1.0, seed)
     for weight in patch.weights:
-        theta, gradient = weight.held[0].detach(), gradients[weight.name]
-        element = torch.arange(theta.numel(), dtype=torch.int32, device=theta.device)
-        mask = patch.rule.mask(theta.view(-1), element, weight.state).view_as(theta)
-        z = torch.zeros_like(theta, dtype=torch.float32)  # 0 + 1·z: zo.gaussian's, but fast
+        z = torch.zeros_like(weight.theta, dtype=torch.float32)  # 0 + 1·z: zo.gaussian's, but fast
         state = everything.prepare(z, 0)
         zo.apply(z, shift, weight.stream, everything.mask, state, out=z, fused=patch.fused)
-        total += float((gradient * mask * z).sum(dtype=torch.float64))
+        total += float((gradients[weight.name] * weight.mask() * z).sum(dtype=torch.float64))
     return total
 
 

@@ -239,7 +239,8 @@ def test_a_long_prompt_is_continued_behind_a_prefix(folder, capsys):
     _, model = attached("opt", "mezo-prefix")
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
     long = tasks.Example(tuple(5 + i % 40 for i in range(3000)), ((7,),), 0)
-    eval.show_continuations(model, tokenizer, [long])
+    longest = SIZES["max_position_embeddings"] - adapter.TOKENS
+    eval.show_continuations(model, tokenizer, [long], longest)
     assert capsys.readouterr().out.count("→") == 1
 
 
