@@ -38,8 +38,8 @@ What it costs
     with equal inputs are one text: where each is one token (Yes, No), that is one text per example.
     Both leave the numbers as they are.
 
-    Only positions that predict an option token become logits (`Batch.keep`). 16 prompts of 256
-    tokens give at most [16, 16, 32000] logits, 16 MB in fp16, not 262 MB.
+    Only places that predict an option token become logits (`Batch.keep`), and as many in each row.
+    16 prompts of 256 tokens give [16, 1, 32000] logits, 1 MB in fp16, not 262 MB.
 """
 
 import inspect
@@ -319,7 +319,7 @@ def option_tokens(tokenizer, full: str, option: str, special: bool = True) -> tu
 class Batch:
     """R rows of T tokens, and the list of the n log-probabilities to read from them.
 
-    The i-th is that of token[i], read at row[i], keep[kept[i]]. It counts weight[i] in the score of
+    The i-th is that of token[i], read at row[i], place[i]. It counts weight[i] in the score of
     slot[i] = example * C + option.
     """
 
@@ -327,13 +327,14 @@ class Batch:
     position_ids: Tensor  # [R, T] int64, from 0 in each text; 0 where there is padding
     attention_mask: Tensor  # [R, T] int64; where texts share rows [R, 1, T, T] bool
     row: Tensor  # [n] int64
-    kept: Tensor  # [n] int64
+    place: Tensor  # [n] int64, of T
+    kept: Tensor  # [n] int64, the same, of the places that are kept
     token: Tensor  # [n] int64
     slot: Tensor  # [n] int64
     weight: Tensor  # [n] fp32, 1 / number of the option's tokens
     labels: Tensor  # [B] int64
     valid: Tensor  # [B, C] bool: the options that exist and are scored, of at most C
-    keep: Tensor  # [K] int64, logits_to_keep: the places in a row that are read in any of them
+    keep: int | Tensor  # logits_to_keep: K places at the end, or [R, K] int64 of each row
     scored: str  # "all" options, or only the "right" ones
 
     def inputs(self, model) -> dict:
@@ -349,10 +350,14 @@ class Batch:
 
 
 def model_inputs(model, input_ids, attention_mask, position_ids, keep=0) -> dict:
-    """What this model's forward takes; logits where `keep` says, a tensor of places, or 0: all.
+    """What this model's forward takes; logits where `keep` says (`Batch.keep`), 0: everywhere.
 
-    Positions are explicit where they can be, as models differ in how they count padding.
+    Positions are explicit where they can be, as models differ in how they count padding. A boolean
+    mask becomes what is added to scores, as eager attention cannot read it.
     """
+    if attention_mask.dtype == torch.bool:
+        added = torch.zeros_like(attention_mask, dtype=model.dtype)
+        attention_mask = added.masked_fill(~attention_mask, torch.finfo(model.dtype).min)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     more = {"position_ids": position_ids, "logits_to_keep": keep}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wraps it
@@ -387,6 +392,14 @@ def packed_mask(position_ids: Tensor) -> Tensor:
     return (text[:, :, None] == text[:, None, :]).tril()[:, None]
 
 
+def kept_places(row: list[int], place: list[int], R: int, T: int) -> tuple:
+    """(keep, kept) of a `Batch` whose texts share rows: as many places in each, some twice."""
+    found = [{} for _ in range(R)]  # of a row {place: its number}
+    kept = [found[r].setdefault(p, len(found[r])) for r, p in zip(row, place, strict=True)]
+    K = max(map(len, found))
+    return ([(list(of) * K)[:K] for of in found], kept) if K < T else (T, place)
+
+
 def collate(
     tokenizer, examples: list[Example], *, max_length: int = 2048, scored: str = "all",
     device="cpu", pack: int = 0,
@@ -412,7 +425,7 @@ def collate(
                 reads.append((text, back, token, b * C + c, length))
     T = -(-max(map(len, texts)) // 8) * 8
     rows = [[i] for i in range(len(texts))] if pack < T else pack_rows(list(map(len, texts)), T)
-    ids, positions, mask, place = [], [], [], {}  # place: of a text, its row and its end
+    ids, positions, mask, ends = [], [], [], {}  # ends: {text: (its row, where it ends)}
     for r, row in enumerate(rows):
         tokens = [token for text in row for token in texts[text]]
         free = T - len(tokens)
@@ -422,15 +435,18 @@ def collate(
         positions.append([0] * free + [i for text in row for i in range(len(texts[text]))])
         for text in row:
             free += len(texts[text])
-            place[text] = r, free
+            ends[text] = r, free
     text, back, token, slot, length = zip(*reads, strict=True)
-    row, end = torch.tensor([place[t] for t in text]).T
-    keep, kept = (end - torch.tensor(back)).unique(return_inverse=True)
     weight, labels = 1 / torch.tensor(length).float(), [e.label for e in examples]
+    row, end = torch.tensor([ends[t] for t in text]).T
+    place = end - torch.tensor(back)
+    keep, kept = max(back), place - T + max(back)
     if len(rows) < len(texts):
-        mask = packed_mask(torch.tensor(positions))
-    tensors = ids, positions, mask, row, kept, token, slot, weight, labels, valid, keep
-    return Batch(*(torch.as_tensor(x, device=device) for x in tensors), scored)
+        mask = packed_mask(torch.tensor(positions, device=device))
+        keep, kept = kept_places(row.tolist(), place.tolist(), len(rows), T)
+    tensors = ids, positions, mask, row, place, kept, token, slot, weight, labels, valid
+    keep = keep if isinstance(keep, int) else torch.tensor(keep, device=device)
+    return Batch(*(torch.as_tensor(x, device=device) for x in tensors), keep, scored)
 
 
 # Scores and losses: functions of logits [R, K, V], of any dtype, and the batch; all fp32. A model
@@ -439,8 +455,7 @@ def collate(
 
 def _log_probs(logits: Tensor, batch: Batch) -> Tensor:
     """[n]. Only the positions that are read are upcast, and before the log-softmax."""
-    K = len(batch.keep)
-    place = batch.kept if logits.shape[1] == K else batch.keep[batch.kept]
+    place = batch.place if logits.shape[1] == batch.input_ids.shape[1] else batch.kept
     read = logits[batch.row, place].float()  # [n, V]
     return -F.cross_entropy(read, batch.token, reduction="none")
 

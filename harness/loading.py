@@ -238,11 +238,13 @@ def check_model(model, name: str) -> None:
     first = torch.stack([ids[0].flip(0), ids[0].roll(1)])
     row, positions = torch.cat([first, ids], dim=1), torch.arange(2 * n, device=ids.device) % n
     positions = positions.expand_as(row)
-    mask, config = tasks.packed_mask(positions), model.config.get_text_config()
+    mask, keep = tasks.packed_mask(positions), torch.arange(n, 2 * n, device=ids.device)
+    keep, config = keep.expand(2, n), model.config.get_text_config()
     try:
-        one, two = logits(**tasks.model_inputs(model, row, mask, positions))[:, n:]
-    except ValueError:  # a mask for each token is not for this model
+        found = logits(**tasks.model_inputs(model, row, mask, positions, keep))
+    except ValueError:  # it knows no mask of a row of its own, or no places
         return
+    one, two = found[:, -n:] if found.dim() == 3 else plain * torch.nan
     leak, shift = change(one, two).max(), change(plain[0], one).max()
     if leak <= rounding / 1000 and shift <= rounding:
         windows = "sliding_window", "attention_chunk_size"  # the mask knows nothing of them

@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import astuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -754,7 +755,7 @@ def test_a_score_that_is_not_finite_is_no_right_answer():
     """argmax of NaN is the first option, which would make the share of label 0 the accuracy."""
     examples = [*YES_NO[:2], Example("it", (" was", " ran", " red"), 0)]
     batch = collate(TOKENIZER, examples)
-    logits = torch.zeros(len(batch.input_ids), len(batch.keep), VOCAB)
+    logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
     assert tasks.correct(logits, batch)[1].all()  # an option that two examples lack is no NaN
     logits[batch.row[batch.slot // 3 == 1]] = torch.nan
     right, finite = tasks.correct(logits, batch)
@@ -778,7 +779,7 @@ def test_examples_are_checked_before_training():
 def test_the_score_is_a_mean_not_a_sum():
     """A long option of likelier tokens beats a short one; a sum would turn that round."""
     batch = collate(TOKENIZER, [Example("it", (" was red so great", " ran"), 0)])
-    logits = torch.zeros(len(batch.input_ids), len(batch.keep), VOCAB)
+    logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
     logits[batch.row, batch.kept, batch.token] = torch.tensor([3.0] * 4 + [2.0])
     log_probs = tasks._log_probs(logits, batch)
     assert log_probs[:4].sum() < log_probs[4]  # the sum prefers the short one
@@ -789,10 +790,10 @@ def test_the_score_is_a_mean_not_a_sum():
 def test_one_row_where_inputs_are_equal():
     """Yes/No costs one row an example and one position; other options have rows of their own."""
     batch = collate(TOKENIZER, YES_NO)
-    assert len(batch.input_ids) == 3 and len(batch.keep) == 1
+    assert len(batch.input_ids) == 3 and batch.keep == 1
     assert batch.row.tolist() == [0, 0, 1, 1, 2, 2]
     batch = collate(TOKENIZER, YES_NO + MULTI)
-    assert len(batch.input_ids) == 3 + 2 + 3 and len(batch.keep) == 6
+    assert len(batch.input_ids) == 3 + 2 + 3 and batch.keep == 6
     assert batch.valid.tolist() == [[1, 1, 0]] * 3 + [[1, 1, 0], [1, 1, 1]]
     assert len(collate(TOKENIZER, [YES_NO[0]] * 2).input_ids) == 2  # examples never share
 
@@ -836,22 +837,23 @@ def test_texts_share_rows_and_not_their_meaning():
         for ids, mask in zip(apart.input_ids, apart.attention_mask, strict=True)
     ]
     assert sorted(found) == sorted(texts)
-    ends = torch.stack([batch.row, batch.keep[batch.kept]])
-    assert (
-        batch.input_ids[*ends].tolist()
-        == apart.input_ids[apart.row, apart.keep[apart.kept]].tolist()
-    )
+    ends = torch.stack([batch.row, batch.place])
+    assert torch.equal(batch.keep[batch.row, batch.kept], batch.place)
+    reads = [len(set(batch.place[batch.row == row].tolist())) for row in range(len(batch.keep))]
+    assert batch.keep.shape[1] == max(reads) < batch.input_ids.shape[1]
+    assert batch.input_ids[*ends].tolist() == apart.input_ids[apart.row, apart.place].tolist()
 
 
 def test_no_row_is_shared_beyond_what_a_model_bears():
     """A row longer than a window, or texts that fill a row each, leave the batch as it was."""
     apart = collate(TOKENIZER, YES_NO + MULTI)
     T = apart.input_ids.shape[1]
-    same = [collate(TOKENIZER, YES_NO + MULTI, pack=T - 1)]
-    apart = [apart, collate(TOKENIZER, YES_NO[:1] * 2)]
-    same.append(collate(TOKENIZER, YES_NO[:1] * 2, pack=99))
-    for one, other in zip(same, apart, strict=True):
-        assert all(torch.equal(x, getattr(other, k)) for k, x in vars(one).items() if k != "scored")
+    pairs = [(collate(TOKENIZER, YES_NO + MULTI, pack=T - 1), apart)]
+    pairs += [(collate(TOKENIZER, YES_NO[:1] * 2, pack=99), collate(TOKENIZER, YES_NO[:1] * 2))]
+    for one, other in pairs:
+        for name, value in vars(one).items():
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+            assert same(value, getattr(other, name)), name
 
 
 @settings(deadline=None, derandomize=True)
@@ -885,11 +887,62 @@ def test_only_the_last_positions_are_needed(llama):
     batch = collate(TOKENIZER, YES_NO + MULTI)
     kept = run(llama, batch)
     full = llama(**batch.inputs(llama) | {"logits_to_keep": 0}).logits.detach()
-    assert kept.shape[1] == len(batch.keep) < full.shape[1]
+    assert kept.shape[1] == batch.keep < full.shape[1]
     assert torch.equal(
-        tasks.option_scores(full[:, batch.keep], batch), tasks.option_scores(full, batch)
+        tasks.option_scores(full[:, -batch.keep :], batch), tasks.option_scores(full, batch)
     )
     torch.testing.assert_close(tasks.option_scores(kept, batch), tasks.option_scores(full, batch))
+
+
+@pytest.mark.parametrize("length", [2, 8])
+def test_places_of_shared_rows_are_read_from_few_logits_or_all(llama, length):
+    """Whether a model knows logits_to_keep or not, also where a row of 8 is read everywhere."""
+    options = [tuple(range(6, 6 + n)) for n in (length, 2, 2, 3)]
+    examples = [Example((5,), (option,), 0) for option in options]
+    examples += [Example((5, 6, 7, 8, 9), ((7,), (8,)), 0)]
+    batch = collate(TOKENIZER, examples, pack=99)
+    assert batch.attention_mask.dtype == torch.bool and batch.input_ids.shape[1] == 8
+    assert isinstance(batch.keep, int) == (length == 8)
+    full = llama(**batch.inputs(llama) | {"logits_to_keep": 0}).logits.detach()
+    scores = tasks.option_scores(run(llama, batch), batch)
+    torch.testing.assert_close(scores, tasks.option_scores(full, batch))
+    apart = collate(TOKENIZER, examples)
+    want = tasks.option_scores(run(llama, apart), apart)
+    torch.testing.assert_close(scores, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["a number", "a list"])
+def test_code_that_keeps_logits_its_own_way_is_given_a_number(how, monkeypatch):
+    """Where places of each row mean another thing, texts have rows of their own and scores hold."""
+    model = build("llama")
+    head = model.lm_head
+
+    def forward(input_ids, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+        hidden = model.model(input_ids, attention_mask, position_ids, use_cache=False)[0]
+        if how == "a list" and not isinstance(logits_to_keep, int):
+            return SimpleNamespace(logits=head(hidden[:, logits_to_keep]))  # 4 dimensions
+        return SimpleNamespace(logits=head(hidden[:, -logits_to_keep:]))
+
+    monkeypatch.setattr(model, "forward", forward)
+    loading.check_model(model, "remote code")
+    assert model.pack == 0
+    examples = [*YES_NO, Example("red", (" was",), 0)]
+    batch = collate(TOKENIZER, examples, **tasks.layout(model))
+    for got, e in zip(tasks.option_scores(run(model, batch), batch), examples, strict=True):
+        want = torch.tensor(mezo_scores(build("llama"), TOKENIZER, e))
+        torch.testing.assert_close(got[: len(want)], want, atol=1e-5, rtol=1e-5)
+
+
+def test_eager_attention_reads_shared_rows():
+    """Its scores have the mask added, where other attention may also take a boolean one."""
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    loading.check_model(model, "llama")
+    assert model.pack > 0
+    batch = collate(TOKENIZER, YES_NO + MULTI, pack=99)
+    for got, e in zip(tasks.option_scores(run(model, batch), batch), YES_NO + MULTI, strict=True):
+        want = torch.tensor(mezo_scores(build("llama"), TOKENIZER, e))
+        torch.testing.assert_close(got[: len(want)], want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -908,7 +961,7 @@ def test_half_logits_make_an_fp32_loss(llama, dtype):
 def test_a_missing_or_impossible_option_spoils_nothing():
     """-inf for one option's token, or an option that an example lacks, leaves the others finite."""
     batch = collate(TOKENIZER, MULTI)
-    logits = torch.randn(len(batch.input_ids), len(batch.keep), VOCAB)
+    logits = torch.randn(len(batch.input_ids), batch.keep, VOCAB)
     want = tasks.option_scores(logits, batch)
     assert torch.isinf(want).tolist() == [[False, False, True], [False] * 3]
     wrong = int((batch.slot == 1 * 3 + 1).nonzero()[0])  # example 1, option 1; option 0 is right
@@ -992,7 +1045,7 @@ def test_a_forward_gets_only_what_it_names(llama):
     always = {"input_ids", "attention_mask"}
     assert set(batch.inputs(Model(lambda *args, **kwargs: 0))) == always
     assert set(batch.inputs(Model(lambda input_ids, position_ids: 0))) == always | {"position_ids"}
-    assert batch.inputs(llama)["logits_to_keep"] is batch.keep
+    assert batch.inputs(llama)["logits_to_keep"] == batch.keep
 
 
 def test_accuracy_counts_every_example_once(llama):
