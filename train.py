@@ -284,11 +284,11 @@ def run_to_end(config: Config, run: Path) -> None:
     moves = what_moves(config, run, data)
     model, patch = open_model(config, run, moves)
     print(f"  {patch}\n  {run}/")
-    result = {"zero_shot": None}
+    # workers share their losses, so nothing else would show that their data differ
+    examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
+    workers.check_same(examples, "data")
+    result = {"zero_shot": None, "examples": examples}
     if steps.start is None:
-        # workers share their losses, so nothing else would show that their data differ
-        examples = repr((data.train, data.validation, data.test))
-        workers.check_same(zlib.crc32(examples.encode()), "data")
         measure_step(config, patch, tokenizer, data, 0)  # is every weight that moves read?
         zero_shot = score(config, model, tokenizer, data.test)
         start = "untrained prefix, " if config.adapter == "prefix" else "zero-shot "
@@ -298,7 +298,9 @@ def run_to_end(config: Config, run: Path) -> None:
         steps.append(evaluated(config, patch, tokenizer, data, log.Step(0)))
     else:
         if (run / "result.json").exists():
-            result = json.loads((run / "result.json").read_text())
+            result |= json.loads((run / "result.json").read_text())
+        if result["examples"] != examples:
+            print("  the examples are not all those that the run began with")
         replay(config, patch, tokenizer, data, steps.steps, run, after=len(steps.steps))
         print(f"  going on after step {len(steps.steps)} of {config.steps}")
         if workers.RANK == 0:

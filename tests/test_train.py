@@ -415,6 +415,16 @@ def test_rounding_is_said_and_no_obstacle(ready, monkeypatch, capsys):
     assert len(steps_of(ready)) == 10
 
 
+def test_other_test_examples_are_said(folder, ready, tmp_path, capsys):
+    """Those that choose the best weights or score them leave no trace in a loss; a run notices."""
+    train.main([f"--resume={ready}", "--steps=9"])
+    assert "not all those" not in capsys.readouterr().out
+    rows = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(rows[1:]))
+    train.main([f"--resume={ready}", "--steps=10", f"--test-file={tmp_path}/test.jsonl"])
+    assert "the examples are not all those that the run began with" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_in_smaller_parts(ready, capsys):
     """--resume with --micro-batch, after memory was full, goes on with the same steps."""
     before = (ready / "steps.csv").read_text()
