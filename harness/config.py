@@ -295,6 +295,13 @@ def parse(kind: type, description: str, argv=None, **more) -> dict:
     return vars(parser.parse_args(argv))
 
 
+def positive(text: str) -> int:
+    """For argparse: a whole number from 1 on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return int(text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first; the name of its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

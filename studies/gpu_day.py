@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from harness import bench, loading
-from harness.config import write_json
+from harness.config import positive, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540  # of a part
@@ -173,7 +173,7 @@ def main(argv=None) -> None:
     parser.add_argument("--data-dir", default="tiny/data")
     parser.add_argument("--text", default="tiny/data/c4.jsonl", help="of SensZOQ's mask")
     parser.add_argument("--shape", choices=bench.SHAPES, default="7b", help="of fast and profile")
-    parser.add_argument("--steps", type=int, default=20_000, help="of learn")
+    parser.add_argument("--steps", type=positive, default=20_000, help="of learn")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal, also without a GPU")
     args = parser.parse_args(argv)
     args.out = args.out.absolute()

@@ -45,7 +45,7 @@ import tasks
 import train
 import zo
 from harness import dataset, loading
-from harness.config import ROOT, TINY, is_tiny, one_line_errors, write_json
+from harness.config import ROOT, TINY, is_tiny, one_line_errors, positive, write_json
 from model_patch import Patch
 from studies import first_order
 from studies.learning import table
@@ -302,6 +302,8 @@ def rate(text: str) -> tuple[str, float]:
     name, _, number = text.partition("=")
     if name not in (*RULES, "SGD"):
         raise argparse.ArgumentTypeError(f"{text}: MeZO=…, S-MeZO=… or SGD=…")
+    if not 0 < float(number) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: a rate above 0 and finite")
     return name, float(number)
 
 
@@ -317,13 +319,13 @@ def main(argv=None) -> None:
     parser.add_argument("--other", help="another text")
     parser.add_argument("--out", type=Path, default=Path("runs/gradient"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--samples", type=int, default=64, help="texts, and examples of a task")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a text")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of an example")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=16, help="of the cosine")
-    parser.add_argument("--trials", type=int, default=30, help="steps per method")
-    parser.add_argument("--tuning", type=int, default=100, help="steps of Adam, of tuning")
+    parser.add_argument("--samples", type=positive, default=64, help="texts, and a task's examples")
+    parser.add_argument("--length", type=positive, default=64, help="tokens of a text")
+    parser.add_argument("--max-length", type=positive, default=256, help="tokens of an example")
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--seeds", type=positive, default=16, help="of the cosine")
+    parser.add_argument("--trials", type=positive, default=30, help="steps per method")
+    parser.add_argument("--tuning", type=positive, default=100, help="steps of Adam, of tuning")
     parser.add_argument("--adam", type=float, default=3e-4, help="their learning rate")
     parser.add_argument("--rates", nargs="+", type=rate, metavar="METHOD=RATE",
                         default=[("MeZO", 1e-3), ("S-MeZO", 1e-2), ("SGD", 1e-1)])  # fmt: skip

@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from harness.config import TINY, is_tiny, one_line_errors, write_json
+from harness.config import TINY, is_tiny, one_line_errors, positive, write_json
 
 SENSZOQ = "train --method=senszoq --mask=sensitive-0.001"
 ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one of 100 M parameters)
@@ -437,18 +437,18 @@ def main(argv=None) -> None:
     parser.add_argument("--data-dir", help="as for train.py; the tiny model brings its own")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rates", "methods"])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--short", type=int, default=300, help="steps of all parts but methods")
-    parser.add_argument("--every", type=int, default=50, help="steps between validations")
-    parser.add_argument("--seeds", type=int, default=3, help="of methods")
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--short", type=positive, default=300, help="of all parts but methods")
+    parser.add_argument("--every", type=positive, default=50, help="steps between validations")
+    parser.add_argument("--seeds", type=positive, default=3, help="of methods")
     parser.add_argument("--grid", nargs="+", type=grid, default=[], metavar="ROW=RATE,RATE")
     parser.add_argument("--tune", action="store_true", help="a rate for each row of every part")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01],
                         help="of masks")  # fmt: skip
     parser.add_argument("--text", help="for [Q]'s mask; default C4")
-    parser.add_argument("--samples", type=int, default=100, help="windows of the text")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a window")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
+    parser.add_argument("--samples", type=positive, default=100, help="windows of the text")
+    parser.add_argument("--length", type=positive, default=64, help="tokens of a window")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, a thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     args, common = parser.parse_known_args(argv)
     args.grid = dict(args.grid)

@@ -29,7 +29,7 @@ import peft  # noqa: F401  # before a row's peak, so that none has these 60 MB
 import torch
 
 from harness import bench, loading
-from harness.config import one_line_errors
+from harness.config import one_line_errors, positive
 from studies.learning import table
 
 ROWS = ["Adam", "LoRA", "S-MeZO, in place", "mezo", "s-mezo", "4 bits: senszoq"]
@@ -83,8 +83,8 @@ def main(argv=None) -> None:
     )  # fmt: skip
     parser.add_argument("--shape", choices=bench.SHAPES, default="134m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128, 512])
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--tokens", nargs="+", type=positive, default=[32, 128, 512])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))

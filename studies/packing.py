@@ -23,7 +23,7 @@ import torch
 
 import tasks
 from harness import bench, dataset, loading
-from harness.config import ROOT, TINY, is_tiny, one_line_errors
+from harness.config import ROOT, TINY, is_tiny, one_line_errors, positive
 from studies.learning import table
 
 
@@ -61,12 +61,10 @@ def main(argv=None) -> None:
     parser.add_argument("--tasks", nargs="+", default=["sst2", "rte", "boolq", "copa"])
     parser.add_argument("--data-dir", help="the tiny model brings its own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=7)
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--batches", type=positive, default=7)
     args = parser.parse_args(argv)
     with one_line_errors():
-        if min(args.batches, args.batch_size) < 1:
-            raise ValueError("--batches and --batch-size: at least 1")
         tokenizer, _ = loading.load_tokenizer(args.model)
         model = loading.load_model(args.model, args.dtype)
         folder = args.data_dir or (ROOT / "tiny/data" if is_tiny(args.model) else None)

@@ -69,7 +69,7 @@ def main(argv=None) -> None:
     )  # fmt: skip
     parser.add_argument("--lr", nargs="+", type=rate, metavar="METHOD=RATE",
                         default=[("mezo", 1e-3), ("s-mezo", 3e-2)])  # fmt: skip
-    parser.add_argument("--count", type=int, default=10, help="updates of the original weights")
+    parser.add_argument("--count", type=configs.positive, default=10, help="updates of θ_0")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
     args, flags = parser.parse_known_args(argv)
     found: dict = {"flags": flags, "count": args.count, "arrive": {}}

@@ -24,7 +24,7 @@ import masks
 import quant
 import tasks
 from harness import dataset, loading
-from harness.config import one_line_errors, write_json
+from harness.config import one_line_errors, positive, write_json
 
 
 def windows(tokenizer, file: str | None, args):
@@ -81,8 +81,8 @@ def main(argv=None) -> None:
     parser.add_argument("--other", required=True, help="another text, .txt or .jsonl")
     parser.add_argument("--out", type=Path, default=Path("runs/quantisers.json"))
     parser.add_argument("--density", type=float, default=0.001)
-    parser.add_argument("--samples", type=int, default=32, help="windows fitted to; as many read")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--samples", type=positive, default=32, help="windows to fit; as many read")
+    parser.add_argument("--length", type=positive, default=256, help="tokens of a window")
     args = parser.parse_args(argv)
     with one_line_errors():
         found = measure(args)

@@ -20,6 +20,7 @@ import masks
 import tasks
 import zo
 from harness import dataset, loading
+from harness.config import one_line_errors, positive
 from model_patch import Patch
 
 
@@ -43,9 +44,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--eps", type=float, nargs="+", default=[1e-3])
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--seeds", type=positive, default=12)
     args = parser.parse_args()
+    with one_line_errors():
+        report(args)
+
+
+def report(args) -> None:
+    """Print the table, a row for each method and ε."""
     data = dataset.load_examples(args.task, data_dir=args.data_dir, num_train=args.batch_size)
     tokenizer, _ = loading.load_tokenizer(args.model)
     model = loading.load_model(args.model, args.dtype)
