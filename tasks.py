@@ -386,6 +386,22 @@ def pack_rows(lengths: list[int], T: int) -> list[list[int]]:
     return rows
 
 
+def lay_out(texts: list[list[int]], rows: list[list[int]], T: int) -> tuple:
+    """(input_ids, position_ids, attention_mask, {text: (its row, where it ends)}), [R, T] each."""
+    ids, positions, mask, ends = [], [], [], {}
+    for r, row in enumerate(rows):
+        tokens = [token for text in row for token in texts[text]]
+        free = T - len(tokens)
+        # any token that the model knows will do for padding, as nothing reads it: the row's first
+        ids.append(tokens[:1] * free + tokens)
+        positions.append([0] * free + [i for text in row for i in range(len(texts[text]))])
+        mask.append([0] * free + [1] * len(tokens))
+        for text in row:
+            free += len(texts[text])
+            ends[text] = r, free
+    return ids, positions, mask, ends
+
+
 def packed_mask(position_ids: Tensor) -> Tensor:
     """[R, 1, T, T] bool: may the token of a row attend to another? To earlier ones of its text."""
     text = (position_ids == 0).cumsum(1)
@@ -425,17 +441,7 @@ def collate(
                 reads.append((text, back, token, b * C + c, length))
     T = -(-max(map(len, texts)) // 8) * 8
     rows = [[i] for i in range(len(texts))] if pack < T else pack_rows(list(map(len, texts)), T)
-    ids, positions, mask, ends = [], [], [], {}  # ends: {text: (its row, where it ends)}
-    for r, row in enumerate(rows):
-        tokens = [token for text in row for token in texts[text]]
-        free = T - len(tokens)
-        # any token that the model knows will do for padding, as nothing reads it: the row's first
-        ids.append(tokens[:1] * free + tokens)
-        mask.append([0] * free + [1] * len(tokens))
-        positions.append([0] * free + [i for text in row for i in range(len(texts[text]))])
-        for text in row:
-            free += len(texts[text])
-            ends[text] = r, free
+    ids, positions, mask, ends = lay_out(texts, rows, T)
     text, back, token, slot, length = zip(*reads, strict=True)
     weight, labels = 1 / torch.tensor(length).float(), [e.label for e in examples]
     row, end = torch.tensor([ends[t] for t in text]).T
