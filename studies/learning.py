@@ -99,13 +99,15 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: in
         torch.set_num_threads(threads)
     program, *flags = run.flags.split()
     main = {"train": train.main, "first_order": first_order.main}[program]
-    result = folder / "result.json"
-    argv = [f"--resume={folder}", f"--steps={run.steps}"]
+    result, steps = folder / "result.json", run.steps
     if program == "first_order" or not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # it had not begun, or cannot go on
         argv = [f"--task={run.task}", *flags, *common, f"--lr={run.lr}", f"--seed={run.seed}"]
         argv += [f"--steps={run.steps}", f"--eval-every={every}", f"--out={folder}"]
         argv += ["--compile=yes"] if program == "train" else []  # one process has many runs
+    else:  # it may be longer already, where a longer part was stopped
+        steps = max(steps, -(-len(StepLog(folder).steps) // every) * every)
+        argv = [f"--resume={folder}", f"--steps={steps}"]
     said, stopped = io.StringIO(), None
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
@@ -120,7 +122,7 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: in
     mean = [step.loss for step in log.steps]
     checked = [s for s in (log.start, *log.steps) if s.validation is not None]
     return {
-        "steps": run.steps, "stopped": stopped, "metric": log.metric,
+        "steps": steps, "stopped": stopped, "metric": log.metric,
         "loss": [statistics.mean(mean[i : i + every]) for i in range(0, len(mean), every)],
         "validation": {s.step: s.validation for s in checked},
         "active": {s.step: s.active_density for s in checked},

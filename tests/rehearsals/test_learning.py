@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from harness.config import ROOT
+from harness.config import ROOT, TINY
 from harness.log import StepLog
 from studies import learning
 
@@ -39,6 +39,16 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         learning.main([*argv, "--steps=4", "--max-length=99"])
     assert "runs of other settings" in capsys.readouterr().err
+
+
+def test_a_run_that_is_longer_than_asked_for_is_whole(tmp_path):
+    """Where a longer part was stopped on its way, a shorter one takes the run and not as broken."""
+    common = [f"--model={TINY}", "--num-validation=4", "--num-test=4"]
+    run = learning.Run("rte", "train --method=mezo", 1e-3, 0, 5)
+    learning.carry_out(run, tmp_path / "run", 2, common, None)
+    found = learning.carry_out(run._replace(steps=2), tmp_path / "run", 2, common, None)
+    assert found["stopped"] is None and found["steps"] == 6 and len(found["loss"]) == 3
+    assert found["test"] is not None and {2, 4, 6} <= set(found["validation"])
 
 
 def test_ctrl_c_ends_all_jobs(tmp_path):
