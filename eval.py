@@ -7,13 +7,14 @@
     python eval.py --run runs/… --generate 5                 and how it continues 5 prompts
 
 An example counts as right when the right option has the highest mean log-probability (tasks.py).
-Accuracies come with their standard error, √(p (1 − p) / n), and n. Completions have a perplexity.
+Accuracies come with their standard error, √(p (1 − p) / n), and n. Completions are scored by their
+perplexity.
 
-A run is its log: θ_T follows from the original weights and one (seed, a) per step. That needs no
-forward pass. Only the last step is taken again, as a check: another model, other data or settings
-would show.
+A run is its log: θ_T follows from the original weights and one (seed, a) per step. To rebuild θ_T
+needs no forward pass. Only the last step is taken again, as a check. It would show another model,
+other data or other settings.
 
-Of a run with --adapter, --save writes the adapter, which peft.PeftModel.from_pretrained reads. Of
+For a run with --adapter, --save writes the adapter, which peft.PeftModel.from_pretrained reads. For
 S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold the mask.
 """
 

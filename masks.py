@@ -31,19 +31,20 @@ How it works
 
 What differs from the papers
     Algorithm 3 is printed with two slips, see `get_mask`. [S]'s "layer" is read as one parameter
-    tensor, norms and biases included. [S] puts "sparsity 80 %" at the 80th percentile of the values
-    (appendix C.2), and one reply 0.75 at the 75th of |θ|: the smallest 75 % would move. Their
-    scores on RTE say otherwise: sparsity 0.75 has 80.7 ± 1.6, the smallest quarter alone 82.7, the
-    smallest three quarters 72.3, all weights 71.7. So here sparsity 0.75 means density 0.25.
+    tensor, norms and biases included. [S]'s appendix C.2 puts "sparsity 80 %" at the 80th
+    percentile of the values, and one reply puts 0.75 at the 75th of |θ|. Then the smallest 75 %
+    would move. [S]'s scores on RTE contradict that: sparsity 0.75 has 80.7 ± 1.6, the smallest
+    quarter alone 82.7, the smallest three quarters 72.3, all weights 71.7. So here sparsity 0.75
+    means density 0.25.
 
-    We had [Q]'s summary, reviews and replies, not its full text or code. It defines the score as a
-    mean of squares; a code base close to it squares the mean gradient (statistic="of-mean"). That
-    the ranking is per matrix, and over which matrices, is that code's, too. Its mask of the largest
+    We had [Q]'s summary, reviews and replies, not its full text or code. [Q] defines the score as a
+    mean of squares. A code base close to [Q] squares the mean gradient (statistic="of-mean"). From
+    that code come the ranking per matrix and the choice of matrices, too. Its mask of the largest
     weights negates indices where it should negate magnitudes; `largest` ranks magnitudes.
 
 What it costs
-    A threshold: one copy of its weight. Scores: see `fisher`. A mask of [Q] as a file: 4 bytes
-    per place.
+    A threshold costs one copy of its weight. For scores, see `fisher`. A mask of [Q] as a file
+    costs 4 bytes per place.
 """
 
 from contextlib import contextmanager

@@ -14,16 +14,16 @@ How it works
     θ + a m(θ)⊙z while one is, with a = +ε or −ε. The layer computes with the answer and drops it.
 
     So the mask is made anew at every read, from the θ_t that no probe touches, and again in the
-    update. It is never stored and cannot be taken from a perturbed weight, since there is none.
+    update. It is never stored. It cannot come from a perturbed weight, since a probe writes none.
     θ + ε ẑ exists for one layer at a time, from the moment that the layer reads its weight until
     the next layer reads its own. Tied weights agree: they are one parameter and one noise stream.
-    Nothing here knows LLaMA from OPT.
+    Nothing here depends on the architecture, LLaMA or OPT.
 
-    [Q] is the same on one vector. quant.DenseSparse holds the k values that move, and its layers
-    read them from there. A probe lets them read values ± ε z; the update is values += a z.
+    [Q] is the same on one vector. quant.DenseSparse holds the k values that move, and the layers
+    read them from there. A probe lets the layers read values ± ε z. The update is values += a z.
 
 What differs from Algorithm 1
-    l⁻ is taken at θ − ε ẑ itself, not on the way back from θ + ε ẑ. The two agree to rounding.
+    l⁻ is taken at θ − ε ẑ itself, not on the way back from θ + ε ẑ. The two agree up to rounding.
 
 What it costs
     Memory: the model, the batch, and a copy of the weights of one layer. Time: the noise of every

@@ -17,9 +17,9 @@ How it works
     is open (model_patch.py). With bits=4 the dense matrix is decoded from its codes, with bits=16
     it is a copy of the parameter as it was loaded. That is the only difference between the two.
 
-    The k values leave first. NF4 gets a 0 in their places, which it represents exactly, and k-means
-    counts them as nothing. So dense + sparse is w there bit for bit, and a large value no longer
-    stretches its block's scale or takes a level of its row.
+    The k values are taken out before quantisation. NF4 gets a 0 in their places, which it
+    represents exactly. k-means gives them no weight. So in these places dense + sparse is w bit for
+    bit, and a large value no longer stretches its block's scale or takes a level of its row.
 
     NF4 (Dettmers et al., 2023) is a table of 16 levels, the quantiles of a normal distribution
     scaled to [−1, 1]. A block of 64 weights is divided by its largest magnitude, and each goes to
@@ -27,19 +27,22 @@ How it works
     and a test holds the two equal.
 
     k-means chooses a row's 16 levels so that Σ F (w − level)² is small. F are the mask's squared
-    gradients, which exist only while it is made. So levels and codes are fitted there, matrix by
-    matrix, and kept in its file: half a byte per weight, where F would take two. No run fits again.
+    gradients, which exist only while the mask is made. So levels and codes are fitted then, matrix
+    by matrix, and kept in the mask's file. They take half a byte per weight, where F would take
+    two. No run fits them again.
 
 What differs from the paper
     NF4 is the default: it needs no fitting and has kernels for CPU and CUDA. k-means has the lower
     Σ F (w − level)² where F differs much within a row, as in 206 of SmolLM2-135M's 210 matrices.
-    Were all F equal and the weights normal, NF4 would: 0.0085 of Σ w², against 0.0095.
+    If all F were equal and the weights normal, NF4's would be lower: 0.0085 of Σ w², against
+    0.0095.
 
 What it costs
     0.5159 bytes per weight: 4-bit codes, an 8-bit scale per block, an fp32 number for every 256 of
     the scales. That is 3.34 GB for Llama-2-7B's 6.476e9 weights; with k-means 3.28, as a row has 16
-    levels. Each place has 8 bytes of position and 4 of value: 0.08 GB at density 0.001. While a
-    layer computes, its matrix in 16 bits; while k-means unpacks it, in plain torch, 9 bytes more.
+    levels. Each moving weight takes 8 bytes for its position and 4 for its value: 0.08 GB at
+    density 0.001. While a layer computes, its matrix is there in 16 bits, too. While k-means
+    unpacks the matrix, in plain torch, it takes 9 bytes per weight more.
 """
 
 import logging

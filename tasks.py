@@ -14,9 +14,9 @@
     [H]   EleutherAI/lm-evaluation-harness, lm_eval/tasks: their prompts, as [Q]'s are unknown
 
 How it works
-    A zeroth-order step needs one number per forward pass, the loss. Here it is made. The model is
-    never asked for a class, only how likely each option is after the prompt. `TASKS` has one row
-    per task; a new task is a new row. Rows of your own need no task (harness/dataset.py).
+    A zeroth-order step needs one number per forward pass, the loss. This file computes it. The
+    model is never asked for a class, only how likely each option is after the prompt. `TASKS` has
+    one row per task; a new task is a new row. Rows of your own need no task (harness/dataset.py).
 
     An example with one option is a completion: of a prompt, of a conversation, or of a text's first
     token. All else follows from that. Its loss is `lm_loss`, and its score is perplexity.
@@ -27,18 +27,19 @@ How it works
 
 What differs from MeZO
     BoolQ is SuperGLUE's, whose passages begin with a title that google/boolq's lack. WinoGrande is
-    the xl set. To find the option's tokens MeZO subtracts token counts, `encode` looks at character
-    spans. For Llama's tokenizer that is equal; spans are right also where a piece covers the
-    prompt's end and the option. Log-probabilities are fp32 whatever the model computes in: an fp16
-    loss near 0.7 moves in steps of 4.9e-4, so g at ε = 1e-3 would move in steps of 0.24.
+    the xl set. To find the option's tokens, MeZO subtracts token counts; `encode` looks at
+    character spans. For Llama's tokenizer the two agree. Spans are also right where one token
+    covers the prompt's end and the option. Log-probabilities are fp32 whatever precision the model
+    computes in: an fp16 loss near 0.7 moves in steps of 4.9e-4, so g at ε = 1e-3 would move in
+    steps of 0.24.
 
 What it costs
     Texts that fit into one row share it, and the attention mask keeps them apart (`pack_rows`).
     MeZO pads every text to the longest; of 16 sentences of SST-2 two thirds are padding. Options
     with equal inputs are one text: where each is one token (Yes, No), that is one text per example.
-    Both leave the numbers as they are.
+    Neither changes the numbers.
 
-    Only places that predict an option token become logits (`Batch.keep`), and as many in each row.
+    Only positions that predict an option token become logits (`Batch.keep`), equally many per row.
     16 prompts of 256 tokens give [16, 1, 32000] logits, 1 MB in fp16, not 262 MB.
 """
 

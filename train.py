@@ -23,13 +23,14 @@ One step, from the loop down:
         evaluated                 validation and active density, every --eval-every steps
         StepLog.append            the line in steps.csv; now the step is done
 
-[Q]'s layers ask quant.Parts.forward instead. zo.apply has been called once then, on all k values.
+[Q]'s layers ask quant.Parts.forward instead. By then zo.apply has run once, on all k values.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
-steps.csv gets one line per finished step and is the checkpoint (harness/log.py). A run that was
-stopped, by Ctrl-C, kill -9 or a power failure, goes on with --resume: on the same machine to the
-same bits, elsewhere to rounding. It rebuilds the weights from the log and takes the last logged
-step again: were model, data or settings not the run's own, it would come out differently.
+steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues
+a run that was stopped by Ctrl-C, kill -9 or a power failure. The result has the same bits on the
+same machine, and agrees up to rounding elsewhere. --resume rebuilds the weights from the log and
+takes the last logged step again. With another model, other data or other settings, that step would
+come out differently.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """

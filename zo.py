@@ -13,9 +13,9 @@
     eps, lr            ε, η              seed             s, fresh for every step
 
 How it works
-    Everything here is one primitive, θ + a·m⊙z, with another a each time. The file has three parts:
-    the step as the papers print it (this screen), its noise as a function of a seed (`gaussian`),
-    and the primitive as one fused loop (`apply`), which is what training runs.
+    Everything here is one primitive, θ + a·m⊙z, with a different a each time. The file has three
+    parts. This screen has the step as the papers print it. `gaussian` has its noise as a function
+    of a seed. `apply` has the primitive as one fused loop, which is what training runs.
 
     `sparse_mezo_step` is [S]'s step. MeZO's step is the same with masks of ones. [Q]'s step is the
     same on one vector of k values. No function here sees a model: parameters are plain tensors and
