@@ -384,23 +384,24 @@ def draw(study: Study, task: str, path: Path) -> None:
     figure = Figure(figsize=(12, 7), layout="constrained")
     (loss, accuracy, active), (rate, sparse, group) = figure.subplots(2, 3)
     found, every = study.tables.get(task, {}), study.args.every
-    styles = ["-", "--", ":", "-."]
-    for number, (row, of) in enumerate(found.get("methods", {}).items()):
+    looks = {
+        row: {"ls": ["-", "--", ":", "-."][number % 4], "color": str(0.65 * number / len(ROWS))}
+        for number, row in enumerate(ROWS)
+    }
+    for row, of in found.get("methods", {}).items():
         if row not in ROWS:  # prompts, without steps
             continue
-        how = {"ls": styles[number % 4], "color": str(0.65 * number / len(found["methods"]))}
         names = [Run(task, ROWS[row][0], of["lr"], s, 0).name for s in range(study.args.seeds)]
         known = [study.runs[name] for name in names if name in study.runs]
         curve = mean_of([dict(enumerate(k["loss"])) for k in known])
-        loss.plot([every * (i + 0.5) for i in curve], list(curve.values()), label=row, **how)
+        loss.plot([every * (i + 0.5) for i in curve], list(curve.values()), label=row, **looks[row])
         for axis, what in ((accuracy, "validation"), (active, "active")):
             curve = mean_of([k[what] for k in known])
-            axis.plot(list(curve), list(curve.values()), label=row, **how)
-    for number, row in enumerate(study.args.rows):
+            axis.plot(list(curve), list(curve.values()), label=row, **looks[row])
+    for row in study.args.rows:
         lines = {lr: found.get("rates", {}).get(f"{row}, {lr:g}", {}) for lr in study.grid(row)}
         lines = {lr: of["loss"] for lr, of in lines.items() if of.get("loss") is not None}
-        how = {"ls": styles[number % 4], "color": str(0.65 * number / len(study.args.rows))}
-        rate.plot(list(lines), list(lines.values()), marker=".", label=row, **how)
+        rate.plot(list(lines), list(lines.values()), marker=".", label=row, **looks[row])
     for axis, part in ((sparse, "sparsity"), (group, "groups")):
         rows = {name: of for name, of in found.get(part, {}).items() if of["loss"] is not None}
         axis.plot(list(rows), [of["loss"] for of in rows.values()], "o-", color="black")
