@@ -4,7 +4,7 @@
     python studies/gpu_day.py right fast profile learn large --tiny      all of it, as a rehearsal
 
     part       question                           answered by
-    right      does it compute what it should?    pytest -m cuda; tests.kill; studies/slopes.py
+    right      does it compute what it should?    pytest -m cuda; tests.kill; slopes.py, packing.py
     fast       what does a step cost at 7B?       harness.bench, four sizes of batch
     profile    where do the milliseconds go?      one step of S-MeZO by kernels, beside its floor
     learn      does it learn in 20,000 steps?     train.py, three methods at once
@@ -67,7 +67,7 @@ class Day:
 
 
 def right(day: Day) -> None:
-    """Tests that need CUDA; kill -9 and resume; the projected gradient beside autograd's."""
+    """Tests that need CUDA; kill -9 and resume; g beside autograd's; texts that share rows."""
     args = day.args
     where = "tests/test_masks.py" if args.tiny else "tests"
     day.run("tests", "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", where)
@@ -76,6 +76,8 @@ def right(day: Day) -> None:
         more = ["--seeds", 2, "--batch-size", 2] if args.tiny else ["--eps", 1e-3, 4e-3]
         words = ["--model", args.model, "--task", args.task, "--data-dir", args.data_dir]
         day.run(f"slopes-{dtype}", "studies/slopes.py", *words, "--dtype", dtype, *more)
+    words = ["--model", args.model, "--tasks", args.task, "--data-dir", args.data_dir]
+    day.run("packing", "studies/packing.py", *words, *["--batches=1"] * args.tiny)
 
 
 def measured(day: Day, name: str, *words) -> None:

@@ -18,7 +18,7 @@ import torch
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCAB, build
+from models import VOCAB, build, needs_gpu
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -931,6 +931,20 @@ def test_code_that_keeps_logits_its_own_way_is_given_a_number(how, monkeypatch):
     for got, e in zip(tasks.option_scores(run(model, batch), batch), examples, strict=True):
         want = torch.tensor(mezo_scores(build("llama"), TOKENIZER, e))
         torch.testing.assert_close(got[: len(want)], want, atol=1e-5, rtol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma3"])
+def test_texts_share_rows_on_a_gpu(name):
+    """There, too, loading finds that they may, and scores are those of each text alone."""
+    model = build(name).to("cuda")
+    loading.check_model(model, name)
+    how = tasks.layout(model)
+    assert how["pack"] > 0 and how["device"].type == "cuda"
+    packed, apart = [collate(TOKENIZER, YES_NO + MULTI, **way) for way in (how, how | {"pack": 0})]
+    assert len(packed.input_ids) < len(apart.input_ids)
+    got, want = (tasks.option_scores(run(model, batch), batch) for batch in (packed, apart))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def test_eager_attention_reads_shared_rows():
