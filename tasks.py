@@ -384,7 +384,7 @@ def pack_rows(lengths: list[int], T: int) -> list[list[int]]:
             room.append(T)
         rows[row].append(text)
         room[row] -= lengths[text]
-    return rows
+    return sorted(rows)  # so that texts which share none keep their order
 
 
 def lay_out(texts: list[list[int]], rows: list[list[int]], T: int) -> tuple:
@@ -409,7 +409,7 @@ def packed_mask(position_ids: Tensor) -> Tensor:
     return (text[:, :, None] == text[:, None, :]).tril()[:, None]
 
 
-def kept_places(row: list[int], place: list[int], R: int, T: int) -> tuple:
+def kept_places(row: Iterable[int], place: Iterable[int], R: int, T: int) -> tuple:
     """(keep, kept) of a `Batch` whose texts share rows: as many places in each, some twice."""
     found = [{} for _ in range(R)]  # of a row {place: its number}
     kept = [found[r].setdefault(p, len(found[r])) for r, p in zip(row, place, strict=True)]
@@ -445,12 +445,12 @@ def collate(
     ids, positions, mask, ends = lay_out(texts, rows, T)
     text, back, token, slot, length = zip(*reads, strict=True)
     weight, labels = 1 / torch.tensor(length).float(), [e.label for e in examples]
-    row, end = torch.tensor([ends[t] for t in text]).T
-    place = end - torch.tensor(back)
-    keep, kept = max(back), place - T + max(back)
+    row, end = zip(*(ends[t] for t in text), strict=True)
+    place, keep = [e - b for e, b in zip(end, back, strict=True)], max(back)
+    kept = [p - T + keep for p in place]
     if len(rows) < len(texts):
         mask = packed_mask(torch.tensor(positions, device=device))
-        keep, kept = kept_places(row.tolist(), place.tolist(), len(rows), T)
+        keep, kept = kept_places(row, place, len(rows), T)
     tensors = ids, positions, mask, row, place, kept, token, slot, weight, labels, valid
     keep = keep if isinstance(keep, int) else torch.tensor(keep, device=device)
     return Batch(*(torch.as_tensor(x, device=device) for x in tensors), keep, scored)

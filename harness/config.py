@@ -302,6 +302,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def study_parser(doc: str) -> argparse.ArgumentParser:
+    """Of a study with that docstring: --help has every default, and no flag is abbreviated."""
+    return argparse.ArgumentParser(
+        description=doc.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first; the name of its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -244,12 +244,14 @@ def check_model(model, name: str) -> None:
         found = logits(**tasks.model_inputs(model, row, mask, positions, keep))
     except ValueError:  # it knows no mask of a row of its own, or no places
         return
-    one, two = found[:, -n:] if found.dim() == 3 else plain * torch.nan
+    if found.dim() != 3:  # places of each row mean another thing to it
+        return
+    one, two = found[:, -n:]
     leak, shift = change(one, two).max(), change(plain[0], one).max()
     if leak <= rounding / 1000 and shift <= rounding:
         windows = "sliding_window", "attention_chunk_size"  # the mask knows nothing of them
-        found = (getattr(config, name, None) for name in windows)
-        model.pack = min(filter(None, found), default=1 << 30)
+        lengths = (getattr(config, name, None) for name in windows)
+        model.pack = min(filter(None, lengths), default=1 << 30)
 
 
 def _splitter(split, names: set):

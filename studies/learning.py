@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from harness.config import TINY, is_tiny, one_line_errors, positive, write_json
+from harness.config import TINY, is_tiny, one_line_errors, positive, study_parser, write_json
 
 SENSZOQ = "train --method=senszoq --mask=sensitive-0.001"
 ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one of 100 M parameters)
@@ -431,10 +431,7 @@ def grid(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    parser = study_parser(__doc__)
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--tasks", nargs="+", default=["rte", "copa"])
     parser.add_argument("--data-dir", help="as for train.py; the tiny model brings its own")

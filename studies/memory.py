@@ -29,7 +29,7 @@ import peft  # noqa: F401  # before a row's peak, so that none has these 60 MB
 import torch
 
 from harness import bench, loading
-from harness.config import one_line_errors, positive
+from harness.config import one_line_errors, positive, study_parser
 from studies.learning import table
 
 ROWS = ["Adam", "LoRA", "S-MeZO, in place", "mezo", "s-mezo", "4 bits: senszoq"]
@@ -77,10 +77,7 @@ def draw(found: dict[int, dict], weights: float, path: Path) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    parser = study_parser(__doc__)
     parser.add_argument("--shape", choices=bench.SHAPES, default="134m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--batch", type=positive, default=1)

@@ -12,7 +12,6 @@
 Batches are those of train.py's first steps. See `tasks.pack_rows`.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -23,19 +22,19 @@ import torch
 
 import tasks
 from harness import bench, dataset, loading
-from harness.config import ROOT, TINY, is_tiny, one_line_errors, positive
+from harness.config import TINY, Settings, check, one_line_errors, positive, study_parser
 from studies.learning import table
 
 
 @torch.no_grad()
-def compare(model, tokenizer, data, count: int, batch_size: int) -> dict[str, str]:
-    """The columns of a task."""
-    found = []
+def compare(config: Settings, model, tokenizer, data, count: int) -> dict[str, str]:
+    """The columns of a task, from its first `count` batches."""
+    how, found = {"scored": data.scored, "max_length": config.max_length} | tasks.layout(model), []
     for t in range(count):
-        chosen = [data.train[i] for i in tasks.minibatch(len(data.train), batch_size, 0, t)]
-        how = tasks.layout(model)
-        packed = tasks.collate(tokenizer, chosen, scored=data.scored, **how)
-        padded = tasks.collate(tokenizer, chosen, scored=data.scored, **how | {"pack": 0})
+        numbers = tasks.minibatch(len(data.train), config.batch_size, config.data_seed, t)
+        chosen = [data.train[i] for i in numbers]
+        packed = tasks.collate(tokenizer, chosen, **how)
+        padded = tasks.collate(tokenizer, chosen, **how | {"pack": 0})
         losses, seconds = [], []
         for batch in (padded, packed):
             losses.append(float(tasks.loss(model, batch)))  # also warms up
@@ -53,10 +52,7 @@ def compare(model, tokenizer, data, count: int, batch_size: int) -> dict[str, st
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    parser = study_parser(__doc__)
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--tasks", nargs="+", default=["sst2", "rte", "boolq", "copa"])
     parser.add_argument("--data-dir", help="the tiny model brings its own")
@@ -65,13 +61,12 @@ def main(argv=None) -> None:
     parser.add_argument("--batches", type=positive, default=7)
     args = parser.parse_args(argv)
     with one_line_errors():
-        tokenizer, _ = loading.load_tokenizer(args.model)
-        model = loading.load_model(args.model, args.dtype)
-        folder = args.data_dir or (ROOT / "tiny/data" if is_tiny(args.model) else None)
-        rows = {}
+        model, rows = loading.load_model(args.model, args.dtype), {}
         for task in args.tasks:
-            data = dataset.load_examples(task, data_dir=folder)
-            rows[task] = compare(model, tokenizer, data, args.batches, args.batch_size)
+            config = Settings(args.model, task, args.data_dir, batch_size=args.batch_size)
+            check(config)
+            tokenizer, _, data = dataset.prepare(config)
+            rows[task] = compare(config, model, tokenizer, data, args.batches)
         print(table(f"{args.model}, {args.dtype}, batches of {args.batch_size}", rows))
 
 

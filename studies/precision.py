@@ -13,7 +13,6 @@ studies/learning.py --parts precision. Answers go to precision.json. Flags that 
 are train.py's.
 """
 
-import argparse
 import contextlib
 import io
 import sys
@@ -63,10 +62,7 @@ def rate(text: str) -> tuple[str, float]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    parser = configs.study_parser(__doc__)
     parser.add_argument("--lr", nargs="+", type=rate, metavar="METHOD=RATE",
                         default=[("mezo", 1e-3), ("s-mezo", 3e-2)])  # fmt: skip
     parser.add_argument("--count", type=configs.positive, default=10, help="updates of θ_0")

@@ -850,6 +850,8 @@ def test_no_row_is_shared_beyond_what_a_model_bears():
     T = apart.input_ids.shape[1]
     pairs = [(collate(TOKENIZER, YES_NO + MULTI, pack=T - 1), apart)]
     pairs += [(collate(TOKENIZER, YES_NO[:1] * 2, pack=99), collate(TOKENIZER, YES_NO[:1] * 2))]
+    full = [Example(tuple(range(n)), ((9,), (8,)), 0) for n in (6, 8, 7)]  # rows of 8: no two fit
+    pairs += [(collate(TOKENIZER, full, pack=99), collate(TOKENIZER, full))]
     for one, other in pairs:
         for name, value in vars(one).items():
             same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
