@@ -17,6 +17,7 @@ How it works
     update. It is never stored. It cannot come from a perturbed weight, since a probe writes none.
     θ + ε ẑ exists for one layer at a time, from the moment that the layer reads its weight until
     the next layer reads its own. Tied weights agree: they are one parameter and one noise stream.
+    Their copy stays for the whole probe, as it is often the largest, and would be drawn twice.
     Nothing here depends on the architecture, LLaMA or OPT.
 
     [Q] is the same on one vector. quant.DenseSparse holds the k values that move, and the layers
@@ -26,8 +27,8 @@ What differs from Algorithm 1
     l⁻ is taken at θ − ε ẑ itself, not on the way back from θ + ε ẑ. The two agree up to rounding.
 
 What it costs
-    Memory: the model, the batch, and a copy of the weights of one layer. Time: the noise of every
-    weight is drawn three times a step, for l⁺, l⁻ and the update.
+    Memory: the model, the batch, and a copy of the weights of one layer and of tied ones. Time: the
+    noise of every weight is drawn three times a step, for l⁺, l⁻ and the update.
 """
 
 import re
@@ -49,6 +50,7 @@ class MaskedWeight(nn.Module):
         super().__init__()
         self.patch, self.name, self.number = patch, name, stream
         self.layer = name.rpartition(".")[0]  # of a tied weight, its first
+        self.uses = 0  # of a tied weight, more than one
         self.held = (parameter,)  # in a tuple: it is registered already, under `original`
         self.stream = zo.word(stream)
         self.was_read = False
@@ -74,8 +76,9 @@ class MaskedWeight(nn.Module):
         if patch.shift is None:
             return theta
         self.was_read = True
-        if self.layer != patch.reading:  # the layer before has used its copies
-            patch.copies, patch.reading = {}, self.layer
+        if self.layer != patch.reading:  # the layer before has used its copies, but for tied ones
+            patch.copies = {w: copy for w, copy in patch.copies.items() if w.uses > 1}
+            patch.reading = self.layer
         if self not in patch.copies:  # a layer may ask several times, for a dtype or an expert
             patch.copies[self] = self.plus(patch.shift, out=patch.scratch(theta))
         return patch.copies[self]
@@ -160,6 +163,7 @@ class Patch:
         for module in list(self.model.modules()):
             for name, p in list(module._parameters.items()):
                 if p in found:
+                    found[p].uses += 1
                     self.order.setdefault(module, list(module._parameters))
                     parametrize.register_parametrization(module, name, found[p], unsafe=True)
 

@@ -5,11 +5,13 @@
 
     texts, rows     of a batch: each text has a row of its own in MeZO; here they share some
     tokens          rows × tokens of a row, padding included, over those without packing
-    speed           time of a forward pass without packing over one with it, timed in turn:
-                    median (min – max) over the batches
+    forward         time of a forward pass without packing over one with it
+    step            the same of a step of S-MeZO
+    R               time of a step over that of two forward passes, both packed
     loss            the largest difference between the two losses; it is rounding alone
 
-Batches are those of train.py's first steps. See `tasks.pack_rows`.
+What is compared is timed in turn; each ratio is the median (min – max) over the batches, which are
+those of train.py's first steps. See `tasks.pack_rows`.
 """
 
 import statistics
@@ -19,34 +21,51 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from tqdm import tqdm
 
+import masks
 import tasks
 from harness import bench, dataset, loading
 from harness.config import TINY, Settings, check, one_line_errors, positive, study_parser
+from model_patch import Patch
 from studies.learning import table
 
 
 @torch.no_grad()
-def compare(config: Settings, model, tokenizer, data, count: int) -> dict[str, str]:
+def compare(config: Settings, patch: Patch, tokenizer, data, count: int) -> dict[str, str]:
     """The columns of a task, from its first `count` batches."""
-    how, found = {"scored": data.scored, "max_length": config.max_length} | tasks.layout(model), []
-    for t in range(count):
+    model, found = patch.model, []
+    how = {"scored": data.scored, "max_length": config.max_length} | tasks.layout(model)
+
+    def step(batch):
+        patch.losses(batch, tasks.loss, seed=0)
+        patch.update(seed=0, a=1e-9)
+
+    for t in tqdm(range(count), "batches", leave=False):
         numbers = tasks.minibatch(len(data.train), config.batch_size, config.data_seed, t)
         chosen = [data.train[i] for i in numbers]
         packed = tasks.collate(tokenizer, chosen, **how)
         padded = tasks.collate(tokenizer, chosen, **how | {"pack": 0})
-        losses, seconds = [], []
+        losses, forward, whole = [], [], []
         for batch in (padded, packed):
             losses.append(float(tasks.loss(model, batch)))  # also warms up
-            seconds.append(bench.timed(lambda b=batch: tasks.loss(model, b), str(model.device)))
+            step(batch)
+        for batch in (padded, packed):
+            device = str(model.device)
+            forward.append(bench.timed(lambda b=batch: tasks.loss(model, b), device))
+            whole.append(bench.timed(lambda b=batch: step(b), device))
         sizes = [len(padded.input_ids), len(packed.input_ids)]
         sizes += [packed.input_ids.numel() / padded.input_ids.numel()]
-        found.append((*sizes, seconds[0] / seconds[1], abs(losses[0] - losses[1])))
-    texts, rows, tokens, speed, change = zip(*found, strict=True)
+        ratios = [forward[0] / forward[1], whole[0] / whole[1], whole[1] / forward[1] / 2]
+        found.append((*sizes, *ratios, abs(losses[0] - losses[1])))
+    texts, rows, tokens, *ratios, change = zip(*found, strict=True)
     return {
         "texts": f"{statistics.mean(texts):.0f}", "rows": f"{statistics.mean(rows):.1f}",
         "tokens": f"{statistics.mean(tokens):.2f}",
-        "speed": f"{statistics.median(speed):.2f} ({min(speed):.2f} – {max(speed):.2f})",
+        **{
+            name: f"{statistics.median(of):.2f} ({min(of):.2f} – {max(of):.2f})"
+            for name, of in zip(("forward", "step", "R"), ratios, strict=True)
+        },
         "loss": f"{max(change):.1e}",
     }  # fmt: skip
 
@@ -62,11 +81,13 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         model, rows = loading.load_model(args.model, args.dtype), {}
+        fused = loading.compiles("auto", model.num_parameters(), str(model.device))
+        patch = Patch(model, masks.SmallWeights(0.25), fused=fused)
         for task in args.tasks:
             config = Settings(args.model, task, args.data_dir, batch_size=args.batch_size)
             check(config)
             tokenizer, _, data = dataset.prepare(config)
-            rows[task] = compare(config, model, tokenizer, data, args.batches)
+            rows[task] = compare(config, patch, tokenizer, data, args.batches)
         print(table(f"{args.model}, {args.dtype}, batches of {args.batch_size}", rows))
 
 

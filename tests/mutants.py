@@ -179,6 +179,9 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     ("a copy of the layer before kept for this one", "model_patch",
      "if self.layer != patch.reading:", "if False:",
      "test_model_patch::test_copies_do_not_pile_up"),
+    ("a tied weight drawn again for its second layer", "model_patch",
+     "if w.uses > 1}", "if w.uses > 9}",
+     "test_model_patch::test_a_probe_draws_every_weight_once"),
     # ------------------------------------------------------------ prompts, batches, losses
     ("padding on the right", "tasks",
      "ids.append(tokens[:1] * free + tokens)", "ids.append(tokens + tokens[:1] * free)",

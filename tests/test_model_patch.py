@@ -387,10 +387,22 @@ def test_no_read_ever_overwrites_what_somebody_holds(data):
                     assert torch.equal(torch.as_tensor(got), torch.as_tensor(want))
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_a_probe_draws_every_weight_once(monkeypatch):
+    """Also a tied one, whose layers are the model's first and its last."""
+    patch, drawn = Patch(build("llama-tied"), SMALL), []
+    plus = MaskedWeight.plus
+    monkeypatch.setattr(
+        MaskedWeight, "plus", lambda self, *a, **k: drawn.append(self.name) or plus(self, *a, **k)
+    )
+    patch.losses(batch(), loss_of, SEED)
+    assert sorted(drawn) == sorted([w.name for w in patch.weights] * 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "opt", "gpt2"])
 def test_copies_do_not_pile_up(name):
-    """The copies never fill more than twice the largest layer's weights."""
+    """The copies never fill more than twice the largest layer's weights, and the tied ones."""
     model, sizes = build(name), []
+    tied = model.lm_head.weight if name != "llama" else torch.empty(0)
     layers = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
     patch = Patch(model, masks.Everything())
 
@@ -400,7 +412,7 @@ def test_copies_do_not_pile_up(name):
     for module in model.modules():
         module.register_forward_hook(count)
     patch.losses(batch(), loss_of, SEED)
-    assert 0 < max(sizes) <= 2 * max(layers)
+    assert 0 < max(sizes) <= 2 * max(layers) + tied.numel()
 
 
 # ------------------------------------------------------------------ what is around a step

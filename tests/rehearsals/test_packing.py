@@ -2,8 +2,10 @@
 
 import pytest
 
+import masks
 import tasks
 from harness import config, dataset, loading
+from model_patch import Patch
 from studies import packing
 
 
@@ -13,7 +15,8 @@ def test_a_long_text_leaves_room_for_the_short_ones():
     model = loading.load_model(config.TINY)
     train = [tasks.Example("The dog is big?" * n, (" Yes", " No"), 0) for n in (15, 1, 1, 1)]
     data = dataset.Data(train, [], [], True, "")
-    found = packing.compare(config.Settings(batch_size=4), model, tokenizer, data, 2)
+    patch = Patch(model, masks.Everything())
+    found = packing.compare(config.Settings(batch_size=4), patch, tokenizer, data, 2)
     assert found["texts"] == "4" and found["rows"] == "2.0" and found["tokens"] == "0.50"
     assert 0 <= float(found["loss"]) < 1e-5
 
