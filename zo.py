@@ -178,15 +178,15 @@ def signed(x: Tensor, word: Tensor) -> Tensor:
     return (x.view(torch.int32) ^ (word & -(1 << 31))).view(torch.float32)
 
 
-@functools.lru_cache
 def word(number: int) -> Tensor:
-    """The low 32 bits of a number, as a 0-dim int32 tensor, to be read only.
+    """The low 32 bits of a number, as a 0-dim int32 tensor.
 
     It is on the CPU, also where θ is on a GPU. The kernel gets it as an argument. Made on the GPU
-    it would cost a launch, and every read of it a load.
+    it would cost a launch, and every read of it a load. It is a new one each time: where two
+    arguments are the same tensor, the compiler makes a loop for that case.
     """
     low = (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
-    return torch.full((), low, dtype=torch.int32, device="cpu")
+    return torch.full((), low, dtype=torch.int32)
 
 
 class Shift(NamedTuple):
@@ -286,16 +286,16 @@ def apply(
     ten times slower. The two agree to the last bit or two of z.
     """
     result = torch.empty_like(theta) if out is None else out
-    flat, into = theta.detach().view(-1), result.detach().view(-1)
+    flat, into = (t.detach().view(-1).data for t in (theta, result))
     n, half = flat.numel(), (flat.numel() + 1) // 2
-    assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
     in_place = into.data_ptr() == flat.data_ptr()
+    assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
     step = max(1, n // 2) if fused else CHUNK
     for start in range(0, half, step):
-        a, b = slice(start, min(start + step, half)), slice(half + start, half + start + step)
-        thetas = [flat[a].data, flat[b].data]
+        ends = [(start, min(start + step, half)), (half + start, min(half + start + step, n))]
+        thetas = [flat[a:b].data for a, b in ends]
         # in place the very same objects: of two that overlap the compiler makes a base, or fails
-        outs = thetas if in_place else [into[a].data, into[b].data]
+        outs = thetas if in_place else [into[a:b].data for a, b in ends]
         # of an odd number the element in the middle has no partner, and no loop of its own
         kernel = _compiled() if fused and thetas[0].shape == thetas[1].shape else _apply
         kernel(outs, thetas, word(start), word(half), shift, stream, mask, state, stochastic)

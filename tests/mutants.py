@@ -135,6 +135,9 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     ("k counted from 0", "masks",
      "torch.searchsorted(ends, k)", "torch.searchsorted(ends, k + 1)",
      "test_masks::test_the_kth_smallest_is_that_of_the_sorted_values"),
+    ("one word for all equal numbers, and a loop for every case of it", "zo",
+     "def word(number: int)", "@functools.cache\ndef word(number: int)",
+     "test_zo::test_one_fused_loop_serves_every_step_and_tensor"),
     # ------------------------------------------------------------ §3.3, a weight reads as θ + ε ẑ
     ("±ε in place, then restored", "model_patch",
      PROBES, IN_PLACE,

@@ -1,5 +1,6 @@
 """zo.py: noise against published answers, Algorithms 1 and 2 written out, the loop against both."""
 
+import functools
 import math
 
 import pytest
@@ -305,6 +306,17 @@ def test_the_fused_loop_is_the_eager_one(dtype):
         assert torch.equal(got[still], theta[still])
         move(theta, stochastic=True, fused=True, out=theta)
         assert torch.equal(theta, got)
+
+
+def test_one_fused_loop_serves_every_step_and_tensor():
+    """Seed, stream, size and a are arguments: no values of theirs, equal or not, have a loop."""
+    loops, state = torch._dynamo.utils.counters["stats"], torch.tensor(0.5)
+    apply = functools.partial(zo.apply, mask=small_thirds, state=state, fused=True)
+    apply(weight(128), zo.Shift.of(1.0, 5), zo.word(7))
+    before = loops["unique_graphs"]
+    for n, stream, step in ((64, 0, 0), (64, 32, 32), (96, 3, 0), (128, 0, 64)):
+        apply(weight(n), zo.Shift.of(-0.5, zo.step_seed(0, step)), zo.word(stream))
+    assert loops["unique_graphs"] == before
 
 
 # ------------------------------------------------------------------ stochastic rounding
