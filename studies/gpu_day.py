@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from harness import bench, loading
-from harness.config import positive, write_json
+from harness.config import positive, study_parser, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540  # of a part
@@ -167,7 +167,7 @@ PARTS = {"right": right, "fast": fast, "profile": profile, "learn": learn, "larg
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = study_parser(__doc__)
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-day"))
     parser.add_argument("--model", default="tiny/model", help="of the parts right and learn")

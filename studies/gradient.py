@@ -45,7 +45,7 @@ import tasks
 import train
 import zo
 from harness import dataset, loading
-from harness.config import ROOT, TINY, is_tiny, one_line_errors, positive, write_json
+from harness.config import ROOT, TINY, is_tiny, one_line_errors, positive, study_parser, write_json
 from model_patch import Patch
 from studies import first_order
 from studies.learning import table
@@ -308,9 +308,7 @@ def rate(text: str) -> tuple[str, float]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = study_parser(__doc__)
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--tasks", nargs="+", default=["rte", "copa"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))

@@ -11,7 +11,6 @@ The linears of the decoder are dense + sparse, with the mask of --text. Printed,
     worse         how many matrices have a higher error than in NF4
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import masks
 import quant
 import tasks
 from harness import dataset, loading
-from harness.config import one_line_errors, positive, write_json
+from harness.config import one_line_errors, positive, study_parser, write_json
 
 
 def windows(tokenizer, file: str | None, args):
@@ -75,7 +74,7 @@ def measure(args) -> dict[str, dict[str, float]]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = study_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", help="scored and fitted; default C4, from the hub")
     parser.add_argument("--other", required=True, help="another text, .txt or .jsonl")

@@ -7,7 +7,6 @@ For each seed g = (l⁺ − l⁻) / 2ε is compared with the true slope ⟨∇L,
 the error of g beside the size of the slope (root mean squares). A seed takes two forward passes.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import masks
 import tasks
 import zo
 from harness import dataset, loading
-from harness.config import one_line_errors, positive
+from harness.config import one_line_errors, positive, study_parser
 from model_patch import Patch
 
 
@@ -37,7 +36,7 @@ def slope(patch: Patch, gradients: dict, seed: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = study_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data-dir")
