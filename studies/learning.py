@@ -402,9 +402,9 @@ def draw(study: Study, task: str, path: Path) -> None:
         lines = {lr: found.get("rates", {}).get(f"{row}, {lr:g}", {}) for lr in study.grid(row)}
         lines = {lr: of["loss"] for lr, of in lines.items() if of.get("loss") is not None}
         rate.plot(list(lines), list(lines.values()), marker=".", label=row, **looks[row])
-    for axis, part in ((sparse, "sparsity"), (group, "groups")):
+    for axis, part, line in ((sparse, "sparsity", "o-"), (group, "groups", "o")):
         rows = {name: of for name, of in found.get(part, {}).items() if of["loss"] is not None}
-        axis.plot(list(rows), [of["loss"] for of in rows.values()], "o-", color="black")
+        axis.plot(list(rows), [of["loss"] for of in rows.values()], line, color="black")
         axis.tick_params(labelsize=7)
     loss.set(xlabel="step", ylabel="training loss", yscale="log")
     accuracy.set(xlabel="step", ylabel="validation accuracy")
