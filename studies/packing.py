@@ -83,12 +83,16 @@ def main(argv=None) -> None:
         model, rows = loading.load_model(args.model, args.dtype), {}
         fused = loading.compiles("auto", model.num_parameters(), str(model.device))
         patch = Patch(model, masks.SmallWeights(0.25), fused=fused)
+        if model.device.type == "cpu":
+            loading.keep_freed_memory()  # as for training
         for task in args.tasks:
             config = Settings(args.model, task, args.data_dir, batch_size=args.batch_size)
             check(config)
             tokenizer, _, data = dataset.prepare(config)
             rows[task] = compare(config, patch, tokenizer, data, args.batches)
-        print(table(f"{args.model}, {args.dtype}, batches of {args.batch_size}", rows))
+            title = f"{args.model}, {args.dtype}, batches of {args.batch_size}"
+            lines = table(title, rows).splitlines()
+            print(*(lines if len(rows) == 1 else lines[-1:]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
