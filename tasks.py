@@ -450,6 +450,8 @@ def collate(
     kept = [p - T + keep for p in place]
     if len(rows) < len(texts):
         mask = packed_mask(torch.tensor(positions, device=device))
+    if T <= pack:  # also of one text a row: the last places are no contiguous slice, and of such
+        # torch.matmul makes a product per row, for which it copies a 16-bit head on a CPU
         keep, kept = kept_places(row, place, len(rows), T)
     tensors = ids, positions, mask, row, place, kept, token, slot, weight, labels, valid
     keep = keep if isinstance(keep, int) else torch.tensor(keep, device=device)
