@@ -3,7 +3,7 @@
     python -m harness.mask --model M --text FILE --out mask.safetensors
     python -m harness.mask --model M --task rte --mask-from task --out mask.safetensors
 
-Scoring 7B takes 40 GB where training takes 4, so it is often done on another machine. train.py
+Scoring 7B takes 40 GB where training takes 5, so it is often done on another machine. train.py
 calls `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
 
 With --quantiser kmeans the file has the weights, too, in 4 bits: half a byte each, in host memory

@@ -4,7 +4,7 @@ Every worker holds the whole model, takes its share of each batch, and makes the
 is a function of the step's seed. So all that a step needs from the others are their losses.
 
     per step and worker: Σ n·l⁺, Σ n·l⁻ and Σ n, three float64           24 bytes
-    first-order training sends every gradient; Llama-2-7B in 16 bits     13,000,000,000 bytes
+    first-order training sends every gradient; Llama-2-7B in 16 bits     13,480,000,000 bytes
 
 The numbers are gathered by all and added in the order of the ranks, so every worker has the same
 bits whatever the network does. They are on the host anyway: gloo carries them, also between GPUs.

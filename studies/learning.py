@@ -102,7 +102,7 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: in
     result, steps = folder / "result.json", run.steps
     if program == "first_order" or not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # it had not begun, or cannot go on
-        argv = [f"--task={run.task}", *flags, *common, f"--lr={run.lr}", f"--seed={run.seed}"]
+        argv = [f"--task={run.task}", *common, *flags, f"--lr={run.lr}", f"--seed={run.seed}"]
         argv += [f"--steps={run.steps}", f"--eval-every={every}", f"--out={folder}"]
         argv += ["--compile=yes"] if program == "train" else []  # one process has many runs
     else:  # it may be longer already, where a longer part was stopped
@@ -343,10 +343,10 @@ class Study:
         if not saved.exists():
             folder = self.args.out / "runs" / fallen.name
             eval.main([f"--run={folder}", f"--step={point}", f"--save={saved}"])
-        model = f" --model={saved.absolute()}"
-        small = "train --method=s-mezo --density=0.2"
-        rows = {"on with the smallest fifth": small + model}
-        rows |= {"on with the largest fifth": small + " --above=0.8" + model}
+        fifth = f"train --method=s-mezo --density=0.2 --model={saved.absolute()}"
+        fifth += " --data-dir=tiny/data" if is_tiny(self.args.model) else ""
+        rows = {"on with the smallest fifth": fifth}
+        rows |= {"on with the largest fifth": f"{fifth} --above=0.8"}
         return table | self.short(task, rows, self.best("S-MeZO", task))
 
 

@@ -94,3 +94,15 @@ def test_a_name_tells_runs_apart():
                           "train --method=s-mezo --density=0.3 --above=0.5")]  # fmt: skip
     assert len({run.name for run in runs}) == len(runs)
     assert runs[0]._replace(steps=9).name == runs[0].name
+
+
+def test_what_goes_on_from_a_drop_begins_at_its_weights(tmp_path):
+    """The first validation of what goes on is that of MeZO's weights where they dropped."""
+    argv = ["--tasks=copa", "--parts=drop", "--grid", "MeZO=0.1", "S-MeZO=1e-3", *FEW]
+    learning.main([*argv, "--num-validation=100", "--steps=4", "--short=4", f"--out={tmp_path}"])
+    found = json.loads((tmp_path / "learning.json").read_text())
+    drop = found["tables"]["copa"]["drop"]["drop"]
+    begun = [run["validation"]["0"] for name, run in found["runs"].items() if "density" in name]
+    assert begun == [drop["validation"]] * 2
+    start = found["runs"]["copa-method-mezo-0.1-0"]["validation"]["0"]
+    assert drop["validation"] < start
