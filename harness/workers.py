@@ -25,8 +25,10 @@ RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)
 def join() -> None:
     """Meet the workers that torchrun started. Only worker 0 prints."""
     if SIZE > 1:
-        # the longest wait is for worker 0, which makes [Q]'s mask
-        dist.init_process_group("gloo", timeout=timedelta(hours=3))
+        try:  # the longest wait is for worker 0, which makes [Q]'s mask
+            dist.init_process_group("gloo", timeout=timedelta(hours=3))
+        except RuntimeError as error:  # one of them has ended already, or the address is wrong
+            raise ConnectionError(f"worker {RANK} cannot reach the others: {error}") from error
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 

@@ -183,9 +183,25 @@ def test_an_error_of_the_first_worker_alone_is_one_line_for_each(folder, tmp_pat
     (tmp_path / "run").mkdir()
     (tmp_path / "run/file").write_text("mine")
     codes, errors = together(2, command(folder, tmp_path / "run"), tmp_path)
-    assert codes == [2, 2] and "is not empty" in errors[0] and "lost worker 0" in errors[1]
+    assert codes == [2, 2] and "is not empty" in errors[0]
+    # or the first has ended before the second has met it
+    assert "lost worker 0" in errors[1] or "cannot reach the others" in errors[1]
     assert "Traceback" not in "".join(errors)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["file"]
+
+
+def test_workers_that_cannot_meet_say_so(folder, tmp_path, monkeypatch, capsys):
+    """A worker whose connection fails while it meets the others ends with a line."""
+
+    def closed(*args, **kwargs):
+        raise RuntimeError("Gloo connectFullMesh failed: closed by peer\nand much more")
+
+    monkeypatch.setattr(workers, "SIZE", 2)
+    monkeypatch.setattr(workers.dist, "init_process_group", closed)
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(folder, tmp_path / "run"))
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and said.endswith("failed: closed by peer"), said
 
 
 def test_torchrun_starts_it(folder, tmp_path):
