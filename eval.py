@@ -32,12 +32,18 @@ from harness.config import Settings
 from harness.log import StepLog
 
 
+def of_split(data: dataset.Data, split: str) -> list:
+    if not (examples := getattr(data, split)):
+        raise ValueError(f"--split {split}: there are no {split} examples; see --num-{split}")
+    return examples
+
+
 def evaluate(config: Settings, split: str, shots: int):
     """(line to print, model, tokenizer, examples) of a model as it is, zero-shot or in-context."""
     configs.check(config)
     tokenizer, model_config, data = dataset.prepare(config)
     config.batch_size = config.batch_size or tasks.TASKS.get(config.task, tasks.OWN).batch_size
-    examples = getattr(data, split)
+    examples = of_split(data, split)
     if not 0 <= shots <= len(data.train):
         raise ValueError(f"--shots {shots}: from 0 to {len(data.train)}, the training examples")
     if shots and not isinstance(examples[0].prompt, str):
@@ -63,8 +69,8 @@ def evaluate_run(config: configs.Config, run: Path, step: str, split: str):
             raise ValueError(f"--step {step}: best, last, or 0 … {len(log.steps)}, as logged")
         after = int(step)
     tokenizer, _, data = dataset.prepare(config)
+    examples = of_split(data, split)
     model = train.rebuild(config, run, tokenizer, data, log.steps, after)
-    examples = getattr(data, split)
     found = train.score(config, model, tokenizer, examples)
     which = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
     line = f"{which}, {data.source}: {split} {data.metric} {found}"

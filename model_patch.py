@@ -261,7 +261,8 @@ class Patch:
     @torch.no_grad()
     def checksum(self) -> float:
         """A number that tells whether two workers' weights have come apart."""
-        return sum(float(theta.sum(dtype=torch.float64)) for theta in self.moving())
+        parts = (part for theta in self.moving() for part in theta.view(-1).split(1 << 22))
+        return sum(float(part.sum(dtype=torch.float64)) for part in parts)  # copied as float64
 
     def __str__(self):
         if self.sparse:

@@ -35,7 +35,7 @@ import masks
 import quant
 import zo
 from harness import adapter, loading
-from harness.config import one_line_errors, positive
+from harness.config import one_line_errors, positive, write_json
 from model_patch import Patch
 
 LR, EPS, DENSITY, SENSITIVE = 1e-6, 1e-3, 0.25, 0.001
@@ -317,6 +317,7 @@ def main(argv=None) -> None:
         print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}")
         kept = ("shape", "batch", "tokens", "dtype", "rounds", "compile")
         found: dict = {name: getattr(args, name) for name in kept} | {"rows": {}}
+        found["machine"] = loading.machine(torch.device(args.device))
         for bits in (None, 16, 4):
             peak, subject = Peak(args.device), None
             for name in [name for name in args.rows if ROWS[name][0] == bits]:
@@ -329,13 +330,12 @@ def main(argv=None) -> None:
                 spread = f"({row['R_min']:.2f} – {row['R_max']:.2f})"
                 line = f"{name:<24} R {row['R']:5.2f} {spread:<15} {row['seconds']:9.4f} s"
                 print(f"{line}  peak {row['peak_bytes'] / 1e9:7.3f} GB", flush=True)
+                if args.json is not None:
+                    write_json(args.json, found)
             del subject
             if args.device.startswith("cuda"):
                 torch.cuda.empty_cache()
-        found["machine"] = loading.machine(torch.device(args.device))
         print(json.dumps(found["machine"]))
-        if args.json is not None:
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,14 @@ HARMLESS = re.compile(r"rotary_emb|(attn|attention)\.(masked_)?bias|position_ids
 
 
 def choose_device(device: str) -> str:
-    """A device that is there: auto is the GPU if torch sees one. ValueError where there is none."""
+    """A device that is there. ValueError where there is none.
+
+    auto is the GPU if torch sees one. Of several workers on a machine, each takes the next GPU.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        worker = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
+        found = torch.cuda.device_count()
+        return f"cuda:{worker % found}" if found and torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -208,13 +208,18 @@ def main(argv=None) -> None:
         Path(f"{config.out}.tmp").touch()  # what cannot be written is said before the work
         Path(f"{config.out}.tmp").unlink()
         configs.check_numbers(config)
-        needs_scores = config.text or config.mask_from != "text" or config.quantiser != "nf4"
+        of_task = config.mask_from == "task"
+        if config.text if of_task else config.task or config.train_file:
+            raise ValueError(
+                "--task and --train-file are for --mask-from task, --text is for --mask-from text"
+            )
+        needs_scores = config.text or of_task or config.quantiser != "nf4"
         if config.kind != "sensitive" and needs_scores:
             raise ValueError(
                 f"--kind {config.kind} scores nothing: leave out --text, --mask-from, --quantiser"
             )
         examples = None
-        if config.mask_from == "task" and config.kind == "sensitive":
+        if of_task and config.kind == "sensitive":
             configs.check(config)
             _, _, data = dataset.prepare(config)
             examples = data.train, data.scored

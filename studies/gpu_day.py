@@ -83,6 +83,7 @@ def right(day: Day) -> None:
 def measured(day: Day, name: str, *words) -> None:
     """One bench, and its rows for the table."""
     file = day.args.out / f"{name}.json"
+    file.unlink(missing_ok=True)  # what an earlier call has measured
     more = ["--no-compile", "--rounds", 1] if day.args.tiny else ["--rounds", 5]
     dtype = "float32" if day.args.tiny else "bfloat16"
     day.run(name, "-m", "harness.bench", "--dtype", dtype, *more, "--json", file, *words)
@@ -107,6 +108,7 @@ def fast(day: Day) -> None:
 
 def profile(day: Day) -> None:
     """One step of S-MeZO: kernels by time, the time that none runs, and the floor of memory."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -117,19 +119,22 @@ def profile(day: Day) -> None:
         batch=16, tokens=8 if day.args.tiny else 128,
     )  # fmt: skip
     subject = bench.Subject(how)
-    gpu = [ProfilerActivity.CUDA] if device == "cuda" else []
+    gpu = [ProfilerActivity.CUDA] if device.startswith("cuda") else []
     with bench.ROWS["s-mezo"][1](subject) as step:
         step(0), step(1)
         with record(activities=[ProfilerActivity.CPU, *gpu]) as recorded:
             seconds = bench.timed(lambda: step(2), device)
+    kind = DeviceType.CUDA if gpu else DeviceType.CPU  # an operation has its kernels' time, too
     kernels = [
         (event.key, event.count, event.self_device_time_total if gpu else event.self_cpu_time_total)
         for event in recorded.key_averages()
+        if event.device_type == kind and not event.is_user_annotation
     ]
     busy = sum(time for _, _, time in kernels) / 1e6
     weights = subject.model.num_parameters()
     whole = torch.empty(1 << (20 if day.args.tiny else 30), dtype=torch.uint8, device=device)
-    copy = bench.timed(lambda: [whole.clone() for _ in range(8)], device) / 8
+    target = whole.clone()
+    copy = bench.timed(lambda: [target.copy_(whole) for _ in range(8)], device) / 8
     bandwidth = 2 * whole.numel() / copy
     floor = 6 * dtype.itemsize * weights / bandwidth  # l⁺, l⁻ and update read and write each weight
     day.lines += [

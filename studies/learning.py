@@ -165,7 +165,8 @@ class Study:
             if kind in ("largest", "random"):
                 argv += [f"--kind={kind}"]
             elif kind == "task":
-                argv += [f"--task={task}", *data_dir(self.args)]
+                argv += ["--mask-from=task", f"--task={task}", f"--samples={self.args.samples}"]
+                argv += data_dir(self.args)
             else:
                 argv += [f"--length={self.args.length}", f"--samples={self.args.samples}"]
                 argv += [f"--text={self.args.text}"] if self.args.text else []
@@ -187,7 +188,10 @@ class Study:
             ways.append((run, folder, self.args.every, common, 1 if jobs > 1 else None))
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=total, unit="step", disable=not missing))
-            pool = stack.enter_context(ProcessPoolExecutor(jobs)) if jobs > 1 and missing else None
+            pool = None
+            if jobs > 1 and missing:
+                spawn = multiprocessing.get_context("spawn")  # as CUDA bears no fork
+                pool = stack.enter_context(ProcessPoolExecutor(jobs, spawn))
             done = [pool.submit(carry_out, *way) for way in ways] if pool else ways
             try:
                 for run, way in zip(missing, done, strict=True):
@@ -333,16 +337,18 @@ class Study:
         fallen = Run(task, ROWS["MeZO"][0], lr, 0, self.args.short)
         (known,) = self.take([fallen])
         taken = {int(step): value for step, value in known["validation"].items()}
-        best = max(taken, key=taken.get)
+        best = (max if known["metric"] == "accuracy" else min)(taken, key=taken.get)
         point = min((step for step in taken if step > best), default=None)
         table = {f"MeZO, {lr:g}": {"lr": lr, "validation": taken[best], "after": best}}
         if point is None:
             return table
         table["drop"] = {"lr": lr, "validation": taken[point], "after": point}
-        saved = self.args.out / "dropped" / task
+        saved = self.args.out / "dropped" / f"{fallen.name}-{point}"
         if not saved.exists():
-            folder = self.args.out / "runs" / fallen.name
-            eval.main([f"--run={folder}", f"--step={point}", f"--save={saved}"])
+            folder, beside = self.args.out / "runs" / fallen.name, saved.with_suffix(".tmp")
+            shutil.rmtree(beside, ignore_errors=True)
+            eval.main([f"--run={folder}", f"--step={point}", f"--save={beside}"])
+            beside.rename(saved)
         fifth = f"train --method=s-mezo --density=0.2 --model={saved.absolute()}"
         fifth += " --data-dir=tiny/data" if is_tiny(self.args.model) else ""
         rows = {"on with the smallest fifth": fifth}

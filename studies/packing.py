@@ -34,7 +34,7 @@ from studies.learning import table
 @torch.no_grad()
 def compare(config: Settings, patch: Patch, tokenizer, data, count: int) -> dict[str, str]:
     """The columns of a task, from its first `count` batches."""
-    model, found = patch.model, []
+    model, device, found = patch.model, str(patch.device), []
     how = {"scored": data.scored, "max_length": config.max_length} | tasks.layout(model)
 
     def step(batch):
@@ -50,8 +50,6 @@ def compare(config: Settings, patch: Patch, tokenizer, data, count: int) -> dict
         for batch in (padded, packed):
             losses.append(float(tasks.loss(model, batch)))  # also warms up
             step(batch)
-        for batch in (padded, packed):
-            device = str(model.device)
             forward.append(bench.timed(lambda b=batch: tasks.loss(model, b), device))
             whole.append(bench.timed(lambda b=batch: step(b), device))
         sizes = [len(padded.input_ids), len(packed.input_ids)]

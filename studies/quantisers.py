@@ -41,7 +41,8 @@ def windows(tokenizer, file: str | None, args):
 def measure(args) -> dict[str, dict[str, float]]:
     """{kind: {what: number}}"""
     tokenizer, _ = loading.load_tokenizer(args.model)
-    model, (fitted, own) = loading.load_model(args.model), windows(tokenizer, args.text, args)
+    model = loading.load_model(args.model, device="cpu")
+    fitted, own = windows(tokenizer, args.text, args)
     read = {"text": own, "other": windows(tokenizer, args.other, args)[1]}
     weights = masks.decoder_linears(model)
     scores = masks.fisher(model, tqdm(tasks.text_losses(fitted), "scoring"))
@@ -51,7 +52,7 @@ def measure(args) -> dict[str, dict[str, float]]:
         books |= quant.fit_codebooks(weights, scores, {name: index[name]})
     found, losses, errors = {}, {}, {}
     for kind, codebooks in {"as loaded": None, "NF4": None, "k-means": books}.items():
-        packed, row = loading.load_model(args.model), found.setdefault(kind, {})
+        packed, row = loading.load_model(args.model, device="cpu"), found.setdefault(kind, {})
         sparse = quant.DenseSparse(index, 16 if kind == "as loaded" else 4, codebooks=codebooks)
         for name in index:
             sparse.split(packed, name)

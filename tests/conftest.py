@@ -9,6 +9,13 @@ import pytest
 import torch
 from models import write_task
 
+
+def pytest_configure(config):
+    """Tests see no GPU, so that they are the same on every machine; `pytest -m cuda` does."""
+    if "cuda" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -75,7 +75,7 @@ def install(count, die_at: int | None) -> None:
         train_loop(config, patch, tokenizer, data, steps)
         weights = [patch.sparse.values] if patch.sparse else [w.held[0] for w in patch.weights]
         flat = torch.cat([w.detach().flatten() for w in weights])
-        Path(f"{steps.run}.weights").write_bytes(flat.numpy().tobytes())
+        Path(f"{steps.run}.weights").write_bytes(flat.cpu().numpy().tobytes())
 
     train_loop, train.train = train.train, saved_train
     log.StepLog._append, log.draw_curve = torn_append, lambda *_: None

@@ -665,6 +665,7 @@ BAD = {  # what the user types: what the one line must say
     "--out=/proc/nowhere/run": "No such file or directory",
     "eval --step=3 --run=/nowhere": "is no run directory",
     "eval --split=train": "test or validation",
+    "eval --split=validation --num-validation=0": "there are no validation examples",
     "eval --shots=-1": "--shots -1: from 0 to",
     "eval --run=/nowhere --shots=2": "a run has none",
     "eval --save={folder}": "is not empty",

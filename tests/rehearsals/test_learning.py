@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
+from harness import mask
 from harness.config import ROOT, TINY
 from harness.log import StepLog
 from studies import learning
@@ -106,3 +107,13 @@ def test_what_goes_on_from_a_drop_begins_at_its_weights(tmp_path):
     assert begun == [drop["validation"]] * 2
     start = found["runs"]["copa-method-mezo-0.1-0"]["validation"]["0"]
     assert drop["validation"] < start
+
+
+def test_a_mask_of_the_task_is_of_its_examples(tmp_path):
+    """Of the kinds of mask, "task" has the task as its source, and "sensitive" the text."""
+    argv = ["--tasks=copa", "--parts=masks", "--grid", "SensZOQ, 16 bits=0.1", *FEW]
+    argv += ["--steps=2", "--densities=0.01", "--samples=4", f"--out={tmp_path}"]
+    learning.main(argv)
+    made = {path.stem: mask.load(path)[1] for path in tmp_path.glob("masks/*")}
+    assert made["copa-0.01"]["source"] == "copa" and made["copa-0.01"]["samples"] == 4
+    assert made["sensitive-0.01"]["source"].endswith("c4.jsonl")

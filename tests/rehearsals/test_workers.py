@@ -217,6 +217,17 @@ def test_torchrun_starts_it(folder, tmp_path):
     assert json.loads((tmp_path / "run/result.json").read_text())["workers"] == 2
 
 
+def test_workers_of_a_machine_take_a_gpu_each(monkeypatch):
+    """The workers of torchrun share the GPUs out; a GPU that the user names is taken."""
+    monkeypatch.setattr(loading.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading.torch.cuda, "device_count", lambda: 2)
+    assert loading.choose_device("auto") == "cuda:0"
+    for worker, device in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
+        monkeypatch.setenv("LOCAL_RANK", str(worker))
+        assert loading.choose_device("auto") == device
+        assert loading.choose_device("cuda:1") == "cuda:1"
+
+
 def test_shares_are_every_nth(monkeypatch):
     """Each item has one worker, and one worker alone has all and needs no network."""
     assert workers.share([1, 2, 3]) == [1, 2, 3] and workers.broadcast("x") == "x"
