@@ -33,6 +33,7 @@ from harness.log import StepLog
 
 
 def of_split(data: dataset.Data, split: str) -> list:
+    """The examples of "test" or "validation". ValueError where there are none."""
     if not (examples := getattr(data, split)):
         raise ValueError(f"--split {split}: there are no {split} examples; see --num-{split}")
     return examples

@@ -180,8 +180,8 @@ class SmallWeights(Rule):
 
 
 class MagnitudeGroup(SmallWeights):
-    """[S]'s replies, weights grouped by magnitude: of |θ_i| the share from `above` on, `density`
-    of it. above = 0.25, density = 0.25 is the group "0.25–0.5".
+    """[S]'s replies: the weights whose |θ_i| ranks between `above` and `above` + `density`, as
+    shares of their tensor. above = 0.25, density = 0.25 is the group "0.25–0.5".
     """
 
     def __init__(self, density: float, above: float, refresh_every: int = 0):

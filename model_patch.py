@@ -13,8 +13,8 @@ How it works
     torch calls whenever a layer asks for `self.weight`. It answers θ while no probe is open, and
     θ + a m(θ)⊙z while one is, with a = +ε or −ε. The layer computes with the answer and drops it.
 
-    So the mask is made anew at every read, from the θ_t that no probe touches, and again in the
-    update. It is never stored. It cannot come from a perturbed weight, since a probe writes none.
+    So the mask of S-MeZO is made anew at every read, from the θ_t that no probe touches, and again
+    in the update. It is not stored, and cannot come from a perturbed weight.
     θ + ε ẑ exists for one layer at a time, from the moment that the layer reads its weight until
     the next layer reads its own. Tied weights agree: they are one parameter and one noise stream.
     Their copy stays for the whole probe, as it is often the largest, and would be drawn twice.
@@ -233,11 +233,9 @@ class Patch:
 
     def _shifted_values(self, shift: zo.Shift, out: Tensor | None = None) -> Tensor:
         """[Q]: values + a z, all of them, one stream."""
-        values, everything = self.sparse.values, masks.Everything()
-        return zo.apply(
-            values, shift, zo.word(0), everything.mask,
-            everything.prepare(values, 0), out=out, fused=self.fused,
-        )  # fmt: skip
+        values = self.sparse.values
+        every, state = masks.Everything.mask, values.new_empty(0)
+        return zo.apply(values, shift, zo.word(0), every, state, out=out, fused=self.fused)
 
     def refresh(self, step: int) -> None:
         """Before step `step`, from 0 on: take thresholds again where the rule says so."""

@@ -97,7 +97,7 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     w = weight.where(importance > 0, heaviest).double()  # what counts for nothing has no place
     w, order = w.sort(dim=1)
     importance = importance.double().gather(1, order)
-    # a cluster is a run of the sorted row, from one cut to the next; its sums are differences of
+    # a cluster is a run of the sorted row; its sum is the difference of two of these
     sums = [F.pad(x.cumsum(1), (1, 0)) for x in (importance, importance * w)]
 
     # Where may a cut be? At the widest gaps, and at equal steps of this density, the cube root of
@@ -215,13 +215,10 @@ class DenseSparse:
             raise ValueError(f"bits {bits}: 4, or 16 for the dense part as it was loaded")
         self.index, self.bits = dict(sorted(index.items())), bits
         self.codebooks = codebooks
-        ends = torch.tensor([len(places) for places in self.index.values()]).cumsum(0).tolist()
-        starts = [0, *ends][:-1]
-        self.slices = {
-            name: slice(start, end)
-            for name, start, end in zip(self.index, starts, ends, strict=True)
-        }
-        self.values = torch.zeros(ends[-1] if ends else 0, device=device)
+        self.slices, end = {}, 0
+        for name, places in self.index.items():
+            self.slices[name] = slice(end, end := end + len(places))
+        self.values = torch.zeros(end, device=device)
         self.visible = self.values  # to the layers
         self.parts: dict[str, Parts] = {}
 

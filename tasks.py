@@ -329,7 +329,7 @@ class Batch:
     attention_mask: Tensor  # [R, T] int64; where texts share rows [R, 1, T, T] bool
     row: Tensor  # [n] int64
     place: Tensor  # [n] int64, of T
-    kept: Tensor  # [n] int64, the same, of the places that are kept
+    kept: Tensor  # [n] int64, which of the places that `keep` asks for
     token: Tensor  # [n] int64
     slot: Tensor  # [n] int64
     weight: Tensor  # [n] fp32, 1 / number of the option's tokens
@@ -346,7 +346,7 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """How much `loss` weighs against another batch's: of how many terms it is the mean."""
+        """How many terms `loss` is the mean of: its weight beside other batches' losses."""
         return len(self.labels if self.scored == "all" else self.token)
 
 

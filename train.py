@@ -85,7 +85,7 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
 def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
     """Step t of Algorithm 1 without its update. The caller makes that, with the answer's `a`."""
     # Sample minibatch B from X and random seed s
-    parts = minibatch(config, patch.model, tokenizer, data, t)
+    parts = batches_of_step(config, patch.model, tokenizer, data, t)
     seed = zo.step_seed(config.seed, t)
     # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  at every read m ← GetMask(θ_t, h)
     loss_plus, loss_minus = losses(patch, parts, seed)
@@ -96,7 +96,7 @@ def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -
     return log.Step(t + 1, seed, a, loss_plus, loss_minus)
 
 
-def minibatch(config, model, tokenizer, data: dataset.Data, t: int) -> Iterable[tasks.Batch]:
+def batches_of_step(config, model, tokenizer, data: dataset.Data, t: int) -> Iterable[tasks.Batch]:
     """What step t trains on, in parts of at most --micro-batch examples; a worker has its share."""
     chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
     return tasks.micro_batches(
@@ -118,7 +118,7 @@ def losses(patch, batches, seed: int) -> tuple[float, float]:
 
 def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tuple:
     """A rule of [S]; of [Q] what mask.load gives: index, provenance, matrices, codebooks."""
-    if config.method == "mezo" or config.adapter:  # S-MeZO masks A B, not A and B
+    if config.method == "mezo" or config.adapter:  # harness/adapter.py masks the product A B
         return masks.Everything()
     if config.method == "r-mezo":
         return masks.RandomMask(config.density, config.seed)
@@ -138,8 +138,9 @@ def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tu
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 
-def open_model(config: Config, run: Path, moves) -> tuple:
+def open_model(config: Config, run: Path, data: dataset.Data) -> tuple:
     """(model, patch) before training, θ_0."""
+    moves = what_moves(config, run, data)
     how = (config.model, config.dtype, config.device, config.trust_remote_code)
     device = loading.choose_device(config.device)
     if config.method != "senszoq":
@@ -190,7 +191,7 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
     """Accuracy on the examples, or the perplexity of completions. Each worker answers its share."""
     counts = tasks.tally(
         model, tokenizer, workers.share(examples), max_length=config.max_length,
-        batch_size=getattr(config, "micro_batch", None) or config.batch_size,
+        batch_size=config.micro_batch or config.batch_size,
     )  # fmt: skip
     total, n, broken = workers.all_sum(counts)
     if broken == len(examples):
@@ -226,12 +227,6 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
-    kind = loading.quantised(model_config)
-    if kind and (config.bits == 4 or config.method == "senszoq" and config.bits is None):
-        raise ValueError(
-            f"--model {config.model} is quantised ({kind}), and 4 bits are made of 16: unpack it "
-            "with python eval.py --model … --task … --save FOLDER, or use --bits 16"
-        )
     if config.mask:  # a mask of another model is found before this one is loaded
         own = run and run / "mask.safetensors"  # needs the user's file no longer
         path = own if own and own.exists() else config.mask
@@ -243,6 +238,11 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
             raise ValueError(f"--density {config.density}: that of --mask {path} is {density}")
         config.density, sources["density"] = density, "that of the mask"
     sources |= configs.fill_in(config, model_config.model_type)
+    if config.bits == 4 and (kind := loading.quantised(model_config)):
+        raise ValueError(
+            f"--model {config.model} is quantised ({kind}), and 4 bits are made of 16: unpack it "
+            "with python eval.py --model … --task … --save FOLDER, or use --bits 16"
+        )
     resumed = run and (run / "config.json").exists()
     configs.show(config, sources, "you, or the run so far" if resumed else "you")
     describe(config, tokenizer, model_config, data)
@@ -267,7 +267,7 @@ def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
 
 def rebuild(config: Config, run: Path, tokenizer, data, logged: list[log.Step], after: int):
     """The model after a step of a run: an ordinary one, or [Q]'s in dense and sparse parts."""
-    model, patch = open_model(config, run, what_moves(config, run, data))
+    model, patch = open_model(config, run, data)
     replay(config, patch, tokenizer, data, logged, run, after)
     patch.remove()
     return model
@@ -283,8 +283,7 @@ def run_to_end(config: Config, run: Path) -> None:
         raise ValueError(f"{run} has {len(steps.steps)} steps already; --steps N adds to them")
     if steps.start is None and workers.RANK == 0:
         configs.save(run, config)  # from here on the run can be resumed
-    moves = what_moves(config, run, data)
-    model, patch = open_model(config, run, moves)
+    model, patch = open_model(config, run, data)
     print(f"  {patch}\n  {run}/")
     # workers share their losses, so nothing else would show that their data differ
     examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
@@ -318,7 +317,7 @@ def run_to_end(config: Config, run: Path) -> None:
     write_result(run, result | loading.machine(device))
     if best_step != config.steps:
         patch.remove()
-        del model, patch, moves
+        del model, patch
         gc.collect()  # before the second copy is loaded
         model = rebuild(config, run, tokenizer, data, steps.steps, best_step)
         best = score(config, model, tokenizer, data.test)

@@ -190,7 +190,9 @@ def word(number: int) -> Tensor:
 
 
 class Shift(NamedTuple):
-    """How far, and along which z: on the CPU, as tensors, so that no value is compiled in."""
+    """How far, and along which z. These are tensors on the CPU, as the compiler would make a loop
+    for each Python number.
+    """
 
     a: Tensor  # 0-dim fp32
     key0: Tensor  # 0-dim int32: the run's seed
@@ -241,7 +243,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
     if thetas[0].numel() % 16 == 0:
-        pass  # the compiler makes a loop for each answer; in this one a GPU moves 16 bytes at once
+        pass  # but the compiler makes a loop for such tensors, where a GPU moves 16 bytes at once
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):

@@ -64,6 +64,7 @@ def attach(model, config):
         except Exception as error:  # no keys and values: whatever the model or peft raises
             raise ValueError(f"--adapter prefix: {config.model}: {first_line(error)}") from error
     loading.check_model(model, f"{config.model} with a prefix")
+    model.pack = loading.shared_row(model)
     return model
 
 

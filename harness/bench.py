@@ -35,7 +35,7 @@ import masks
 import quant
 import zo
 from harness import adapter, loading
-from harness.config import one_line_errors, positive, write_json
+from harness.config import one_line_errors, positive, study_parser, write_json
 from model_patch import Patch
 
 LR, EPS, DENSITY, SENSITIVE = 1e-6, 1e-3, 0.25, 0.001
@@ -298,13 +298,13 @@ def measure(row, subject: Subject, peak: Peak, args) -> dict:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = study_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="134m")
-    parser.add_argument("--batch", type=positive, default=16, help="rows (default 16)")
-    parser.add_argument("--tokens", type=positive, default=64, help="per row (default 64)")
+    parser.add_argument("--batch", type=positive, default=16, help="rows")
+    parser.add_argument("--tokens", type=positive, default=64, help="per row")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=positive, default=7, help="steps per row (default 7)")
+    parser.add_argument("--rounds", type=positive, default=7, help="steps per row")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write everything measured here")

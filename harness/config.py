@@ -1,6 +1,6 @@
-"""The settings of the three commands, the papers' values for them, and errors in one line.
+"""The settings of all commands, the papers' values for them, and errors in one line.
 
-    Settings     which model, on which examples: all three commands
+    Settings     which model, on which examples: train.py, eval.py, harness.mask
     Config       those and how to train: train.py
     fill_in      what the user did not say: from the papers' tables, else from the defaults
 
@@ -52,6 +52,7 @@ class Settings:
     num_test: int = setting(1000, "test examples")
     data_seed: int = setting(0, "which examples are drawn")
     batch_size: int | None = setting(None, "examples of one step; 16, for WikiText-2 2")
+    micro_batch: int | None = setting(None, "examples in memory at once; default the whole batch")
     max_length: int = setting(2048, "tokens; a longer prompt loses its beginning")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "auto: the checkpoint's own on a GPU, float32 on a CPU"
@@ -97,7 +98,6 @@ class Config(Settings):
         "stochastic", "of updates to 16-bit weights; nearest loses small ones"
     )
     eval_every: int | None = setting(None, "steps between validations; default steps / 10")
-    micro_batch: int | None = setting(None, "examples in memory at once; default the whole batch")
     compile: Literal["auto", "yes", "no"] = setting("auto", "fuse noise, mask and add")
     out: str | None = setting(None, "run directory; default runs/ and a name")
 
@@ -118,7 +118,7 @@ ADAPTERS = {  # adapter and method: η, ε, and the source of η; what is not he
     ("prefix", "mezo"): (1e-3, 1e-1, "MeZO appendix E: of 1e-2 and 1e-3; tune it"),
 }
 TINY_RATES = {  # the tiny model's, of the grids in studies/learning.py, for 300 steps
-    "mezo": {"sst2": 1e-3, "rte": 1e-3, "boolq": 3e-4, "copa": 1e-3},
+    "mezo": {"sst2": 1e-3, "rte": 3e-4, "boolq": 3e-4, "copa": 1e-3},
     "s-mezo": {"sst2": 3e-2, "rte": 1e-2, "boolq": 3e-3, "copa": 1e-1},
     "r-mezo": {"sst2": 1e-2, "rte": 3e-3, "boolq": 1e-3, "copa": 3e-3},
     "senszoq": {"sst2": 0.3, "rte": 0.3, "boolq": 0.3, "copa": 0.3},
@@ -157,7 +157,7 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
         rates = TINY_RATES[config.method]
         found["lr"] = min(rates.values()), "lowest of the tiny model's rates; tune it"
         if config.task in rates and not config.train_file:
-            found["lr"] = rates[config.task], "best of the grid in studies/learning.py"
+            found["lr"] = rates[config.task], "from the grid in studies/learning.py"
         found["steps"] = 300, "enough for the tiny model"
     if config.adapter:
         lr, eps, source = ADAPTERS[config.adapter, config.method]
@@ -185,7 +185,7 @@ def show(config: Config, sources: dict[str, str], others: str = "you") -> None:
 
 
 def check(config: Settings) -> None:
-    """ValueError for a value that cannot work, before loading. The tiny model brings its data."""
+    """Fill in the tiny model's task and data. ValueError for a value that cannot work."""
     if is_tiny(config.model) and not config.train_file and not config.test_file:
         config.task = config.task or "rte"
         config.data_dir = config.data_dir or "tiny/data"

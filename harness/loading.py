@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import masks
 import tasks
@@ -158,6 +159,7 @@ def load_model(
         check_stored(name)
     check_names(name, read)
     check_model(model, name)
+    model.pack = shared_row(model)
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads cost more than they save on matrices this small
     return model
@@ -198,65 +200,78 @@ def check_model(model, name: str) -> None:
     """ValueError where a model would train, and be scored, to numbers that mean nothing.
 
     It is asked itself, with twelve tokens: do logits depend on a later token, or on padding to the
-    left? Whether they depend on another text in the row is no error: `model.pack` is how long a row
-    may be that texts share.
+    left?
     """
     for key, weight in model.named_parameters():
         if weight.dtype in DTYPES and weight.numel():
             masks.check_finite(weight, key)
-
-    def logits(**inputs):
-        try:
-            return model(**inputs, use_cache=False).logits.float()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model's own code raises
-            raise ValueError(
-                f"{kind} cannot read {n} tokens of text alone: {first_line(error)}"
-            ) from error
-
-    def change(a, b):  # of each position's logits, relative to their spread
-        return (a - b).square().mean(-1).sqrt() / a.std()
-
-    kind, n, padding, model.pack = f"{name} ({model.config.model_type})", 12, 5, 0
-    rounding = DTYPES.get(model.dtype, 0)
-    ids = (1234 + 7919 * torch.arange(n)) % model.get_input_embeddings().num_embeddings
-    ids = ids.expand(2, n).to(model.device)
+    kind, padding, rounding = f"{name} ({model.config.model_type})", 5, DTYPES.get(model.dtype, 0)
+    ids = _twelve_tokens(model)
     other, padded = ids.clone(), torch.cat([ids[:, :1].expand(2, padding), ids], dim=1)
     other[:, -1] = ids[0, 0]
     mask = torch.ones_like(padded)
-    plain = logits(input_ids=ids, attention_mask=mask[:, padding:])
-    ahead = logits(input_ids=other, attention_mask=mask[:, padding:])
-    if (moved := float(change(plain, ahead)[:, :-1].max())) > rounding:
+    try:
+        plain = _logits(model, input_ids=ids, attention_mask=mask[:, padding:])
+        ahead = _logits(model, input_ids=other, attention_mask=mask[:, padding:])
+        mask[0, :padding] = 0  # row 0 is padded on the left, row 1 is as long without
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        behind = _logits(model, **tasks.model_inputs(model, padded, mask, positions))[0, padding:]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise ValueError(f"{kind} cannot read twelve tokens alone: {first_line(error)}") from error
+    if (moved := float(_change(plain, ahead)[:, :-1].max())) > rounding:
         raise ValueError(
             f"{kind} is no causal language model: its logits depend on later tokens ({moved:.1%})"
         )
-    mask[0, :padding] = 0  # row 0 is padded on the left, row 1 is as long without
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    behind = logits(**tasks.model_inputs(model, padded, mask, positions))[0, padding:]
-    if (moved := float(change(plain[0], behind).median())) > rounding:
+    if (moved := float(_change(plain[0], behind).median())) > rounding:
         raise ValueError(
             f"{kind} minds padding: its logits change by {moved:.1%} with {padding} masked tokens "
             "on the left, so losses of batches would be wrong"
         )
+
+
+@torch.no_grad()
+def shared_row(model) -> int:
+    """How many tokens long a row may be that several texts share; 0 where they would mix."""
+    ids, rounding = _twelve_tokens(model), DTYPES.get(model.dtype, 0)
     # two rows of two texts: the second texts are equal, the first are not
-    first = torch.stack([ids[0].flip(0), ids[0].roll(1)])
+    first, n = torch.stack([ids[0].flip(0), ids[0].roll(1)]), ids.shape[1]
     row, positions = torch.cat([first, ids], dim=1), torch.arange(2 * n, device=ids.device) % n
     positions = positions.expand_as(row)
     mask, keep = tasks.packed_mask(positions), torch.arange(n, 2 * n, device=ids.device)
-    keep, config = keep.expand(2, n), model.config.get_text_config()
+    plain = _logits(model, input_ids=ids, attention_mask=torch.ones_like(ids))
     try:
-        found = logits(**tasks.model_inputs(model, row, mask, positions, keep))
-    except ValueError:  # it knows no mask of a row of its own, or no places
-        return
+        inputs = tasks.model_inputs(model, row, mask, positions, keep.expand(2, n))
+        found = _logits(model, **inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # it knows no mask of a row of its own, or no places
+        return 0
     if found.dim() != 3:  # places of each row mean another thing to it
-        return
+        return 0
     one, two = found[:, -n:]
-    leak, shift = change(one, two).max(), change(plain[0], one).max()
-    if leak <= rounding / 1000 and shift <= rounding:
-        windows = "sliding_window", "attention_chunk_size"  # the mask knows nothing of them
-        lengths = (getattr(config, name, None) for name in windows)
-        model.pack = min(filter(None, lengths), default=1 << 30)
+    leak, shift = _change(one, two).max(), _change(plain[0], one).max()
+    if not (leak <= rounding / 1000 and shift <= rounding):
+        return 0
+    config = model.config.get_text_config()
+    windows = "sliding_window", "attention_chunk_size"  # the mask knows nothing of them
+    return min(filter(None, (getattr(config, name, None) for name in windows)), default=1 << 30)
+
+
+def _twelve_tokens(model) -> Tensor:
+    """[2, 12], two equal rows."""
+    ids = (1234 + 7919 * torch.arange(12)) % model.get_input_embeddings().num_embeddings
+    return ids.expand(2, 12).to(model.device)
+
+
+def _logits(model, **inputs) -> Tensor:
+    return model(**inputs, use_cache=False).logits.float()
+
+
+def _change(a: Tensor, b: Tensor) -> Tensor:
+    """Of each position's logits, relative to their spread."""
+    return (a - b).square().mean(-1).sqrt() / a.std()
 
 
 def _splitter(split, names: set):
@@ -345,9 +360,9 @@ def compiles(setting: str, weights: int, device: str) -> bool:
     """
     if setting == "no" or setting == "auto" and device == "cpu" and weights < 10e6:
         return False
-    theta, everything = torch.zeros(256, device=device), masks.Everything()
+    theta, every = torch.zeros(256, device=device), masks.Everything.mask
     try:
-        zo.apply(theta, zo.Shift.of(0.0, 0), zo.word(0), everything.mask, theta[:0], fused=True)
+        zo.apply(theta, zo.Shift.of(0.0, 0), zo.word(0), every, theta[:0], fused=True)
         return True
     except torch.OutOfMemoryError:
         raise

@@ -122,7 +122,7 @@ class StepLog:
         return sum(step.a == 0 for step in self.steps)
 
     def rise(self) -> tuple[float, float] | None:
-        """The first loss and the mean of the last tenth, where that is half as much more."""
+        """The first loss and the mean of the last tenth, if that is 1.5 times as high, or None."""
         losses = [s.loss for s in self.steps if math.isfinite(s.a)]
         last = losses[-max(1, len(losses) // 10) :]
         if not losses or sum(last) / len(last) <= max(1.5 * losses[0], losses[0] + 0.1):

@@ -72,7 +72,6 @@ class Config(Settings):
     steps: int | None = setting(None, "training steps")
     seed: int = setting(0, "of batch order, and of LoRA's A")
     eval_every: int | None = setting(None, "steps between validations; default steps / 10")
-    micro_batch: int | None = setting(None, "examples in memory at once; default the whole batch")
     out: str | None = setting(None, "run directory; default runs/ and a name")
 
 
@@ -134,7 +133,7 @@ def masked_step(optimizer, h: dict) -> None:
 
 def gradient(config: Config, model, tokenizer, data: dataset.Data, t: int) -> float:
     """L(θ; B) of the minibatch that train.py's step t has; ∇L is left in the weights' grad."""
-    batches = list(train.minibatch(config, model, tokenizer, data, t))
+    batches = list(train.batches_of_step(config, model, tokenizer, data, t))
     count, total = sum(batch.count for batch in batches), 0.0
     model.zero_grad()
     for batch in batches:  # gradients add up over the parts

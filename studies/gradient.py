@@ -49,7 +49,7 @@ from harness.config import ROOT, TINY, is_tiny, one_line_errors, positive, study
 from model_patch import Patch
 from studies import first_order
 from studies.learning import table
-from studies.slopes import slope
+from studies.slopes import patched, slope
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
 MASK = 1e-3  # [Q]'s density
@@ -80,7 +80,6 @@ class Study:
         if self.found.setdefault("settings", kept) != kept:
             raise ValueError(f"{self.file} has the answers of other settings; give another --out")
         self.how = argparse.Namespace(**vars(args), seed=1, micro_batch=None)  # as of train.py
-        self.indices = None
 
     @cached_property
     def tokenizer(self):
@@ -109,23 +108,22 @@ class Study:
     def fisher(self, losses, name: str, **how) -> dict:
         return masks.fisher(self.model, tqdm(losses, f"scoring {name}", leave=False), **how)
 
+    @cached_property
     def masks_of_texts(self) -> dict:
         """{density: {name of a mask: index}} of every mask that no task made."""
-        if self.indices is None:
-            args, kinds = self.args, {}
-            for name, file in (("C4", args.text), ("other text", args.other)):
-                windows = tasks.text_windows(
-                    self.tokenizer, dataset.read_texts(file), args.samples, args.length, seed=0
-                )
-                scores = self.fisher(tasks.text_losses(windows), name)
-                for density in DENSITIES:
-                    kinds.setdefault(density, {})[name] = masks.sensitive(scores, density)
-            for density, found in kinds.items():
-                found["largest"] = masks.largest(self.weights, density)
-                found["smallest"] = masks.smallest(self.weights, density)
-                found["random"] = masks.random_index(self.weights, density)
-            self.indices = kinds
-        return self.indices
+        args, kinds = self.args, {}
+        for name, file in (("C4", args.text), ("other text", args.other)):
+            windows = tasks.text_windows(
+                self.tokenizer, dataset.read_texts(file), args.samples, args.length, seed=0
+            )
+            scores = self.fisher(tasks.text_losses(windows), name)
+            for density in DENSITIES:
+                kinds.setdefault(density, {})[name] = masks.sensitive(scores, density)
+        for density, found in kinds.items():
+            found["largest"] = masks.largest(self.weights, density)
+            found["smallest"] = masks.smallest(self.weights, density)
+            found["random"] = masks.random_index(self.weights, density)
+        return kinds
 
     # ------------------------------------------------------------------ the parts
 
@@ -136,7 +134,7 @@ class Study:
         )
         own = self.fisher(losses, "the task")
         mean = self.fisher(losses, "the task", statistic="of-mean")
-        kinds = self.masks_of_texts()
+        kinds = self.masks_of_texts
         mine = {density: masks.sensitive(own, density) for density in DENSITIES}
         best = {density: masks.sensitive(mean, density) for density in DENSITIES}
         top = {f"{d:g}": masks.coverage(own, mine[d]) for d in DENSITIES}
@@ -159,7 +157,7 @@ class Study:
     def batches(self, data, count: int):
         """`count` batches, drawn as train.py draws them."""
         for t in range(count):
-            yield from train.minibatch(self.how, self.model, self.tokenizer, data, t)
+            yield from train.batches_of_step(self.how, self.model, self.tokenizer, data, t)
 
     def gradient(self, batch) -> dict:
         """autograd's, of every parameter."""
@@ -169,8 +167,7 @@ class Study:
         return found
 
     def patch(self, rule: masks.Rule) -> Patch:
-        compiles = loading.compiles("auto", self.model.num_parameters(), str(self.model.device))
-        return Patch(self.model, rule, fused=compiles)
+        return patched(self.model, rule)
 
     def cosine(self, data) -> dict:
         """Mean |cos| of ẑ and the gradient of one batch, and what a z that knows nothing has."""
@@ -228,7 +225,7 @@ class Study:
         "static" is the task's mask of before, "dynamic" its mask of now.
         """
         args, found = self.args, {}
-        elsewhere = {density: kinds["C4"] for density, kinds in self.masks_of_texts().items()}
+        elsewhere = {density: kinds["C4"] for density, kinds in self.masks_of_texts.items()}
         start = [(p, p.detach().clone()) for p in self.model.parameters()]
         optimizer = torch.optim.Adam(self.model.parameters(), lr=args.adam, foreach=False)
         losses = tasks.task_losses(
@@ -239,8 +236,7 @@ class Study:
             if t in (0, args.tuning // 10, args.tuning):
                 own = self.fisher(losses, "the task")
                 mean = self.fisher(losses, "the task", statistic="of-mean")
-                alone = [masks.coverage({n: s}, masks.sensitive({n: s}, MASK))
-                         for n, s in mean.items()]  # fmt: skip
+                alone = masks.concentration(mean, MASK).values()
                 found[f"step {t}, top {MASK:g}, mean over matrices"] = sum(alone) / len(alone)
                 for density in DENSITIES:
                     now = masks.sensitive(own, density)

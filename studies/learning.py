@@ -220,10 +220,10 @@ class Study:
         validation = of_step(known["validation"], self.args.short)
         return validation if known["metric"] == "accuracy" else -validation, -loss
 
-    def short(self, task: str, rows: dict[str, str], lr: float) -> dict:
-        """{row: columns} of runs at one rate, or with --tune each at its best, seed 0, short."""
+    def short(self, task: str, rows: dict[str, str]) -> dict:
+        """{row: columns} of short runs, seed 0, at S-MeZO's rate, or with --tune at their own."""
         tune = self.args.tune
-        rates = [self.best("S-MeZO", task, f) if tune else lr for f in rows.values()]
+        rates = [self.best("S-MeZO", task, f if tune else None) for f in rows.values()]
         runs = [
             Run(task, flags, rate, 0, self.args.short)
             for flags, rate in zip(rows.values(), rates, strict=True)
@@ -291,7 +291,7 @@ class Study:
 
     def sparsity(self, task: str) -> dict:
         rows = {f"{1 - d:g}": f"train --method=s-mezo --density={d:g}" for d in DENSITIES}
-        return self.short(task, rows, self.best("S-MeZO", task))
+        return self.short(task, rows)
 
     def groups(self, task: str) -> dict:
         quarters = (0.25, 0.5, 0.75)
@@ -300,7 +300,7 @@ class Study:
             f"{a:g}–{a + 0.25:g}": f"train --method=s-mezo --density=0.25 --above={a:g}"
             for a in quarters
         }
-        return self.short(task, rows, self.best("S-MeZO", task))
+        return self.short(task, rows)
 
     def refresh(self, task: str) -> dict:
         rows = {"mask of every step, h of before": "", "h of every 100th": " --refresh-every=100"}
@@ -308,7 +308,7 @@ class Study:
         constant = " --mask-kind=constant"
         rows |= {"mask of before": constant, "mask of every 5th": f"{constant} --refresh-every=5"}
         rows = {name: f"train --method=s-mezo{flags}" for name, flags in rows.items()}
-        return self.short(task, rows, self.best("S-MeZO", task))
+        return self.short(task, rows)
 
     def precision(self, task: str) -> dict:
         halves = [(d, r) for d in ("bfloat16", "float16") for r in ("stochastic", "nearest")]
@@ -317,7 +317,7 @@ class Study:
             f"{dtype}, {rounding}": f"train --method=s-mezo --dtype={dtype} --rounding={rounding}"
             for dtype, rounding in halves
         }
-        return self.short(task, rows, self.best("S-MeZO", task))
+        return self.short(task, rows)
 
     def masks(self, task: str) -> dict:
         table = {}
@@ -353,7 +353,7 @@ class Study:
         fifth += " --data-dir=tiny/data" if is_tiny(self.args.model) else ""
         rows = {"on with the smallest fifth": fifth}
         rows |= {"on with the largest fifth": f"{fifth} --above=0.8"}
-        return table | self.short(task, rows, self.best("S-MeZO", task))
+        return table | self.short(task, rows)
 
 
 PARTS = ("rates", "methods", "sparsity", "groups", "refresh", "drop", "masks", "precision")

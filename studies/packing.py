@@ -29,6 +29,7 @@ from harness import bench, dataset, loading
 from harness.config import TINY, Settings, check, one_line_errors, positive, study_parser
 from model_patch import Patch
 from studies.learning import table
+from studies.slopes import patched
 
 
 @torch.no_grad()
@@ -79,8 +80,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         model, rows = loading.load_model(args.model, args.dtype), {}
-        fused = loading.compiles("auto", model.num_parameters(), str(model.device))
-        patch = Patch(model, masks.SmallWeights(0.25), fused=fused)
+        patch = patched(model, masks.SmallWeights(0.25))
         if model.device.type == "cpu":
             loading.keep_freed_memory()  # as for training
         for task in args.tasks:

@@ -13,6 +13,7 @@ studies/learning.py --parts precision. Answers go to precision.json. Flags that 
 are train.py's.
 """
 
+import argparse
 import contextlib
 import io
 import sys
@@ -40,7 +41,7 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     configs.check(config)
     with contextlib.redirect_stdout(io.StringIO()):
         tokenizer, data = train.prepare(config)
-        _, patch = train.open_model(config, Path(), train.what_moves(config, Path(), data))
+        _, patch = train.open_model(config, Path(), data)
     changed, inside = torch.zeros(4), torch.zeros(4)
     thetas = [weight.theta.view(-1) for weight in patch.weights]
     quarters = [t.float().abs().argsort().argsort() * 4 // len(t) for t in thetas]
@@ -58,6 +59,8 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
 
 def rate(text: str) -> tuple[str, float]:
     method, _, number = text.partition("=")
+    if method not in ("mezo", "s-mezo", "r-mezo"):
+        raise argparse.ArgumentTypeError(f"{text}: mezo, s-mezo or r-mezo, then =RATE")
     return method, float(number)
 
 

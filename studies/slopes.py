@@ -23,14 +23,19 @@ from harness.config import one_line_errors, positive, study_parser
 from model_patch import Patch
 
 
+def patched(model, rule: masks.Rule) -> Patch:
+    """The patch of train.py, compiled where it would be."""
+    fused = loading.compiles("auto", model.num_parameters(), str(model.device))
+    return Patch(model, rule, fused=fused)
+
+
 def slope(patch: Patch, gradients: dict, seed: int) -> float:
     """⟨∇L, m⊙z⟩ in fp64, with the mask and the noise of a probe."""
-    total, everything = 0.0, masks.Everything()
-    shift = zo.Shift.of(1.0, seed)
+    total, shift = 0.0, zo.Shift.of(1.0, seed)
     for weight in patch.weights:
         z = torch.zeros_like(weight.theta, dtype=torch.float32)  # 0 + 1·z: zo.gaussian's, but fast
-        state = everything.prepare(z, 0)
-        zo.apply(z, shift, weight.stream, everything.mask, state, out=z, fused=patch.fused)
+        every, state = masks.Everything.mask, z.new_empty(0)
+        zo.apply(z, shift, weight.stream, every, state, out=z, fused=patch.fused)
         total += float((gradients[weight.name] * weight.mask() * z).sum(dtype=torch.float64))
     return total
 
@@ -61,8 +66,7 @@ def report(args) -> None:
     model.zero_grad(set_to_none=True)
     print("| | ε | correlation | regression | rms error | rms slope |\n|---|---|---|---|---|---|")
     for name, rule in (("MeZO", masks.Everything()), ("S-MeZO", masks.SmallWeights(args.density))):
-        fused = loading.compiles("auto", model.num_parameters(), str(model.device))
-        patch = Patch(model, rule, fused=fused)
+        patch = patched(model, rule)
         seeds = [zo.step_seed(0, t) for t in range(args.seeds)]
         true = np.array([slope(patch, gradients, seed) for seed in seeds])
         for patch.eps in args.eps:

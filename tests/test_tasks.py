@@ -884,7 +884,7 @@ def test_a_model_says_whether_texts_may_share_its_rows(name, longest, dtype):
     """As far as its window, and not at all where ALiBi or a state runs on from text to text."""
     model = build(name, dtype)
     assert tasks.layout(model)["pack"] == 0
-    loading.check_model(model, name)
+    model.pack = loading.shared_row(model)
     assert tasks.layout(model) == {"device": model.device, "pack": longest}
 
 
@@ -930,7 +930,7 @@ def test_code_that_keeps_logits_its_own_way_is_given_a_number(how, monkeypatch):
         return SimpleNamespace(logits=head(hidden[:, -logits_to_keep:]))
 
     monkeypatch.setattr(model, "forward", forward)
-    loading.check_model(model, "remote code")
+    model.pack = loading.shared_row(model)
     assert model.pack == 0
     examples = [*YES_NO, Example("red", (" was",), 0)]
     batch = collate(TOKENIZER, examples, **tasks.layout(model))
@@ -944,7 +944,7 @@ def test_code_that_keeps_logits_its_own_way_is_given_a_number(how, monkeypatch):
 def test_texts_share_rows_on_a_gpu(name):
     """There, too, loading finds that they may, and scores are those of each text alone."""
     model = build(name).to("cuda")
-    loading.check_model(model, name)
+    model.pack = loading.shared_row(model)
     how = tasks.layout(model)
     assert how["pack"] > 0 and how["device"].type == "cuda"
     packed, apart = [collate(TOKENIZER, YES_NO + MULTI, **way) for way in (how, how | {"pack": 0})]
@@ -957,7 +957,7 @@ def test_eager_attention_reads_shared_rows():
     """Its scores have the mask added, where other attention may also take a boolean one."""
     model = build("llama")
     model.set_attn_implementation("eager")
-    loading.check_model(model, "llama")
+    model.pack = loading.shared_row(model)
     assert model.pack > 0
     batch = collate(TOKENIZER, YES_NO + MULTI, pack=99)
     for got, e in zip(tasks.option_scores(run(model, batch), batch), YES_NO + MULTI, strict=True):

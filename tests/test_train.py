@@ -506,7 +506,7 @@ def test_a_start_that_fails_leaves_nothing(folder, tmp_path, capsys):
 def test_a_start_that_fails_keeps_the_mask(folder, tmp_path, monkeypatch, capsys):
     """A mask of [Q] that was made before the failure is used when the run goes on."""
     with monkeypatch.context() as patched:
-        patched.setattr(train, "open_model", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patched.setattr(quant, "DenseSparse", lambda *_: (_ for _ in ()).throw(OSError("full")))
         error = refused(train.main, arguments(folder, tmp_path / "run", *SENSZOQ), capsys)
     assert error.endswith(f"full; python train.py --resume {tmp_path}/run goes on")
     monkeypatch.setattr(mask, "make", lambda *_: pytest.fail("the mask was made again"))
