@@ -39,8 +39,8 @@ def of_split(data: dataset.Data, split: str) -> list:
     return examples
 
 
-def evaluate(config: Settings, split: str, shots: int):
-    """(line to print, model, tokenizer, examples) of a model as it is, zero-shot or in-context."""
+def open_model(config: Settings, split: str, shots: int) -> tuple:
+    """(what it is, model, tokenizer, data, examples): a model as it is, zero-shot or in-context."""
     configs.check(config)
     tokenizer, model_config, data = dataset.prepare(config)
     config.batch_size = config.batch_size or tasks.TASKS.get(config.task, tasks.OWN).batch_size
@@ -56,13 +56,11 @@ def evaluate(config: Settings, split: str, shots: int):
     if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
-    found = train.score(config, model, tokenizer, examples)
-    line = f"{config.model}, {how}, {data.source}: {split} {data.metric} {found}"
-    return line, model, tokenizer, examples
+    return f"{config.model}, {how}", model, tokenizer, data, examples
 
 
-def evaluate_run(config: configs.Config, run: Path, step: str, split: str):
-    """(line to print, model, tokenizer, examples) of a run after its best, last or any step."""
+def open_run(config: configs.Config, run: Path, step: str, split: str) -> tuple:
+    """(what it is, model, tokenizer, data, examples): a run after its best, last or any step."""
     log = StepLog(run)
     after = {"best": log.best_step(), "last": len(log.steps)}.get(step)
     if after is None:
@@ -72,10 +70,8 @@ def evaluate_run(config: configs.Config, run: Path, step: str, split: str):
     tokenizer, _, data = dataset.prepare(config)
     examples = of_split(data, split)
     model = train.rebuild(config, run, tokenizer, data, log.steps, after)
-    found = train.score(config, model, tokenizer, examples)
-    which = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
-    line = f"{which}, {data.source}: {split} {data.metric} {found}"
-    return line, model, tokenizer, examples
+    what = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
+    return what, model, tokenizer, data, examples
 
 
 def show_continuations(model, tokenizer, examples: list, longest: int, tokens: int = 64) -> None:
@@ -117,11 +113,12 @@ def main(argv=None) -> None:
             save.mkdir(parents=True, exist_ok=True)  # or it is said before the work
         if run is None:
             config = Settings(**settings)
-            line, model, tokenizer, examples = evaluate(config, split, shots or 0)
+            what, model, tokenizer, data, examples = open_model(config, split, shots or 0)
         else:
             config = configs.load(run, settings)
-            line, model, tokenizer, examples = evaluate_run(config, run, step or "best", split)
-        print(line)
+            what, model, tokenizer, data, examples = open_run(config, run, step or "best", split)
+        found = train.score(config, model, tokenizer, examples)
+        print(f"{what}, {data.source}: {split} {data.metric} {found}")
         show_continuations(model, tokenizer, examples[: generate or 0], config.max_length)
         if save is not None:
             quant.join(model)
