@@ -425,6 +425,16 @@ def draw(study: Study, task: str, path: Path) -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
+def joined(words: list[str]) -> list[str]:
+    """`--flag value` as `--flag=value`: settings are equal, whichever was typed."""
+    flags = []
+    for word in words:
+        if flags and not word.startswith("--"):
+            word = f"{flags.pop()}={word}"
+        flags.append(word)
+    return flags
+
+
 def data_dir(args) -> list[str]:
     return [f"--data-dir={args.data_dir}"] if args.data_dir else []
 
@@ -462,7 +472,7 @@ def main(argv=None) -> None:
         if args.short > args.steps or args.short % args.every:
             raise ValueError(f"--short {args.short}: at most --steps, a multiple of --every")
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
-        study = Study(args, [*common, *data_dir(args)])
+        study = Study(args, [*joined(common), *data_dir(args)])
         for task in args.tasks:
             for part in args.parts:
                 rows = getattr(study, part)(task)

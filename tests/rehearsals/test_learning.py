@@ -88,6 +88,14 @@ def test_a_run_that_broke_is_behind_all_others(metric):
     assert study.score(ended) > study.score(ended | {"stopped": "why"})
 
 
+def test_flags_are_equal_however_they_are_typed():
+    """A value that stands apart from its flag is joined to it; a flag may have none."""
+    typed = ["--num-test", "4", "--dtype=bfloat16", "--trust-remote-code", "--seed", "1"]
+    assert learning.joined(typed) == [
+        "--num-test=4", "--dtype=bfloat16", "--trust-remote-code", "--seed=1"
+    ]  # fmt: skip
+
+
 def test_a_name_tells_runs_apart():
     """Whatever the flags, rate or seed, another run has another name; its length has none."""
     runs = [learning.Run("rte", flags, lr, seed, 1) for lr in (1e-3, 3e-3) for seed in (0, 1)
