@@ -217,7 +217,8 @@ class DenseSparse:
         self.codebooks = codebooks
         self.slices, end = {}, 0
         for name, places in self.index.items():
-            self.slices[name] = slice(end, end := end + len(places))
+            self.slices[name] = slice(end, end + len(places))
+            end += len(places)
         self.values = torch.zeros(end, device=device)
         self.visible = self.values  # to the layers
         self.parts: dict[str, Parts] = {}

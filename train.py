@@ -208,7 +208,7 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
 
 def evaluated(config, patch, tokenizer, data: dataset.Data, step: log.Step) -> log.Step:
     """The step with its validation and active density, of weights that all workers share."""
-    if workers.SIZE > 1:
+    if workers.SIZE > 1:  # or nobody asks, and the sum would read every weight
         workers.check_same(patch.checksum(), "weights")
     found = {"active_density": patch.active_density()}
     if data.validation:

@@ -209,7 +209,8 @@ def main(argv=None) -> None:
         Path(f"{config.out}.tmp").unlink()
         configs.check_numbers(config)
         of_task = config.mask_from == "task"
-        if config.text if of_task else config.task or config.train_file:
+        ignored = [config.text] if of_task else [config.task, config.train_file]
+        if any(ignored):
             raise ValueError(
                 "--task and --train-file are for --mask-from task, --text is for --mask-from text"
             )

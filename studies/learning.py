@@ -164,11 +164,12 @@ class Study:
             argv = [f"--model={self.args.model}", f"--density={density}", f"--out={path}"]
             if kind in ("largest", "random"):
                 argv += [f"--kind={kind}"]
-            elif kind == "task":
-                argv += ["--mask-from=task", f"--task={task}", f"--samples={self.args.samples}"]
-                argv += data_dir(self.args)
             else:
-                argv += [f"--length={self.args.length}", f"--samples={self.args.samples}"]
+                argv += [f"--samples={self.args.samples}"]
+            if kind == "task":
+                argv += ["--mask-from=task", f"--task={task}", *data_dir(self.args)]
+            elif kind == "sensitive":
+                argv += [f"--length={self.args.length}"]
                 argv += [f"--text={self.args.text}"] if self.args.text else []
             with contextlib.redirect_stdout(io.StringIO()):
                 mask.main(argv)
@@ -345,7 +346,8 @@ class Study:
         table["drop"] = {"lr": lr, "validation": taken[point], "after": point}
         saved = self.args.out / "dropped" / f"{fallen.name}-{point}"
         if not saved.exists():
-            folder, beside = self.args.out / "runs" / fallen.name, saved.with_suffix(".tmp")
+            folder = self.args.out / "runs" / fallen.name
+            beside = saved.with_name(f"{saved.name}.tmp")
             shutil.rmtree(beside, ignore_errors=True)
             eval.main([f"--run={folder}", f"--step={point}", f"--save={beside}"])
             beside.rename(saved)
