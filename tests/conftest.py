@@ -9,6 +9,8 @@ import pytest
 import torch
 from models import write_task
 
+from harness import log
+
 
 def pytest_configure(config):
     """Tests see no GPU, so that they are the same on every machine; `pytest -m cuda` does."""
@@ -18,6 +20,13 @@ def pytest_configure(config):
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """A run's picture takes a third of a short run's time: only tests marked `picture` draw it."""
+    if "picture" not in request.keywords:
+        monkeypatch.setattr(log, "draw_curve", lambda *_: None)
 
 
 @pytest.fixture

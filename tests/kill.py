@@ -31,6 +31,10 @@ import tasks
 import train
 from harness import log
 
+LOADED = [  # once, by the server that lives are forked from: it is most of what a life takes
+    "train", "bitsandbytes", "torch._dynamo", "transformers.hf_argparser",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
+]  # fmt: skip
 FLAGS = ["--batch-size=7", "--steps=12", "--eval-every=4"]
 METHODS = (
     ["--lr=2e-2", "--refresh-every=3"],
@@ -103,7 +107,7 @@ def life(argv, count, die_at, threads) -> None:
 def live(argv, die_at: int | None = None, seconds: float | None = None) -> tuple[int, int]:
     """(exit code, moments) of one life; −9 where it was killed, by number or after `seconds`."""
     context = get_context("forkserver")  # of a process whose threads have done work no fork is safe
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(LOADED)
     count = context.Value("i", 0, lock=False)
     process = context.Process(target=life, args=(argv, count, die_at, torch.get_num_threads()))
     process.start()

@@ -159,10 +159,9 @@ def test_padding_changes_no_score(kind, wide):
 
 @pytest.mark.parametrize("kind", ["mezo-lora-nf4", "mezo-prefix", "s-mezo-lora"])
 def test_a_run_is_its_log_and_what_is_saved_is_what_it_rebuilds(
-    kind, wide, folder, tmp_path, trained, capsys, monkeypatch
+    kind, wide, folder, tmp_path, trained, capsys
 ):
     """A cut log goes on to the same bytes; peft reads the saved folder to the same logits."""
-    monkeypatch.setattr(train.log, "draw_curve", lambda *_: None)  # half of the time
     few = ["--steps=3", "--eval-every=3", "--num-test=8", "--num-validation=0", "--batch-size=4"]
     run(folder, tmp_path / "run", wide, *KINDS[kind], *few)
     weights = [w.clone() for w in trained]

@@ -283,11 +283,13 @@ def test_a_tensor_on_another_device_takes_its_numbers_from_the_cpu():
     assert not any(number.device.type != "cpu" or number.dim() for number in shift)
 
 
-def test_a_loop_compiled_for_few_weights_runs_on_all_threads():
+def test_a_loop_compiled_for_few_weights_runs_on_all_threads(monkeypatch):
     """A tiny tensor's loop is parallel too: from the compiler's cache a large tensor gets it."""
+    monkeypatch.setattr(zo, "threefry", lambda draw, *_: (draw, draw))  # or it compiles for long
+    monkeypatch.setattr(zo, "normal_pair", lambda *words: [word.float() for word in words])
     torch.compiler.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
-        _, code = run_and_get_code(move, weight(64), stochastic=True, fused=True)
+        _, code = run_and_get_code(move, weight(64), fused=True)
     assert code and all("#pragma omp parallel" in source for source in code)
 
 

@@ -120,6 +120,7 @@ def test_parts_of_a_batch_have_its_loss_and_its_gradient(scored, folder):
 # ------------------------------------------------------------------ a run
 
 
+@pytest.mark.picture
 @pytest.mark.parametrize("method", ALL)
 def test_each_method_learns_and_leaves_a_whole_run(method, folder, tmp_path, capsys):
     """40 steps halve the training loss; the run directory and the lines said are train.py's."""

@@ -480,6 +480,7 @@ def test_a_rate_that_is_too_high_is_said(flags, folder, tmp_path, capsys):
 # ------------------------------------------------------------------ a result withheld or lost
 
 
+@pytest.mark.picture
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "none"])
 def test_accuracies_come_before_the_picture(backend, folder, tmp_path, monkeypatch, capsys):
     """In a notebook's environment, and without matplotlib, a run ends with its accuracies."""
@@ -726,6 +727,7 @@ def learnt(out) -> float:
     return sum(token in ("red", "<eos>") for token in tokens) / len(tokens)
 
 
+@pytest.mark.picture
 def test_instruction_tuning_learns(folder, instructions, tmp_path, capsys):
     """Held-out perplexity falls, the model answers as taught, and all speak of perplexity."""
     few = ["--method=mezo", "--lr=5e-3", "--select=embed|mlp.down", "--num-validation=5"]
