@@ -23,7 +23,7 @@ How it works
     SmallWeights     taken at every read: S-MeZO, "dynamic mask"    h, one number per tensor
     MagnitudeGroup   the same of other groups by magnitude          two numbers per tensor
     ConstantMask     taken before training, [S] §3.2, or every k    one byte per weight
-    PackedMask       the same, packed ([S] §3.3 packs each m_t)     one bit per weight
+    PackedMask       the same, packed ([S] §3.3, "1-bit")           one bit per weight
     RandomMask       regenerated from a seed: R-MeZO                three numbers per tensor
 
     [Q]'s mask is no rule but an index. It is found once, from the gradients of a text, and is the
@@ -217,7 +217,7 @@ class ConstantMask(Rule):
 class PackedMask(ConstantMask):
     """The constant mask at one bit per weight: weight j is bit j mod 8 of byte j div 8.
 
-    [S] §3.3's "1-bit quantization" packs each step's own m; here a dynamic mask is never stored.
+    [S] §3.3 names this "1-bit quantization", and then makes m in each forward pass instead.
     """
 
     def prepare(self, weight, stream):
