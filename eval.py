@@ -107,6 +107,8 @@ def main(argv=None) -> None:
             raise ValueError(f"--save {save} is not empty; choose another name")
         if generate is not None and generate < 1:
             raise ValueError(f"--generate {generate}: 1 or more")
+        if run is None and step is not None:
+            raise ValueError("--step is of a run: give it with --run")
         if run is not None and shots:
             raise ValueError("--shots: a run has none; --save it and use --model")
         if save is not None:

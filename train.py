@@ -304,8 +304,10 @@ def run_to_end(config: Config, run: Path) -> None:
             print("  the examples are not all those that the run began with")
         replay(config, patch, tokenizer, data, steps.steps, run, after=len(steps.steps))
         print(f"  going on after step {len(steps.steps)} of {config.steps}")
-        if workers.RANK == 0:
-            configs.save(run, config)
+    if model.dtype in loading.DTYPES:  # auto's may be another one on another machine
+        config.dtype = str(model.dtype).removeprefix("torch.")
+    if workers.RANK == 0:
+        configs.save(run, config)
     train(config, patch, tokenizer, data, steps)
 
     last = score(config, model, tokenizer, data.test)

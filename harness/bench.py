@@ -254,10 +254,11 @@ class Peak:
         self.before = self.read()  # the interpreter and its libraries: not the model's doing
 
     def reset(self) -> None:
+        gc.collect()  # an earlier row's model is freed before this one is made
         if self.gpu:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not the row's doing
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
 
@@ -311,6 +312,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         args.device = loading.choose_device(args.device)
+        if ":" in args.device:
+            torch.cuda.set_device(args.device)  # whose clock and memory are read
         if args.json is not None:
             args.json.touch()  # what cannot be written is said before measuring
         torch.manual_seed(0)
@@ -333,8 +336,6 @@ def main(argv=None) -> None:
                 if args.json is not None:
                     write_json(args.json, found)
             del subject
-            if args.device.startswith("cuda"):
-                torch.cuda.empty_cache()
         print(json.dumps(found["machine"]))
 
 

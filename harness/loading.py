@@ -43,6 +43,8 @@ def choose_device(device: str) -> str:
         raise ValueError(f"--device {device}: auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this torch sees no GPU; use --device cpu")
+    if ":" in device and int(device[5:]) >= (found := torch.cuda.device_count()):
+        raise ValueError(f"--device {device}: this torch sees {found} GPUs, from cuda:0 on")
     return device
 
 

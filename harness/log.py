@@ -95,7 +95,9 @@ class StepLog:
 
     def _append(self, line: str) -> None:
         if self.file is not None:  # unbuffered: what a killed process has written is written
-            self.file.write(line.encode() + b"\n")
+            data = line.encode() + b"\n"
+            if self.file.write(data) < len(data):
+                raise OSError(f"{self.run}/steps.csv: the disk is full")
 
     def append(self, step: Step) -> None:
         """The step exists once its line does."""

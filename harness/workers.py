@@ -73,6 +73,6 @@ def broadcast(value):
 def check_same(number: float, what: str) -> None:
     """ValueError where a worker's number differs from the first worker's in any bit."""
     if SIZE > 1:
-        found = gather(np.array([number]))[:, 0]
+        found = gather(np.array([number]))[:, 0].view(np.int64)  # NaN is NaN
         if other := [rank for rank in range(SIZE) if found[rank] != found[0]]:
             raise ValueError(f"worker {other[0]} of {SIZE} has other {what} than worker 0")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import kill
 import numpy as np
@@ -324,6 +325,20 @@ def test_a_torn_last_line_is_dropped(flags, last, folder, tmp_path, trained):
     after = json.loads((cut / "result.json").read_text())
     for name in ("zero_shot", "last", "best", "best_step", "skipped"):
         assert after[name] == before[name]
+
+
+def test_a_line_that_the_disk_has_no_room_for_ends_the_run(ready):
+    """A line that is written in part is no finished step: it is said, and stays the last one."""
+    steps = log.StepLog(ready, True)
+    steps.file = SimpleNamespace(write=lambda data: len(data) // 2)
+    with pytest.raises(OSError, match="the disk is full"):
+        steps.append(steps.steps[-1]._replace(step=9))
+    assert len(log.StepLog(ready).steps) == 8
+
+
+def test_a_run_keeps_the_dtype_that_it_took(ready):
+    """What `auto` stood for is in the settings, as another machine may choose otherwise."""
+    assert json.loads((ready / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_more_steps_are_what_a_longer_run_would_have_done(folder, ready, tmp_path):
@@ -663,6 +678,7 @@ BAD = {  # what the user types: what the one line must say
     "--out={folder}": "is not empty",
     "--out=/proc/nowhere/run": "No such file or directory",
     "eval --step=3 --run=/nowhere": "is no run directory",
+    "eval --step=3": "--step is of a run",
     "eval --split=train": "test or validation",
     "eval --split=validation --num-validation=0": "there are no validation examples",
     "eval --shots=-1": "--shots -1: from 0 to",

@@ -652,6 +652,7 @@ def test_a_mask_that_is_made_stays(folder, tmp_path, capsys):
         "--mask-from=text",
         "--groups=2",
         "--quantiser=kmeans",
+        "--bits=16",
         "--out=other",
     ):
         error = refused(train.main, [f"--resume={tmp_path}/run", "--steps=9", flag], capsys)

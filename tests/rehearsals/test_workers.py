@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import kill
+import numpy as np
 import pytest
 
 import eval
@@ -226,6 +227,8 @@ def test_workers_of_a_machine_take_a_gpu_each(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", str(worker))
         assert loading.choose_device("auto") == device
         assert loading.choose_device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="sees 2 GPUs"):
+        loading.choose_device("cuda:2")
 
 
 def test_shares_are_every_nth(monkeypatch):
@@ -239,6 +242,16 @@ def test_shares_are_every_nth(monkeypatch):
         monkeypatch.setattr(workers, "RANK", rank)
         shares.append(workers.share([0, 1, 2, 3]))
     assert shares == [[0, 3], [1], [2]]
+
+
+def test_numbers_that_are_no_number_are_the_same(monkeypatch):
+    """Weights that broke on every worker do not differ; a worker with others is named."""
+    monkeypatch.setattr(workers, "SIZE", 2)
+    monkeypatch.setattr(workers, "gather", lambda numbers: np.stack([numbers, numbers]))
+    workers.check_same(float("nan"), "weights")
+    monkeypatch.setattr(workers, "gather", lambda numbers: np.stack([numbers, numbers + 1]))
+    with pytest.raises(ValueError, match="worker 1 of 2 has other weights"):
+        workers.check_same(1.0, "weights")
 
 
 @pytest.mark.parametrize("kind", ["classification", "language modelling"])
