@@ -20,8 +20,8 @@ How it works
     Their copy stays for the whole probe, as it is often the largest, and would be drawn twice.
     Nothing here depends on the architecture, LLaMA or OPT.
 
-    [Q] is the same on one vector. quant.DenseSparse holds the k values that move, and the layers
-    read them from there. A probe lets the layers read values ± ε z. The update is values += a z.
+    [Q] is the same on one vector that moves as a whole: the k values of quant.DenseSparse. A probe
+    makes values ± ε z once, when it opens, and the layers read them from there.
 
 What differs from Algorithm 1
     l⁻ is taken at θ − ε ẑ itself, not on the way back from θ + ε ẑ. The two agree up to rounding.
@@ -44,14 +44,14 @@ import zo
 
 
 class MaskedWeight(nn.Module):
-    """One parameter that moves by a rule of masks.py."""
+    """One tensor that moves by a rule of masks.py: a parameter, or [Q]'s vector of k values."""
 
-    def __init__(self, patch: "Patch", name: str, parameter: nn.Parameter, stream: int):
+    def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int):
         super().__init__()
         self.patch, self.name, self.number = patch, name, stream
         self.layer = name.rpartition(".")[0]  # of a tied weight, its first
         self.uses = 0  # of a tied weight, more than one
-        self.held = (parameter,)  # in a tuple: it is registered already, under `original`
+        self.held = (theta,)  # in a tuple: a parameter is registered already, under `original`
         self.stream = zo.word(stream)
         self.was_read = False
         self.prepare()
@@ -83,8 +83,8 @@ class MaskedWeight(nn.Module):
             patch.copies[self] = self.plus(patch.shift, out=patch.scratch(theta))
         return patch.copies[self]
 
-    def plus(self, shift: zo.Shift, out: Tensor, stochastic: bool = False) -> Tensor:
-        """θ + a m(θ)⊙z, into `out`."""
+    def plus(self, shift: zo.Shift, out: Tensor | None = None, stochastic: bool = False) -> Tensor:
+        """θ + a m(θ)⊙z, into `out` or a new tensor."""
         return zo.apply(
             self.theta, shift, self.stream, self.patch.rule.mask, self.state,
             out=out, stochastic=stochastic, fused=self.patch.fused,
@@ -124,19 +124,20 @@ class Patch:
         if any(module.training for module in model.modules()):
             raise ValueError("in training mode dropout drowns the probes; call model.eval() first")
         self.model, self.eps, self.fused = model, eps, fused
-        self.stochastic = rounding == "stochastic"
+        self.stochastic = rounding == "stochastic" and not splits  # [Q]'s values are of 32 bits
         self.shift: zo.Shift | None = None  # a probe is open while it is set
         self.reading: str | None = None  # the layer that reads, and its perturbed weights
         self.copies: dict[MaskedWeight, Tensor] = {}
         self.buffers: list[tuple[Tensor, int]] = []
         self.weights: list[MaskedWeight] = []
         self.order: dict[nn.Module, list[str]] = {}
-        self.sparse = self.rule = None
+        self.sparse = what_moves if splits else None
+        self.rule = masks.Everything() if splits else what_moves
         if splits:
-            self.sparse, self.device = what_moves, what_moves.values.device
+            self.weights = [MaskedWeight(self, "values", self.sparse.values, 0)]
         else:
-            self.rule, self.device = what_moves, next(model.parameters()).device
             self._parametrize(select)
+        self.device = self.weights[0].theta.device
         # bitsandbytes packs two of 4 bits into a byte
         shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]
         parts = self.sparse.parts.values() if self.sparse else ()
@@ -190,7 +191,7 @@ class Patch:
         assert not self.model.training, "the model was put into training mode after patching"
         self.shift = zo.Shift.of(a, seed)
         if self.sparse:
-            self.sparse.visible = self._shifted_values(self.shift)
+            self.sparse.visible = self.weights[0].plus(self.shift)
         try:
             yield
         finally:
@@ -226,20 +227,12 @@ class Patch:
         """
         assert abs(a) < float("inf"), f"an update of {a} leaves no weight finite; skip the step"
         shift = zo.Shift.of(a, seed)
-        if self.sparse:
-            self._shifted_values(shift, out=self.sparse.values)
         for weight in self.weights:
             weight.plus(shift, out=weight.theta, stochastic=self.stochastic)
 
-    def _shifted_values(self, shift: zo.Shift, out: Tensor | None = None) -> Tensor:
-        """[Q]: values + a z, all of them, one stream."""
-        values = self.sparse.values
-        every, state = masks.Everything.mask, values.new_empty(0)
-        return zo.apply(values, shift, zo.word(0), every, state, out=out, fused=self.fused)
-
     def refresh(self, step: int) -> None:
         """Before step `step`, from 0 on: take thresholds again where the rule says so."""
-        if self.rule and self.rule.refresh_every and step and step % self.rule.refresh_every == 0:
+        if self.rule.refresh_every and step and step % self.rule.refresh_every == 0:
             for weight in self.weights:
                 weight.prepare()
 
@@ -247,12 +240,13 @@ class Patch:
 
     def moving(self) -> list[Tensor]:
         """The tensors that an update writes: [Q]'s values, or the parameters of the rule."""
-        return [self.sparse.values] if self.sparse else [w.theta for w in self.weights]
+        return [weight.theta for weight in self.weights]
 
     def active_density(self) -> float:
         """Share of the weights of moving tensors that are inside the mask now."""
         if self.sparse:
-            return self.sparse.values.numel() / self.sparse.count_weights()
+            whole = sum(part.shape.numel() for part in self.sparse.parts.values())
+            return self.sparse.values.numel() / whole
         inside = sum(masks.active_count(self.rule, w.theta.view(-1), w.state) for w in self.weights)
         return inside / sum(theta.numel() for theta in self.moving())
 

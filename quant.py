@@ -249,10 +249,6 @@ class DenseSparse:
             owner.train(owner.training)  # its new children, too
             owner._is_hf_initialized = True
 
-    def count_weights(self) -> int:
-        """How many weights the matrices of the index have."""
-        return sum(part.shape.numel() for part in self.parts.values())
-
     def __str__(self):
         kinds = Counter(getattr(part.packed, "kind", part.dtype) for part in self.parts.values())
         return " and ".join(f"{kind} ({n})" for kind, n in kinds.items()).replace("torch.", "")

@@ -77,8 +77,7 @@ def install(count, die_at: int | None) -> None:
 
     def saved_train(config, patch, tokenizer, data, steps):
         train_loop(config, patch, tokenizer, data, steps)
-        weights = [patch.sparse.values] if patch.sparse else [w.held[0] for w in patch.weights]
-        flat = torch.cat([w.detach().flatten() for w in weights])
+        flat = torch.cat([theta.flatten() for theta in patch.moving()])
         Path(f"{steps.run}.weights").write_bytes(flat.cpu().numpy().tobytes())
 
     train_loop, train.train = train.train, saved_train

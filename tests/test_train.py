@@ -108,8 +108,7 @@ def trained(monkeypatch):
 
     def spy(config, patch, *arguments):
         original(config, patch, *arguments)
-        weights[:] = [w.held[0].detach().clone() for w in patch.weights]
-        weights.extend([patch.sparse.values.clone()] if patch.sparse else [])
+        weights[:] = [theta.clone() for theta in patch.moving()]
 
     monkeypatch.setattr(train, "train", spy)
     return weights
