@@ -41,7 +41,6 @@ def of_split(data: dataset.Data, split: str) -> list:
 
 def open_model(config: Settings, split: str, shots: int) -> tuple:
     """(what it is, model, tokenizer, data, examples): a model as it is, zero-shot or in-context."""
-    configs.check(config)
     tokenizer, model_config, data = dataset.prepare(config)
     config.batch_size = config.batch_size or tasks.TASKS.get(config.task, tasks.OWN).batch_size
     examples = of_split(data, split)
@@ -88,7 +87,7 @@ def show_continuations(model, tokenizer, examples: list, longest: int, tokens: i
         print("...{!r}\n    → {!r}".format(*shown))
 
 
-def main(argv=None) -> None:
+def main(argv=None) -> tasks.Score:
     with configs.one_line_errors():
         more = {
             "run": (Path, "a run directory of train.py, instead of a model"),
@@ -114,7 +113,7 @@ def main(argv=None) -> None:
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)  # or it is said before the work
         if run is None:
-            config = Settings(**settings)
+            config = configs.complete(Settings(**settings))
             what, model, tokenizer, data, examples = open_model(config, split, shots or 0)
         else:
             config = configs.load(run, settings)
@@ -127,6 +126,7 @@ def main(argv=None) -> None:
             model = adapter.merged(model)  # S-MeZO's LoRA; others as they are
             model.save_pretrained(save)
             tokenizer.save_pretrained(save)
+        return found
 
 
 if __name__ == "__main__":

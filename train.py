@@ -369,8 +369,7 @@ def main(argv=None) -> None:
         workers.join()
         try:
             if run is None:
-                config = Config(**changes)
-                configs.check(config)
+                config = configs.complete(Config(**changes))
                 made = configs.new_run(config) if workers.RANK == 0 else None
                 run = workers.broadcast(made)
             else:

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -184,8 +184,12 @@ def show(config: Config, sources: dict[str, str], others: str = "you") -> None:
 # ------------------------------------------------------------------ what cannot work
 
 
-def check(config: Settings) -> None:
-    """Fill in the tiny model's task and data. ValueError for a value that cannot work."""
+def complete(config: Settings) -> Settings:
+    """A copy with the tiny model's task and data where nothing is named.
+
+    ValueError for a value that cannot work.
+    """
+    config = replace(config)
     if is_tiny(config.model) and not config.train_file and not config.test_file:
         config.task = config.task or "rte"
         config.data_dir = config.data_dir or "tiny/data"
@@ -198,6 +202,7 @@ def check(config: Settings) -> None:
     check_numbers(config)
     if isinstance(config, Config):
         _check_method(config)
+    return config
 
 
 def check_numbers(config: Settings) -> None:
@@ -419,8 +424,7 @@ def load(run: Path, changes: dict) -> Config:
     fixed["out"] = "a run stays where it is"
     for name in fixed.keys() & changes.keys():
         raise ValueError(f"{flag(name)} cannot be changed in {run}: {fixed[name]}; start a new run")
-    check(config)
-    return config
+    return complete(config)
 
 
 def check_types(config: Settings) -> None:

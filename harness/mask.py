@@ -220,8 +220,8 @@ def main(argv=None) -> None:
                 f"--kind {config.kind} scores nothing: leave out --text, --mask-from, --quantiser"
             )
         examples = None
-        if of_task and config.kind == "sensitive":
-            configs.check(config)
+        if of_task:
+            config = configs.complete(config)
             _, _, data = dataset.prepare(config)
             examples = data.train, data.scored
         make(config, config.out, examples)

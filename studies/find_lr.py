@@ -98,8 +98,7 @@ def main(argv=None) -> None:
             raise ValueError(f"--rates {rates}: numbers with commas, such as 1e-7,1e-6") from None
         if short < 3 or not all(0 < rate < math.inf for rate in rates):
             raise ValueError(f"--short {short} is 3 or more, and --rates are above 0")
-        config = Config(**given)
-        configs.check(config)
+        config = configs.complete(Config(**given))
         run = configs.new_run(config)
         try:
             found = find(config, rates, short, run)

@@ -92,9 +92,9 @@ def fill_in(config: Config, examples: int) -> dict[str, str]:
     return sources
 
 
-def check(config: Config) -> None:
-    """ValueError for what cannot work, before anything is loaded."""
-    configs.check(config)
+def complete(config: Config) -> Config:
+    """As of train.py. ValueError for what cannot work, before anything is loaded."""
+    config = configs.complete(config)
     loading.choose_device(config.device)
     if config.density is not None:
         masks.check_density(config.density)
@@ -104,6 +104,7 @@ def check(config: Config) -> None:
         raise ValueError("--method lora needs peft, which is not installed: pip install peft")
     if workers.SIZE > 1:
         raise ValueError("first-order training is one process; start it without torchrun")
+    return config
 
 
 def what_moves(config: Config, model) -> tuple[list, dict]:
@@ -208,8 +209,7 @@ def run_to_end(config: Config, run: Path) -> None:
 
 def main(argv=None) -> None:
     with configs.one_line_errors():
-        config = Config(**configs.parse(Config, __doc__.split("\n")[0], argv))
-        check(config)
+        config = complete(Config(**configs.parse(Config, __doc__.split("\n")[0], argv)))
         run = configs.new_run(config)
         try:
             run_to_end(config, run)

@@ -36,7 +36,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -217,8 +216,7 @@ class Study:
         """Better is higher: validation after --short steps, of a perplexity −, then −loss."""
         if known["stopped"]:
             return -math.inf, -math.inf
-        loss = known["loss"][: -(-self.args.short // self.args.every)][-1]
-        validation = of_step(known["validation"], self.args.short)
+        loss, validation = self.columns(known).values()
         return validation if known["metric"] == "accuracy" else -validation, -loss
 
     def short(self, task: str, rows: dict[str, str]) -> dict:
@@ -235,10 +233,11 @@ class Study:
         }
 
     def columns(self, known: dict) -> dict:
+        """Loss and validation after --short steps; None of a run that stopped."""
         if known["stopped"]:
             return {"loss": None, "validation": None}
-        validation, loss = self.score(known)
-        return {"loss": -loss, "validation": abs(validation)}
+        loss = known["loss"][: self.args.short // self.args.every][-1]
+        return {"loss": loss, "validation": of_step(known["validation"], self.args.short)}
 
     # ------------------------------------------------------------------ the parts
 
@@ -283,11 +282,9 @@ class Study:
         if (name := f"{task}, {shots}") not in known:
             import eval
 
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
-                argv = [f"--model={self.args.model}", f"--task={task}", f"--shots={shots}"]
-                eval.main([*argv, *self.common])
-            known[name] = float(re.search(r"(accuracy|perplexity) (\S+)", said.getvalue())[2])
+            argv = [f"--model={self.args.model}", f"--task={task}", f"--shots={shots}"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                known[name] = eval.main([*argv, *self.common]).value
         return known[name]
 
     def sparsity(self, task: str) -> dict:

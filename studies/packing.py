@@ -26,7 +26,7 @@ from tqdm import tqdm
 import masks
 import tasks
 from harness import bench, dataset, loading
-from harness.config import TINY, Settings, check, one_line_errors, positive, study_parser
+from harness.config import TINY, Settings, complete, one_line_errors, positive, study_parser
 from model_patch import Patch
 from studies.learning import table
 from studies.slopes import patched
@@ -84,8 +84,8 @@ def main(argv=None) -> None:
         if model.device.type == "cpu":
             loading.keep_freed_memory()  # as for training
         for task in args.tasks:
-            config = Settings(args.model, task, args.data_dir, batch_size=args.batch_size)
-            check(config)
+            given = Settings(args.model, task, args.data_dir, batch_size=args.batch_size)
+            config = complete(given)
             tokenizer, _, data = dataset.prepare(config)
             rows[task] = compare(config, patch, tokenizer, data, args.batches)
             title = f"{args.model}, {args.dtype}, batches of {args.batch_size}"

@@ -37,8 +37,8 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     None for a quarter with hardly a weight inside the mask.
     """
     given = configs.parse(configs.Config, "", [*flags, "--rounding=nearest"])
-    config = configs.Config(**given | {"method": method, "lr": lr, "dtype": dtype})
-    configs.check(config)
+    how = {"method": method, "lr": lr, "dtype": dtype}
+    config = configs.complete(configs.Config(**given | how))
     with contextlib.redirect_stdout(io.StringIO()):
         tokenizer, data = train.prepare(config)
         _, patch = train.open_model(config, Path(), data)
