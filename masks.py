@@ -7,7 +7,7 @@
     density       share of the weights that move: 1 − [S]'s "sparsity"; [Q]'s 0.1 % is 0.001
     threshold     h_i, one per tensor, from a percentile of |θ_i|, once before training
     get_mask      m = GetMask(θ, h), Algorithm 3
-    Rule          an answer to "which weights move" for [S]: it is what tells the methods apart
+    Rule          says which weights move: MeZO, S-MeZO and R-MeZO differ in their rule alone
     fisher        diagonal of [Q]'s empirical Fisher matrix, the mean over samples of (∂ℓ/∂w_j)²
     sensitive     [Q]'s m: per matrix the k = density · numel weights with the highest score
     index         [Q]'s m as data: {name of a matrix: flat positions of its moving weights}

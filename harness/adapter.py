@@ -9,8 +9,8 @@ A step is Algorithm 1 on the adapter's fp32 tensors. --seed draws them, so a log
 begins at θ_0, as B is 0. A prefix begins, as MeZO's, with the keys and values of random tokens.
 
 "Sparse-MeZO can indeed be integrated with LoRA by applying the masking mechanism to the weight
-matrices: θ = θ_0 + m ⊙ (AB)", says [S] to a reviewer, and not what m is made from. Here it is
-S-MeZO's mask of θ_0, so it stays. The weight is rounded to θ_0's dtype whenever it is read.
+matrices: θ = θ_0 + m ⊙ (AB)", [S] told a reviewer. [S] did not say what m is made from. Here m is
+S-MeZO's mask of θ_0. As θ_0 stands still, so does m. Each read rounds the weight to θ_0's dtype.
 """
 
 import warnings

@@ -8,8 +8,8 @@ The original weights and one (seed, a) per step rebuild the weights: a 20,000-st
 megabyte.
 
 A line is appended when everything of its step is done, so `kill -9` leaves at worst a torn last
-line, which does not count. Whoever goes on with a run takes its last logged step again (`compare`).
-If the numbers differ by more than rounding, it is not the run's model, data or settings.
+line, which does not count. --resume takes the last logged step again and compares it with its line
+(`compare`). A difference beyond rounding means that the model, the data or a setting has changed.
 """
 
 import contextlib

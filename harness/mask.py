@@ -6,13 +6,14 @@
 Scoring 7B takes 40 GB where training takes 5, so it is often done on another machine. train.py
 calls `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
 
-With --quantiser kmeans the file has the weights, too, in 4 bits: half a byte each, in host memory
-until it is written. They are fitted here because the squared gradients are.
+With --quantiser kmeans the file also holds the weights in 4 bits, half a byte each. k-means needs
+the squared gradients, which exist only while the mask is made, so it runs here. Its result stays in
+host memory until the file is written.
 
-The file is of safetensors: per matrix its name and the flat positions of the weights that move, as
-int32. Their values are never saved, as the run's log rebuilds them. The file says which model it is
-of, so a mask of another model is refused (`check_shapes` before that is loaded, `check_values` as
-it is).
+The file is in safetensors format. Under each matrix's name it holds the flat positions of the
+weights that move, as int32. It holds no values of these weights, because a run's log rebuilds them.
+It also says which model it is of. `check_shapes` refuses another model's mask before the model is
+loaded, and `check_values` while it is.
 """
 
 import json

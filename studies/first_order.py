@@ -11,9 +11,9 @@
 
 How it works
     Minibatches, loss, validation and test are train.py's, and equal seeds see equal batches. A run
-    directory, too, holds config.json, steps.csv, result.json and curve.png. Both losses of a step
-    are that of its minibatch at θ_t; it has no seed, and a is −η, as no slope multiplies it. Active
-    density is the share of the model that moves.
+    directory, too, holds config.json, steps.csv, result.json and curve.png. A line of steps.csv has
+    the same columns. Both losses are L(θ_t; B). The seed is empty, because nothing is drawn. The
+    column a is −η alone. Active density is the share of all the model's weights that move.
 
     Sparse Adam has S-MeZO's mask: h from |θ_0|, once; m from θ_t, at every step. A weight outside
     stays where it is, so it never comes back, and whether its gradient enters Adam's moments makes
@@ -29,7 +29,7 @@ What it costs
     Bytes per weight: Adam 16, for θ, ∇L and two moments; SGD 8; Sparse Adam 21, with θ_t and m kept
     during the update; and 4 for the copy that was best on validation. LoRA has them for A and B
     alone. Llama-2-7B, by count: 135 GB with Adam, 27 with LoRA; and the activations of all layers.
-    The copy is gone when the run ends: a first-order step is no line that rebuilds it.
+    The run ends without its weights. No log can rebuild them, as a gradient does not fit in a line.
 """
 
 import importlib.util

@@ -22,8 +22,9 @@ How it works
 
     Every row has a grid of rates. They are tried with seed 0 for --short steps. The best by
     validation accuracy is taken, ties by training loss. Test examples choose nothing. The parts
-    from sparsity to drop take --short steps at S-MeZO's best rate, with --tune each row at its own
-    of S-MeZO's grid. Much hangs on that: a rate that suits few weights breaks a run with many.
+    sparsity, groups, refresh, precision and drop take --short steps. All their rows have S-MeZO's
+    best rate. With --tune each row gets the best of S-MeZO's grid for itself. Without it, a rate
+    that suits few weights may break a row with many.
 
 What differs from the papers
     They take 20,000 steps of models 50 times as large, and their figures have no second seed.
