@@ -1,5 +1,6 @@
 """What a long run needs beside the papers: settings, models, data, log, workers, bench."""
 
+import os
 import sys
 
 
@@ -12,3 +13,6 @@ def _one_line(kind, error, trace):
 
 
 sys.excepthook = _one_line
+
+# pictures need no backend, and matplotlib refuses a notebook's where its package is missing
+os.environ.pop("MPLBACKEND", None)

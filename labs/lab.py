@@ -16,6 +16,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where zo.py and masks.py are
 
+import harness  # noqa: E402, F401  # it makes pictures independent of MPLBACKEND
 import zo  # noqa: E402
 
 PICTURES = HERE / "pictures"

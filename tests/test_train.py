@@ -270,13 +270,14 @@ def test_the_picture_may_fail(folder, tmp_path, monkeypatch, capsys):
     assert "no curve.png: RuntimeError: no font" in out and "test accuracy, last weights" in out
 
 
-def test_the_picture_is_drawn_wherever_it_may_be(base, tmp_path):
-    """Another backend in the environment and dollars in a path are no obstacle to the picture."""
+@pytest.mark.parametrize("backend", ["nonsense", "matplotlib_inline.backend_inline"])
+def test_the_picture_is_drawn_wherever_it_may_be(backend, base, tmp_path):
+    """A notebook's backend in the environment and dollars in a path are no obstacle to it."""
     run = shutil.copytree(base / "run", tmp_path / "a$b$c")
     (run / "curve.png").unlink()
     program = "import sys, pathlib; from harness import log; where = pathlib.Path(sys.argv[1]); "
     program += "log.draw_curve(log.StepLog(where), f'{where}/$x_', 0.5)"
-    environment = {"MPLBACKEND": "module://nonsense", "PATH": "/usr/bin:/bin"}
+    environment = {"MPLBACKEND": f"module://{backend}", "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", program, str(run)]
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
