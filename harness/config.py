@@ -230,7 +230,7 @@ USES = {  # setting: the methods that have a use for it
 
 # A resumed run keeps these. In 16 bits log.compare bears much rounding, and might miss a change.
 WHAT_MOVES = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh_every",
-              "rounding", "seed", "bits", "quantiser")  # fmt: skip
+              "rounding", "seed", "bits")  # fmt: skip
 
 
 def _check_method(config: Config) -> None:

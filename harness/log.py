@@ -209,7 +209,7 @@ def draw_curve(log: StepLog, title: str, zero_shot: float | None) -> None:
 
     The logarithm of a perplexity is a loss, and is drawn beside that of training.
     """
-    from matplotlib.figure import Figure  # without pyplot, so whatever MPLBACKEND says
+    from matplotlib.figure import Figure  # without pyplot, which would choose a backend
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)

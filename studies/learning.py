@@ -217,8 +217,9 @@ class Study:
         """Better is higher: validation after --short steps, of a perplexity −, then −loss."""
         if known["stopped"]:
             return -math.inf, -math.inf
-        loss, validation = self.columns(known).values()
-        return validation if known["metric"] == "accuracy" else -validation, -loss
+        found = self.columns(known)
+        better = 1 if known["metric"] == "accuracy" else -1
+        return better * found["validation"], -found["loss"]
 
     def short(self, task: str, rows: dict[str, str]) -> dict:
         """{row: columns} of short runs, seed 0, at S-MeZO's rate, or with --tune at their own."""

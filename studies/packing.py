@@ -84,8 +84,7 @@ def main(argv=None) -> None:
         if model.device.type == "cpu":
             loading.keep_freed_memory()  # as for training
         for task in args.tasks:
-            given = Settings(args.model, task, args.data_dir, batch_size=args.batch_size)
-            config = complete(given)
+            config = complete(Settings(args.model, task, args.data_dir, batch_size=args.batch_size))
             tokenizer, _, data = dataset.prepare(config)
             rows[task] = compare(config, patch, tokenizer, data, args.batches)
             title = f"{args.model}, {args.dtype}, batches of {args.batch_size}"

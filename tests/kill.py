@@ -31,7 +31,7 @@ import tasks
 import train
 from harness import log
 
-LOADED = [  # once, by the server that lives are forked from: it is most of what a life takes
+LOADED = [  # imported once, by the server that forks the lives: most of a life would be imports
     "train", "bitsandbytes", "torch._dynamo", "transformers.hf_argparser",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
 ]  # fmt: skip

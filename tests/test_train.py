@@ -141,13 +141,15 @@ def ready(base, tmp_path):
 # ------------------------------------------------------------------ what a run is
 
 
+@pytest.mark.picture
 @pytest.mark.parametrize("flags", METHODS, ids=" ".join)
 def test_the_log_rebuilds_the_last_weights_to_the_bit(flags, folder, tmp_path, trained):
     """A run of every method is whole, and its log gives its last weights to the bit."""
     out = tmp_path / "run"
     result = run(folder, out, *flags)
-    names = {"config.json", "steps.csv", "result.json"}
+    names = {"config.json", "steps.csv", "result.json", "curve.png"}
     assert {p.name for p in out.iterdir()} - {"mask.safetensors"} == names
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     found = log.StepLog(out)
     lines = [found.start, *found.steps]
     assert [line.step for line in lines] == list(range(9))
