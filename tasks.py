@@ -387,7 +387,7 @@ def pack_rows(lengths: list[int], T: int) -> list[list[int]]:
     return sorted(rows)  # so that texts which share none keep their order
 
 
-def lay_out(texts: list[list[int]], rows: list[list[int]], T: int) -> tuple:
+def fill_rows(texts: list[list[int]], rows: list[list[int]], T: int) -> tuple:
     """(input_ids, position_ids, attention_mask, {text: (its row, where it ends)}), [R, T] each."""
     ids, positions, mask, ends = [], [], [], {}
     for r, row in enumerate(rows):
@@ -442,7 +442,7 @@ def collate(
                 reads.append((text, back, token, b * C + c, length))
     T = -(-max(map(len, texts)) // 8) * 8
     rows = [[i] for i in range(len(texts))] if pack < T else pack_rows(list(map(len, texts)), T)
-    ids, positions, mask, ends = lay_out(texts, rows, T)
+    ids, positions, mask, ends = fill_rows(texts, rows, T)
     text, back, token, slot, length = zip(*reads, strict=True)
     weight, labels = 1 / torch.tensor(length).float(), [e.label for e in examples]
     row, end = zip(*(ends[t] for t in text), strict=True)
@@ -578,17 +578,6 @@ def loss(model, batch: Batch) -> Tensor:
     """Scalar: the training loss of a batch, in one forward pass."""
     logits = model(**batch.inputs(model), use_cache=False).logits
     return (classification_loss if batch.scored == "all" else lm_loss)(logits, batch)
-
-
-def micro_batches(
-    examples: list[Example], tokenizer, *, micro_batch: int, **how
-) -> Iterable[Batch]:
-    """The examples of one step as batches of at most `micro_batch`, made one at a time.
-
-    `how`: see `collate`.
-    """
-    for start in range(0, len(examples), micro_batch):
-        yield collate(tokenizer, examples[start : start + micro_batch], **how)
 
 
 # ------------------------------------------------------------------ losses that score [Q]'s weights

@@ -5,7 +5,7 @@
     python train.py --resume runs/…
 
     code            [S] Algorithm 1
-    what_moves      m: which weights move. That is what tells the four methods apart
+    rule, own_mask  m: which weights move. That is what tells the four methods apart
     losses          l⁺ and l⁻ of one minibatch, with mask and noise inside forward (§3.3)
     measure_step    proj_grad of one step, and −η · proj_grad
     train           the loop, in the order of the printed algorithm
@@ -99,11 +99,12 @@ def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -
 def batches_of_step(config, model, tokenizer, data: dataset.Data, t: int) -> Iterable[tasks.Batch]:
     """What step t trains on, in parts of at most --micro-batch examples; a worker has its share."""
     chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
-    return tasks.micro_batches(
-        workers.share([data.train[i] for i in chosen]), tokenizer, scored=data.scored,
-        micro_batch=config.micro_batch or config.batch_size, max_length=config.max_length,
-        **tasks.layout(model),
-    )  # fmt: skip
+    mine, size = workers.share(chosen), config.micro_batch or config.batch_size
+    for start in range(0, len(mine), size):
+        yield tasks.collate(
+            tokenizer, [data.train[i] for i in mine[start : start + size]],
+            max_length=config.max_length, scored=data.scored, **tasks.layout(model),
+        )  # fmt: skip
 
 
 def losses(patch, batches, seed: int) -> tuple[float, float]:
@@ -116,19 +117,21 @@ def losses(patch, batches, seed: int) -> tuple[float, float]:
     return float(total[0] / total[2]), float(total[1] / total[2])
 
 
-def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tuple:
-    """A rule of [S]; of [Q] what mask.load gives: index, provenance, matrices, codebooks."""
+def rule(config: Config) -> masks.Rule:
+    """Which weights move in MeZO and [S]."""
     if config.method == "mezo" or config.adapter:  # harness/adapter.py masks the product A B
         return masks.Everything()
     if config.method == "r-mezo":
         return masks.RandomMask(config.density, config.seed)
-    if config.method == "s-mezo":
-        kinds = {"constant": masks.ConstantMask, "packed": masks.PackedMask}
-        if config.mask_kind in kinds:
-            return kinds[config.mask_kind](config.density, config.refresh_every)
-        if config.above:
-            return masks.MagnitudeGroup(config.density, config.above, config.refresh_every)
-        return masks.SmallWeights(config.density, config.refresh_every)
+    if config.above:
+        return masks.MagnitudeGroup(config.density, config.above, config.refresh_every)
+    kinds = {"constant": masks.ConstantMask, "packed": masks.PackedMask}
+    kind = kinds.get(config.mask_kind, masks.SmallWeights)
+    return kind(config.density, config.refresh_every)
+
+
+def own_mask(config: Config, run: Path, data: dataset.Data) -> tuple:
+    """[Q]'s mask in the run's directory, made if it is not there; what mask.load gives of it."""
     path = run / "mask.safetensors"
     if workers.RANK == 0 and not path.exists():
         if config.mask is not None:  # an own copy: the run is whole without the file
@@ -138,18 +141,18 @@ def what_moves(config: Config, run: Path, data: dataset.Data) -> masks.Rule | tu
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 
-def open_model(config: Config, run: Path, data: dataset.Data) -> tuple:
-    """(model, patch) before training, θ_0."""
-    moves = what_moves(config, run, data)
+def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Patch:
+    """The patched model before training, at θ_0."""
     how = (config.model, config.dtype, config.device, config.trust_remote_code)
     device = loading.choose_device(config.device)
     if config.method != "senszoq":
+        moves = rule(config)
         model = loading.load_model(*how, nf4=config.bits == 4)
         if config.adapter:
             model = adapter.attach(model, config)
         movable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     else:
-        index, _, matrices, codebooks = moves
+        index, _, matrices, codebooks = own_mask(config, run, data)
         path = run / "mask.safetensors"
         moves = sparse = quant.DenseSparse(index, config.bits, device, codebooks)
         movable = len(sparse.values)
@@ -169,7 +172,7 @@ def open_model(config: Config, run: Path, data: dataset.Data) -> tuple:
     )
     if device == "cpu":
         loading.keep_freed_memory()
-    return model, patch
+    return patch
 
 
 def replay(config: Config, patch, tokenizer, data, logged: list[log.Step], run, after: int) -> None:
@@ -267,10 +270,10 @@ def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
 
 def rebuild(config: Config, run: Path, tokenizer, data, logged: list[log.Step], after: int):
     """The model after a step of a run: an ordinary one, or [Q]'s in dense and sparse parts."""
-    model, patch = open_model(config, run, data)
+    patch = open_model(config, run, data)
     replay(config, patch, tokenizer, data, logged, run, after)
     patch.remove()
-    return model
+    return patch.model
 
 
 def run_to_end(config: Config, run: Path) -> None:
@@ -283,7 +286,8 @@ def run_to_end(config: Config, run: Path) -> None:
         raise ValueError(f"{run} has {len(steps.steps)} steps already; --steps N adds to them")
     if steps.start is None and workers.RANK == 0:
         configs.save(run, config)  # from here on the run can be resumed
-    model, patch = open_model(config, run, data)
+    patch = open_model(config, run, data)
+    model = patch.model
     print(f"  {patch}\n  {run}/")
     # workers share their losses, so nothing else would show that their data differ
     examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())

@@ -23,7 +23,7 @@ import masks
 import quant
 import zo
 from harness import loading
-from harness.config import first_line
+from harness.config import reworded
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}  # as MeZO's
 TOKENS = 5  # of a prefix, as MeZO's
@@ -55,14 +55,10 @@ def attach(model, config):
             return (_masked(model, config.density) if config.method == "s-mezo" else model).eval()
         tokens = torch.randint(model.get_input_embeddings().num_embeddings, (1, TOKENS))
         settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS)
-        try:
+        with reworded(f"--adapter prefix: {config.model} cannot take one"):
             cache = model(input_ids=tokens.to(model.device), use_cache=True).past_key_values
             model = peft.get_peft_model(model, settings).eval()
             initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no keys and values: whatever the model or peft raises
-            raise ValueError(f"--adapter prefix: {config.model}: {first_line(error)}") from error
     loading.check_model(model, f"{config.model} with a prefix")
     model.pack = loading.shared_row(model)
     return model

@@ -116,9 +116,7 @@ class Subject:
         if bits is not None:
             index = random_places(build(args.shape, dtype, "meta"))
             self.sparse = quant.DenseSparse(index, bits, args.device)
-        self.model = build(args.shape, dtype, args.device, self.sparse if bits == 4 else None)
-        for name in self.sparse.index if bits == 16 else ():
-            self.sparse.split(self.model, name)
+        self.model = build(args.shape, dtype, args.device, self.sparse)
         size = (args.batch, args.tokens)
         ids = torch.randint(3, self.model.config.vocab_size, size, device=args.device)
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -22,9 +22,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+import masks
+import tasks
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "tiny/model"
-QUANTISER = "senszoq, 4 bits: nf4, or [Q]'s kmeans, fitted with the mask"
 
 
 def setting(default, help: str):
@@ -63,7 +69,21 @@ class Settings:
 
 
 @dataclass
-class Config(Settings):
+class MaskSettings(Settings):
+    """What [Q]'s mask is made from."""
+
+    mask_from: Literal["text", "task"] = setting("text", "what senszoq's mask is made from")
+    text: str | None = setting(
+        None, '.txt or .jsonl of {"text": …}, or c4 (default), wikitext103, openwebmath, arxiv'
+    )
+    groups: int = setting(1, "for the mask: score 1/n of the matrices at a time, in n passes")
+    quantiser: Literal["nf4", "kmeans"] = setting(
+        "nf4", "senszoq, 4 bits: nf4, or [Q]'s kmeans, fitted with the mask"
+    )
+
+
+@dataclass
+class Config(MaskSettings):
     """Every setting of a run. None is filled in by `fill_in`."""
 
     method: Literal["s-mezo", "mezo", "r-mezo", "senszoq"] = setting("s-mezo", "what moves")
@@ -73,7 +93,6 @@ class Config(Settings):
     bits: Literal[4, 16] | None = setting(
         None, "senszoq, or mezo with an adapter: of the weights that stand still"
     )
-    quantiser: Literal["nf4", "kmeans"] = setting("nf4", QUANTISER)
     density: float | None = setting(None, "share of the weights that move, in (0, 1]")
     lr: float | None = setting(None, "learning rate η")
     eps: float | None = setting(None, "perturbation scale ε")
@@ -87,12 +106,6 @@ class Config(Settings):
     )
     above: float = setting(0.0, "s-mezo: leave out this share of the smallest weights, too")
     mask: str | None = setting(None, "senszoq: a mask file; default: it is made")
-    mask_from: Literal["text", "task"] = setting("text", "senszoq: what a mask is made from")
-    text: str | None = setting(
-        None,
-        "senszoq: .txt, .jsonl, or c4 (default), wikitext103, openwebmath, arxiv, for the mask",
-    )
-    groups: int = setting(1, "senszoq: score a part of the matrices at a time, in as many passes")
     select: str = setting("", "regular expression: only parameters whose name matches move")
     rounding: Literal["stochastic", "nearest"] = setting(
         "stochastic", "of updates to 16-bit weights; nearest loses small ones"
@@ -130,8 +143,6 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
 
     `family`: the model's type, such as llama or opt.
     """
-    import tasks
-
     source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
     spec = tasks.TASKS.get(config.task, tasks.OWN)
     found = {
@@ -196,8 +207,6 @@ def complete(config: Settings) -> Settings:
     if not (config.task or config.train_file):
         raise ValueError("no task: give --task, or --train-file and --test-file")
     if config.task:
-        import tasks
-
         config.task = tasks.get_task(config.task).name  # SST-2 is sst2, also in the tables above
     check_numbers(config)
     if isinstance(config, Config):
@@ -235,8 +244,6 @@ WHAT_MOVES = ("method", "adapter", "density", "select", "mask_kind", "above", "r
 
 def _check_method(config: Config) -> None:
     """ValueError for a setting that the method has no use for: it would be ignored in silence."""
-    import masks
-
     if config.density is not None:
         masks.check_density(config.density)
     try:
@@ -321,14 +328,26 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
+def reworded(what: str, hint: str = ""):
+    """ValueError for whatever a library raises inside: what failed, why, and what to do.
+
+    Running out of memory stays what it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # gated, offline, torn, custom code: each has a type of its own
+        why = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise ValueError(f"{what} ({why}){hint}") from error
+
+
+@contextmanager
 def one_line_errors(hint=lambda: ""):
     """What a user can put right is one line and exit code 2, no traceback.
 
     `hint()` is said after the error. --traceback shows where it was raised.
     """
-    import torch
-    from safetensors import SafetensorError
-    from tqdm import tqdm
 
     def end_bars():  # so that what is said has a line of its own
         for bar in list(tqdm._instances):

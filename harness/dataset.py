@@ -21,7 +21,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from unicodedata import normalize
 import numpy as np
 
 from harness import adapter, loading
-from harness.config import locate
+from harness.config import locate, reworded
 from tasks import OWN, Example, Task, get_task, option_tokens
 
 _COMMITS = {  # parquet, no script to run; pinned: a seed means the same examples for good
@@ -267,7 +266,7 @@ def read_texts(text: str | None) -> list[str]:
         repository, file, column = TEXTS[name]
         how = {"data_files": file, "split": "train", "streaming": True}
         how["revision"] = _COMMITS[repository]
-        with _hub(repository, "give --text FILE"):
+        with reworded(f"cannot load {repository} from the hub", "; give --text FILE"):
             from datasets import load_dataset
 
             return [row[column] for row in load_dataset(repository, **how).take(10_000)]
@@ -280,21 +279,13 @@ def read_texts(text: str | None) -> list[str]:
 
 def _from_hub(task: Task, split: str) -> list[Example]:
     name, config = task.hub.split(":")
-    with _hub(task.hub, f"log in with `hf auth login`, or give --data-dir with {task.folder}/"):
+    way_out = f"; log in with `hf auth login`, or give --data-dir with {task.folder}/"
+    with reworded(f"cannot load {task.hub} from the hub", way_out):
         from datasets import load_dataset
 
         rows = load_dataset(name, config, split=split, revision=_COMMITS.get(name))
     named = ((f"{task.hub} {split}[{i}]", row) for i, row in enumerate(rows))
     return _parsed(named, task.to_examples, f"a labelled {task.name} row")
-
-
-@contextmanager
-def _hub(what: str, instead: str):
-    try:
-        yield
-    except Exception as e:  # offline, gated, moved, not installed: each has a type of its own
-        why = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise ValueError(f"cannot load {what} from the hub ({why}); {instead}") from e
 
 
 def _from_file(path: Path, parse: Callable[[dict], list], what: str) -> list:

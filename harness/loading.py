@@ -21,7 +21,7 @@ from torch import Tensor
 import masks
 import tasks
 import zo
-from harness.config import first_line, locate
+from harness.config import first_line, locate, reworded
 
 # how far rounding may move a position's logits, relative to their spread; at 135 M it is a fifth
 DTYPES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
@@ -62,14 +62,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     for file in folder.iterdir() if folder.exists() else ():
         if file.is_file() and file.open("rb").read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{file} is a Git LFS pointer, not the file; `git lfs pull` gets it")
-    try:
+    way_out = "; check the name, log in with `hf auth login` if it is gated, or give a local folder"
+    with reworded(f"cannot load --model {name}", way_out):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # gated, misspelt, offline, custom code: each has a type of its own
-        raise ValueError(
-            f"cannot load --model {name} ({first_line(error)}); check the name, log in with "
-            "`hf auth login` if it is gated, or give a local folder"
-        ) from error
     if (kind := quantised(config)) not in (None, *UNPACKED):
         raise ValueError(
             f"--model {name} is quantised ({kind}), and a probe cannot move its codes; give the "
@@ -90,13 +86,8 @@ def skeleton(config, trust_remote_code: bool = False):
     """The model without its weights (on torch's meta device): names and shapes before loading."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a model's own code raises, such as a missing package
-        raise ValueError(
-            f"cannot make the model of {config.name_or_path}: {first_line(error)}"
-        ) from error
+    with reworded(f"cannot make the model of {config.name_or_path}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -212,16 +203,12 @@ def check_model(model, name: str) -> None:
     other, padded = ids.clone(), torch.cat([ids[:, :1].expand(2, padding), ids], dim=1)
     other[:, -1] = ids[0, 0]
     mask = torch.ones_like(padded)
-    try:
+    with reworded(f"{kind} cannot read twelve tokens alone"):
         plain = _logits(model, input_ids=ids, attention_mask=mask[:, padding:])
         ahead = _logits(model, input_ids=other, attention_mask=mask[:, padding:])
         mask[0, :padding] = 0  # row 0 is padded on the left, row 1 is as long without
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         behind = _logits(model, **tasks.model_inputs(model, padded, mask, positions))[0, padding:]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model's own code raises
-        raise ValueError(f"{kind} cannot read twelve tokens alone: {first_line(error)}") from error
     if (moved := float(_change(plain, ahead)[:, :-1].max())) > rounding:
         raise ValueError(
             f"{kind} is no causal language model: its logits depend on later tokens ({moved:.1%})"

@@ -32,30 +32,24 @@ import tasks
 import zo
 from harness import config as configs
 from harness import dataset, loading
-from harness.config import QUANTISER, Settings, setting
+from harness.config import MaskSettings, setting
 
 
 @dataclass
-class MaskConfig(Settings):
+class MaskConfig(MaskSettings):
     """What a mask is made of; the names shared with train.py's Config mean the same."""
 
     out: str | None = setting(None, "new file, such as mask.safetensors")
     density: float = setting(0.001, "share of each matrix")
     kind: Literal["sensitive", "random", "largest", "smallest"] = setting("sensitive", "of mask")
-    mask_from: Literal["text", "task"] = setting("text", "what the losses are of")
-    text: str | None = setting(
-        None, '.txt or .jsonl of {"text": …}, or c4 (default), wikitext103, openwebmath, arxiv'
-    )
     statistic: Literal["per-sample", "of-mean"] = setting("per-sample", "see masks.fisher")
     samples: int = setting(100, "texts or examples")
     length: int = setting(512, "tokens of a text")
     seed: int = setting(0, "of the texts drawn and of --kind random")
-    quantiser: Literal["nf4", "kmeans"] = setting("nf4", QUANTISER)
-    groups: int = setting(1, "score 1/n of the matrices at a time, in n passes")
 
 
-def make(config, path, examples=None) -> None:
-    """The mask of `config` (a MaskConfig, or a run's Config) into the file `path`.
+def make(config, path, examples=None) -> dict[str, Tensor]:
+    """The mask of `config` (a MaskConfig, or a run's Config), which is also in the file `path`.
 
     `examples`: the training examples of a run, for --mask-from task.
     """
@@ -95,6 +89,7 @@ def make(config, path, examples=None) -> None:
     if without := len(weights) - len(index):
         print(f"{without} of {len(weights)} matrices stay still: too small, or without a gradient")
     save(path, index, weights, about | {"torch": str(torch.__version__)}, codebooks)
+    return index
 
 
 def what_is_scored(settings: MaskConfig, tokenizer, model_config, examples) -> tuple[list, dict]:
@@ -225,8 +220,7 @@ def main(argv=None) -> None:
             config = configs.complete(config)
             _, _, data = dataset.prepare(config)
             examples = data.train, data.scored
-        make(config, config.out, examples)
-        index, *_ = load(config.out)
+        index = make(config, config.out, examples)
         print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")
 
 

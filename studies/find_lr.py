@@ -1,7 +1,7 @@
 """Which learning rate? A few short runs from the same weights, one per rate.
 
-    python studies/find_lr.py --model M --task rte
-    python studies/find_lr.py --model M --task rte --method senszoq --rates 1e-7,1e-6,1e-5
+    python -m studies.find_lr --model M --task rte
+    python -m studies.find_lr --model M --task rte --method senszoq --rates 1e-7,1e-6,1e-5
 
 The flags are train.py's, and --rates and --short. Every rate sees the same minibatches and the same
 noise, so what differs between them is the rate. Compared is the mean training loss of a run's last
@@ -13,13 +13,9 @@ Cost: rates × --short steps, and a copy of the weights that move, in the CPU's 
 """
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 from tqdm import tqdm
 
 import train
@@ -47,7 +43,7 @@ def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[f
 def find(config: Config, rates: list[float], steps: int, run: Path) -> dict[float, float]:
     """{rate: mean loss of the last third of a short run}, from the same weights each time."""
     tokenizer, data = train.prepare(config)
-    model, patch = train.open_model(config, run, data)
+    patch = train.open_model(config, run, data)
     rates = sorted(rates or [config.lr * 10 ** (half / 2) for half in HALF_DECADES])
     start = [theta.to("cpu", copy=True) for theta in patch.moving()]
     found = {}

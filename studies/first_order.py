@@ -34,13 +34,10 @@ What it costs
 
 import importlib.util
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import torch

@@ -1,7 +1,7 @@
 """What a day with a GPU must answer, a part at a time, in the order of what matters.
 
-    python studies/gpu_day.py right --model DIR --task sst2 --data-dir DIR --out OUT
-    python studies/gpu_day.py right fast profile learn large --tiny      all of it, as a rehearsal
+    python -m studies.gpu_day right --model DIR --task sst2 --data-dir DIR --out OUT
+    python -m studies.gpu_day right fast profile learn large --tiny      all of it, as a rehearsal
 
     part       question                           answered by
     right      does it compute what it should?    pytest -m cuda; tests.kill; slopes.py, packing.py
@@ -22,8 +22,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -75,9 +73,9 @@ def right(day: Day) -> None:
     for dtype in ["float32"] if args.tiny else ["float32", "bfloat16"]:
         more = ["--seeds", 2, "--batch-size", 2] if args.tiny else ["--eps", 1e-3, 4e-3]
         words = ["--model", args.model, "--task", args.task, "--data-dir", args.data_dir]
-        day.run(f"slopes-{dtype}", "studies/slopes.py", *words, "--dtype", dtype, *more)
+        day.run(f"slopes-{dtype}", "-m", "studies.slopes", *words, "--dtype", dtype, *more)
     words = ["--model", args.model, "--tasks", args.task, "--data-dir", args.data_dir]
-    day.run("packing", "studies/packing.py", *words, *["--batches=1"] * args.tiny)
+    day.run("packing", "-m", "studies.packing", *words, *["--batches=1"] * args.tiny)
 
 
 def measured(day: Day, name: str, *words) -> None:

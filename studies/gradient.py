@@ -1,7 +1,7 @@
 """What the gradients of a language model are like, and what masks know of them.
 
-    python studies/gradient.py                                    the tiny model, a few minutes
-    python studies/gradient.py --model DIR --data-dir DIR --tasks sst2 rte \\
+    python -m studies.gradient                                    the tiny model, a few minutes
+    python -m studies.gradient --model DIR --data-dir DIR --tasks sst2 rte \\
         --text c4.jsonl --other wikitext.txt --out DIR            a real one, an hour per task
 
     part           question                                                       claim
@@ -31,11 +31,8 @@ What it costs
 import argparse
 import json
 import math
-import sys
 from functools import cached_property
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tqdm import tqdm
@@ -46,7 +43,6 @@ import train
 import zo
 from harness import dataset, loading
 from harness.config import ROOT, TINY, is_tiny, one_line_errors, positive, study_parser, write_json
-from model_patch import Patch
 from studies import first_order
 from studies.learning import table
 from studies.slopes import patched, slope
@@ -166,16 +162,13 @@ class Study:
         self.model.zero_grad(set_to_none=True)
         return found
 
-    def patch(self, rule: masks.Rule) -> Patch:
-        return patched(self.model, rule)
-
     def cosine(self, data) -> dict:
         """Mean |cos| of ẑ and the gradient of one batch, and what a z that knows nothing has."""
         (batch,) = self.batches(data, 1)
         gradients, found = self.gradient(batch), {}
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         for name, rule in RULES.items():
-            patch, d, inside = self.patch(rule), 0, 0.0
+            patch, d, inside = patched(self.model, rule), 0, 0.0
             for weight in patch.weights:
                 mask = weight.mask()
                 d += int(mask.sum())
@@ -201,7 +194,7 @@ class Study:
         before = [loss(batch) for batch in drawn]
         for name, rate in self.args.rates.items():
             worse = {"own batch": 0, "another": 0}
-            patch = None if name == "SGD" else self.patch(RULES[name])
+            patch = None if name == "SGD" else patched(self.model, RULES[name])
             for t in tqdm(range(trials), f"steps of {name}", leave=False):
                 if patch is None:
                     for key, g in self.gradient(drawn[t]).items():

@@ -1,7 +1,7 @@
 """How fast does each method learn, and which weights should move? Many runs of train.py.
 
-    python studies/learning.py            two parts on the tiny model, ten minutes
-    python studies/learning.py --model DIR --data-dir DIR --tasks sst2 --steps 1000 --short 300 \\
+    python -m studies.learning            two parts on the tiny model, ten minutes
+    python -m studies.learning --model DIR --data-dir DIR --tasks sst2 --steps 1000 --short 300 \\
         --seeds 3 --num-validation 200 --num-test 300             a real one, a day
 
     part       question                                                   where it is claimed
@@ -39,12 +39,9 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 

@@ -1,7 +1,7 @@
 """How much memory does a step take? [S] Table 3, by the length of the examples.
 
-    python studies/memory.py                                    a shape of 134 M, some minutes
-    python studies/memory.py --shape 7b --dtype bfloat16        the table's, on a GPU
+    python -m studies.memory                                    a shape of 134 M, some minutes
+    python -m studies.memory --shape 7b --dtype bfloat16        the table's, on a GPU
 
 [S] has a column for every task, at batch 1. Tasks differ in their tokens, so the columns here are
 numbers of tokens: a prompt of SST-2 has some 30, one of MultiRC some 400.
@@ -20,10 +20,7 @@ How it works
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peft  # noqa: F401  # before a row's peak, so that none has these 60 MB
 import torch

@@ -1,7 +1,7 @@
 """What do rows save that several texts share? The same batches, padded as MeZO pads, and packed.
 
-    python studies/packing.py                                        the tiny model, some seconds
-    python studies/packing.py --model DIR --data-dir DIR --tasks sst2 rte boolq
+    python -m studies.packing                                        the tiny model, some seconds
+    python -m studies.packing --model DIR --data-dir DIR --tasks sst2 rte boolq
 
     texts, rows     of a batch: each text has a row of its own in MeZO; here they share some
     tokens          rows × tokens of a row, padding included, over those without packing
@@ -15,10 +15,6 @@ those of train.py's first steps. See `tasks.pack_rows`.
 """
 
 import statistics
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tqdm import tqdm

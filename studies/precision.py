@@ -1,7 +1,7 @@
 """Which part of an update reaches 16-bit weights, if it is rounded to nearest?
 
-    python studies/precision.py                                          the tiny model, a minute
-    python studies/precision.py --model M --task sst2 --data-dir D --lr mezo=3e-6 s-mezo=1e-5
+    python -m studies.precision                                          the tiny model, a minute
+    python -m studies.precision --model M --task sst2 --data-dir D --lr mezo=3e-6 s-mezo=1e-5
 
 Rounding to nearest loses an update below half a weight's spacing, and the spacing grows with the
 weight: large weights cannot hear what small ones can. So updates are rounded stochastically
@@ -16,10 +16,7 @@ are train.py's.
 import argparse
 import contextlib
 import io
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -41,7 +38,7 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     config = configs.complete(configs.Config(**given | how))
     with contextlib.redirect_stdout(io.StringIO()):
         tokenizer, data = train.prepare(config)
-        _, patch = train.open_model(config, Path(), data)
+        patch = train.open_model(config, Path(), data)
     changed, inside = torch.zeros(4), torch.zeros(4)
     thetas = [weight.theta.view(-1) for weight in patch.weights]
     quarters = [t.float().abs().argsort().argsort() * 4 // len(t) for t in thetas]

@@ -1,6 +1,6 @@
 """Which four bits? A model as loaded, in NF4 and in [Q]'s k-means, before any training.
 
-    python studies/quantisers.py --model DIR --text c4.jsonl --other wikitext.txt --out FILE.json
+    python -m studies.quantisers --model DIR --text c4.jsonl --other wikitext.txt --out FILE.json
 
 The linears of the decoder are dense + sparse, with the mask of --text. Printed, and kept in --out:
 
@@ -11,10 +11,7 @@ The linears of the decoder are dense + sparse, with the mask of --text. Printed,
     worse         how many matrices have a higher error than in NF4
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tqdm import tqdm

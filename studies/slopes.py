@@ -1,19 +1,14 @@
 """Is g the slope? Projected gradients of a real model beside autograd's, for MeZO and S-MeZO.
 
-    python studies/slopes.py --model DIR --task sst2 --data-dir DIR --eps 1e-3 1e-2
+    python -m studies.slopes --model DIR --task sst2 --data-dir DIR --eps 1e-3 1e-2
 
 For each seed g = (l⁺ − l⁻) / 2ε is compared with the true slope ⟨∇L, m⊙z⟩ of the same batch, where
 ∇L is autograd's. Printed are the correlation over the seeds, the regression of g on the slope, and
 the error of g beside the size of the slope (root mean squares). A seed takes two forward passes.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import masks
 import tasks

@@ -87,7 +87,7 @@ def test_every_command_has_flags_that_exist(command, capsys):
     words = shlex.split(command)[1:]
     script, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
     mains = {"train.py": train, "eval.py": evaluation, "harness.mask": mask, "harness.bench": bench}
-    mains |= {"studies/first_order.py": first_order, "studies/find_lr.py": find_lr}
+    mains |= {"studies.first_order": first_order, "studies.find_lr": find_lr}
     if script in mains:
         with pytest.raises(SystemExit):
             mains[script].main(["--help"])

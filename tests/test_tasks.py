@@ -1043,9 +1043,11 @@ def test_micro_batches_are_the_whole_batch_to_rounding(scored, micro):
         *(Example(f"{w} dog ?", (" red", " it was so great"), 0) for w in WORDS[:6]),
     ]
 
+    data = dataset.Data(examples, [], [], scored == "all", "")
+
     def both(size):
-        how = {"scored": scored, "micro_batch": size, "max_length": 64, "device": "cpu"}
-        batches = list(tasks.micro_batches(examples, TOKENIZER, **how))
+        config = Config(batch_size=7, micro_batch=size, max_length=64)
+        batches = list(train.batches_of_step(config, patch.model, TOKENIZER, data, 0))
         assert [len(b.labels) for b in batches] == [size] * (7 // size) + [7 % size] * (
             7 % size > 0
         )
@@ -1087,8 +1089,8 @@ def test_the_loss_that_scores_weights_is_that_of_training(llama, classification)
     data = dataset.Data(YES_NO + MULTI, [], [], classification, "")
     patch = model_patch.Patch(build("llama"), masks.Everything(), eps=1e-9)
     losses = tasks.task_losses(TOKENIZER, data.train, data.scored)
-    how = {"scored": data.scored, "micro_batch": 1, "max_length": 64, "device": "cpu"}
-    for loss, batch in zip(losses, tasks.micro_batches(data.train, TOKENIZER, **how), strict=True):
+    for loss, example in zip(losses, data.train, strict=True):
+        batch = collate(TOKENIZER, [example], scored=data.scored, max_length=64)
         want, _ = train.losses(patch, [batch], 0)
         assert loss(llama).item() == pytest.approx(want, rel=1e-5)
 

@@ -63,8 +63,8 @@ def test_ctrl_c_ends_all_jobs(tmp_path):
         "--every=1000000",
     ]
     argv += ["--jobs=2", "--num-validation=4", "--num-test=4", f"--out={tmp_path}"]
-    command = [sys.executable, ROOT / "studies/learning.py", *argv]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-m", "studies.learning", *argv]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         logs = []
         while len(logs) < 2:
             assert process.poll() is None

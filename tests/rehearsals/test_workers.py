@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 
 import eval
-import masks
 import model_patch
-import tasks
 import train
 from harness import dataset, loading, log, workers
 
@@ -147,10 +145,10 @@ def other_weights(rank):
     original = train.open_model
 
     def open_model(*arguments):
-        model, patch = original(*arguments)
+        patch = original(*arguments)
         if rank == 1:
             patch.weights[-1].held[0].data.view(-1)[-1] += 1e-3
-        return model, patch
+        return patch
 
     train.open_model = open_model
 
@@ -252,31 +250,3 @@ def test_numbers_that_are_no_number_are_the_same(monkeypatch):
     monkeypatch.setattr(workers, "gather", lambda numbers: np.stack([numbers, numbers + 1]))
     with pytest.raises(ValueError, match="worker 1 of 2 has other weights"):
         workers.check_same(1.0, "weights")
-
-
-@pytest.mark.parametrize("kind", ["classification", "language modelling"])
-@pytest.mark.parametrize("micro", [1, 3, 7])
-def test_micro_batches_are_the_whole_batch_to_rounding(kind, micro, folder, monkeypatch):
-    """Losses of parts weigh what they are means of, also where options are of unequal length."""
-    tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
-    model = loading.load_model(f"{folder}/model", device="cpu")
-    patch = model_patch.Patch(model, masks.Everything())
-    examples = [
-        tasks.Example("a b ?", (" red", " blue a b c"), 1),
-        *(tasks.Example(f"{w} c ?", (" red", " blue a b c"), 0) for w in "abcdef"),
-    ]
-    sizes, original = [], patch.losses
-    monkeypatch.setattr(
-        patch, "losses", lambda i, *a: sizes.append(len(i.input_ids)) or original(i, *a)
-    )
-
-    def both(size):
-        scored = "all" if kind == "classification" else "right"
-        how = {"scored": scored, "max_length": 64, "device": "cpu"}
-        parts = tasks.micro_batches(examples, tokenizer, micro_batch=size, **how)
-        return train.losses(patch, parts, 5)
-
-    found = both(micro)
-    assert max(sizes) <= 2 * micro  # rows: at most two options for each example
-    assert len(sizes) == -(-7 // micro)
-    assert found == pytest.approx(both(7), rel=1e-6)
