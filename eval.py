@@ -11,8 +11,8 @@ Accuracies come with their standard error, √(p (1 − p) / n), and n. Completi
 perplexity.
 
 A run is its log: θ_T follows from the original weights and one (seed, a) per step. To rebuild θ_T
-needs no forward pass. Only the last step is taken again, as a check. It would show another model,
-other data or other settings.
+needs no forward pass. Only the last step is taken again, as a check. If it does not come out as it
+was logged, the model, the data or a setting has changed, and eval.py ends with an error.
 
 For a run with --adapter, --save writes the adapter, which peft.PeftModel.from_pretrained reads. For
 S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold the mask.
@@ -51,7 +51,7 @@ def open_model(config: Settings, split: str, shots: int) -> tuple:
     if shots:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"
-    vocabulary = loading.vocabulary(model_config)
+    vocabulary = model_config.get_text_config().vocab_size
     if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
@@ -95,7 +95,7 @@ def main(argv=None) -> tasks.Score:
             "save": (Path, "write a Hugging Face checkpoint into this new folder"),
             "split": (str, "test (default) or validation"),
             "shots": (int, "solved examples before the prompt"),
-            "generate": (int, "show greedy continuations of so many prompts"),
+            "generate": (configs.positive, "show greedy continuations of so many prompts"),
         }
         settings = configs.parse(Settings, __doc__.split("\n")[0], argv, **more)
         run, step, save, split, shots, generate = (settings.pop(name, None) for name in more)
@@ -104,8 +104,6 @@ def main(argv=None) -> tasks.Score:
             raise ValueError(f"--split {split}: test or validation")
         if save is not None and save.exists() and (not save.is_dir() or any(save.iterdir())):
             raise ValueError(f"--save {save} is not empty; choose another name")
-        if generate is not None and generate < 1:
-            raise ValueError(f"--generate {generate}: 1 or more")
         if run is None and step is not None:
             raise ValueError("--step is of a run: give it with --run")
         if run is not None and shots:

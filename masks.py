@@ -13,18 +13,19 @@
     index         [Q]'s m as data: {name of a matrix: flat positions of its moving weights}
 
 How it works
-    A rule has two methods. `prepare` looks at a weight once, before training, and returns what must
-    be kept for it. `mask` answers for any element of the weight, from the unperturbed θ and from
-    what was kept. It is compiled into the loop of zo.apply, so a rule costs what its lines cost.
-    YOUR_OWN.md has one of five lines.
+    A rule has two methods. `prepare` looks at a weight before training, and returns what must be
+    kept for it. `mask` answers for any element of the weight, from the unperturbed θ and from what
+    was kept. It becomes a part of zo.apply's compiled loop. YOUR_OWN.md has a rule of six lines.
 
     rule             the mask is                                    kept
     Everything       all ones: MeZO                                 nothing
-    SmallWeights     taken at every read: S-MeZO, "dynamic mask"    h, one number per tensor
+    SmallWeights     taken in every probe: S-MeZO, "dynamic mask"   h, one number per tensor
     MagnitudeGroup   the same of other groups by magnitude          two numbers per tensor
-    ConstantMask     taken before training, [S] §3.2, or every k    one byte per weight
+    ConstantMask     taken before training, [S] §3.2                one byte per weight
     PackedMask       the same, packed ([S] §3.3, "1-bit")           one bit per weight
     RandomMask       regenerated from a seed: R-MeZO                three numbers per tensor
+
+    With `refresh_every=n`, `prepare` is called again every n steps.
 
     [Q]'s mask is no rule but an index. It is found once, from the gradients of a text, and is the
     same at every step. harness/mask.py keeps it in a file.
@@ -43,8 +44,8 @@ What differs from the papers
     weights negates indices where it should negate magnitudes; `largest` ranks magnitudes.
 
 What it costs
-    A threshold costs one copy of its weight. For scores, see `fisher`. A mask of [Q] as a file
-    costs 4 bytes per place.
+    A threshold needs, for a moment, a copy of its weight. For scores, see `fisher`. A mask of [Q]
+    as a file costs 4 bytes per place.
 """
 
 from contextlib import contextmanager
@@ -347,8 +348,8 @@ def fisher(model, losses, *, statistic="per-sample", weights=None) -> dict:
 
     Peak memory: the model, 4 bytes per scored weight, the gradient of one matrix as it comes and in
     fp32, one block's activations, every block's input, the logits. Llama-2-7B in bf16 at 512
-    tokens, by count: 13.5 + 25.9 + 0.3 + under 1 GB. `sensitive_index(groups=8)` makes of the 25.9
-    3.2, in eight passes. ValueError where a gradient is not finite.
+    tokens, by count: 13.5 + 25.9 + 0.3 + under 1 GB. With `sensitive_index(groups=8)` the 25.9
+    become 3.2, in eight passes. ValueError where a gradient is not finite.
     """
     if statistic not in ("per-sample", "of-mean"):
         raise ValueError(f"statistic {statistic!r}: per-sample or of-mean")

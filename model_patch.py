@@ -13,7 +13,7 @@ How it works
     torch calls whenever a layer asks for `self.weight`. It answers θ while no probe is open, and
     θ + a m(θ)⊙z while one is, with a = +ε or −ε. The layer computes with the answer and drops it.
 
-    So the mask of S-MeZO is made anew at every read, from the θ_t that no probe touches, and again
+    So the mask of S-MeZO is made anew in every probe, from the θ_t that no probe touches, and again
     in the update. It is not stored, and cannot come from a perturbed weight.
     θ + ε ẑ exists for one layer at a time, from the moment that the layer reads its weight until
     the next layer reads its own. Tied weights agree: they are one parameter and one noise stream.
@@ -28,7 +28,8 @@ What differs from Algorithm 1
 
 What it costs
     Memory: the model, the batch, and a copy of the weights of one layer and of tied ones. Time: the
-    noise of every weight is drawn three times a step, for l⁺, l⁻ and the update.
+    noise of every weight is drawn three times a step, for l⁺, l⁻ and the update. Each further
+    forward pass of a probe draws it again; that of [Q]'s values is drawn once a probe.
 """
 
 import re
@@ -100,8 +101,8 @@ class Patch:
 
     what_moves: a rule of masks.py ([S], MeZO), or a quant.DenseSparse ([Q]). eps: ε, 1e-3 in both
     papers. fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
-    With a rule only: select, a regular expression such as "self_attn": only parameters whose name
-    has it move. rounding: of updates to 16-bit weights, "stochastic" or "nearest".
+    Two are of a rule only. select: a regular expression; only parameters whose name matches move.
+    rounding: of updates to 16-bit weights, "stochastic" or "nearest".
     """
 
     def __init__(

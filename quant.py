@@ -18,8 +18,8 @@ How it works
     it is a copy of the parameter as it was loaded. That is the only difference between the two.
 
     The k values are taken out before quantisation. NF4 gets a 0 in their places, which it
-    represents exactly. k-means gives them no weight. So in these places dense + sparse is w bit for
-    bit, and a large value no longer stretches its block's scale or takes a level of its row.
+    represents exactly. k-means counts them for nothing. So in these places dense + sparse is w bit
+    for bit, and a large value no longer stretches its block's scale or takes a level of its row.
 
     NF4 (Dettmers et al., 2023) is a table of 16 levels, the quantiles of a normal distribution
     scaled to [−1, 1]. A block of 64 weights is divided by its largest magnitude, and each goes to
@@ -28,14 +28,14 @@ How it works
 
     k-means chooses a row's 16 levels so that Σ F (w − level)² is small. F are the mask's squared
     gradients, which exist only while the mask is made. So levels and codes are fitted then, matrix
-    by matrix, and kept in the mask's file. They take half a byte per weight, where F would take
-    two. No run fits them again.
+    by matrix, and kept in the mask's file. They take half a byte per weight, where F takes four. No
+    run fits them again.
 
 What differs from the paper
     NF4 is the default: it needs no fitting and has kernels for CPU and CUDA. k-means has the lower
     Σ F (w − level)² where F differs much within a row, as in 206 of SmolLM2-135M's 210 matrices.
     If all F were equal and the weights normal, NF4's would be lower: 0.0085 of Σ w², against
-    0.0095.
+    0.0095. RESULTS.md has both figures of a real model.
 
 What it costs
     0.5159 bytes per weight: 4-bit codes, an 8-bit scale per block, an fp32 number for every 256 of
@@ -206,8 +206,9 @@ class DenseSparse:
     patch = model_patch.Patch(model, sparse)
 
     `index`: {parameter name: flat positions, (k,) int, sorted}. `values` has the places of the
-    matrices one after the other, in the order of their names. bits: 4, or 16 for a dense part as it
-    was loaded, also in 32 bits. `codebooks`: what `fit_codebooks` gave; None: NF4.
+    matrices one after the other, in the order of their names. bits: 4; or 16, which leaves the
+    dense part in the dtype that it was loaded in. `codebooks`: what `fit_codebooks` gave; None:
+    NF4.
     """
 
     def __init__(self, index: dict, bits: int = 4, device="cpu", codebooks: dict | None = None):

@@ -23,14 +23,15 @@ One step, from the loop down:
         evaluated                 validation and active density, every --eval-every steps
         StepLog.append            the line in steps.csv; now the step is done
 
-[Q]'s layers ask quant.Parts.forward instead. By then zo.apply has run once, on all k values.
+[Q]'s layers ask quant.Parts.forward instead. zo.apply runs when a probe opens, on all k values.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues
 a run that was stopped by Ctrl-C, kill -9 or a power failure. The result has the same bits on the
 same machine, and agrees up to rounding elsewhere. --resume rebuilds the weights from the log and
-takes the last logged step again. With another model, other data or other settings, that step would
-come out differently.
+takes the last logged step again. If that step does not come out as it was logged, the model, the
+data or a setting has changed, and the run ends with an error. A change that does not touch this
+step is not found.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
@@ -83,7 +84,7 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
 
 
 def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
-    """Step t of Algorithm 1 without its update. The caller makes that, with the answer's `a`."""
+    """The log's step t + 1 without its update. The caller makes that, with the answer's `a`."""
     # Sample minibatch B from X and random seed s
     parts = batches_of_step(config, patch.model, tokenizer, data, t)
     seed = zo.step_seed(config.seed, t)
@@ -230,15 +231,15 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
-    if config.mask:  # a mask of another model is found before this one is loaded
-        own = run and run / "mask.safetensors"  # needs the user's file no longer
-        path = own if own and own.exists() else config.mask
+    own = run and run / "mask.safetensors"  # a run needs the user's file no longer
+    if path := own if own and own.exists() else config.mask:
+        # a mask of another model is found before this one is loaded
         _, provenance, matrices, _ = mask.load(path, config.quantiser)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
         mask.check_shapes(path, matrices, masks.decoder_linears(shapes))
         density = provenance["density"]
         if config.density not in (None, density):
-            raise ValueError(f"--density {config.density}: that of --mask {path} is {density}")
+            raise ValueError(f"--density {config.density}: that of the mask {path} is {density}")
         config.density, sources["density"] = density, "that of the mask"
     sources |= configs.fill_in(config, model_config.model_type)
     if config.bits == 4 and (kind := loading.quantised(model_config)):
@@ -263,7 +264,7 @@ def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
     if data.odd:
         print(f"  {'':<14} and not over scores, as options differ: {data.odd}")
     examples = data.train + data.validation + data.test
-    vocabulary = loading.vocabulary(model_config)
+    vocabulary = model_config.get_text_config().vocab_size
     if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
         print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
 
@@ -299,7 +300,8 @@ def run_to_end(config: Config, run: Path) -> None:
         start = "untrained prefix, " if config.adapter == "prefix" else "zero-shot "
         print(f"{start}test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()
-        write_result(run, result)
+        if workers.RANK == 0:
+            configs.write_json(run / "result.json", result)
         steps.append(evaluated(config, patch, tokenizer, data, log.Step(0)))
     else:
         if (run / "result.json").exists():
@@ -314,13 +316,11 @@ def run_to_end(config: Config, run: Path) -> None:
         configs.save(run, config)
     train(config, patch, tokenizer, data, steps)
 
-    last = score(config, model, tokenizer, data.test)
+    last = best = score(config, model, tokenizer, data.test)
     print(f"test {data.metric}, last weights             {last}")
-    device, best = patch.device, last
-    best_step = steps.best_step()  # chosen by validation, never by test
+    device, best_step = patch.device, steps.best_step()  # by validation, never by test
     result |= {"last": last._asdict(), "best_step": best_step, "skipped": steps.skipped()}
     result |= {"seconds": time.perf_counter() - began, "workers": workers.SIZE}
-    write_result(run, result | loading.machine(device))
     if best_step != config.steps:
         patch.remove()
         del model, patch
@@ -329,10 +329,11 @@ def run_to_end(config: Config, run: Path) -> None:
         best = score(config, model, tokenizer, data.test)
     if data.validation:
         print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
-    write_result(run, result | {"best": best._asdict()} | loading.machine(device))
     advise(config, steps)
     print(f"{run}/ holds the run")
     if workers.RANK == 0:
+        result |= {"best": best._asdict()} | loading.machine(device)
+        configs.write_json(run / "result.json", result)
         zero_shot = (result["zero_shot"] or {}).get("value")
         try:
             log.draw_curve(steps, f"{config.model}, {config.method}", zero_shot)
@@ -351,12 +352,6 @@ def advise(config: Config, steps: log.StepLog) -> None:
             f"{flat} steps moved nothing, as l⁺ and l⁻ were the same number: --eps {config.eps} is "
             "too small for this dtype, or too high a rate broke the weights (try a lower --lr)"
         )
-
-
-def write_result(run: Path, result: dict) -> None:
-    """result.json, by worker 0."""
-    if workers.RANK == 0:
-        configs.write_json(run / "result.json", result)
 
 
 def main(argv=None) -> None:

@@ -23,7 +23,7 @@ How it works
 
 What differs from the paper
     The noise comes from Threefry and not from the framework's generator. Updates are computed in
-    fp32, and 16-bit weights are rounded stochastically.
+    fp32. The literal step rounds them to nearest; `apply` can round 16-bit weights stochastically.
 
 What it costs
     The literal step holds a tensor's whole z. `apply` holds none of it, and writes one tensor.
@@ -136,9 +136,9 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ).
 
     The radius takes 31 bits of word 0. The angle inside a quadrant takes 30 bits of word 1, and its
-    two upper bits are the signs. Logarithm, cosine and sine are polynomials, to 2e-7: the library's
-    functions serve all arguments, and cost more. Each is the closest of its degree (minimax). So
-    its coefficients are nearly those of the Taylor series, which would need more of them.
+    its two upper bits are the signs. Logarithm, cosine and sine are polynomials, to 2e-7: torch's
+    own functions serve all arguments, and cost more. Each polynomial is the closest of its degree
+    (minimax). Its coefficients are nearly those of a Taylor series, which would need more terms.
     """
     unit = math.radians(90) * 2.0**-30  # Dynamo takes math.pi for an input, in fp64
     x = minus_two_log((word0 & 0x7FFFFFFF).float() * 2.0**-31 + 2.0**-32)  # of u in (0, 1]
@@ -243,7 +243,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
     if thetas[0].numel() % 16 == 0:
-        pass  # but the compiler makes a loop for such tensors, where a GPU moves 16 bytes at once
+        pass  # asked, the compiler makes a loop of their own for them: a GPU moves 16 bytes at once
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):
@@ -251,7 +251,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
         n = theta.numel()  # the second half of an odd number is one shorter
         m = mask(theta, element[:n], state)
         value = shifted(theta, shift.a, m, z[:n])
-        if stochastic and out.dtype.itemsize < 4:  # 32-bit weights hear every update
+        if stochastic and out.dtype.itemsize < 4:  # 32 bits are rounded to nearest
             value = round_stochastically(value, out.dtype, words[i][:n], words[1 - i][:n])
         out.copy_(value)  # rounds to nearest
 
@@ -259,7 +259,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
 @functools.cache
 def _compiled():
     """`_apply` as one fused loop. It is made at first use, as importing the compiler takes time."""
-    torch._dynamo.config.recompile_limit = 64  # a loop for each rule and dtype; 8 are too few
+    torch._dynamo.config.recompile_limit = 64  # a loop for each rule and dtype; by default 8
     # torch 2.13 keeps compiled loops on disk and forgets for which vectors: a loop for AVX-512 that
     # is taken up by an AVX2 process leaves half of the elements out, without an error
     vectors = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())

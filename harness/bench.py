@@ -198,15 +198,13 @@ def patched(rule: masks.Rule | None = None):
 @contextmanager
 def adam(subject: Subject):
     """First order: every weight, loss.backward(), torch's Adam."""
-    for p in subject.model.parameters():
-        p.requires_grad_(True)
+    subject.model.requires_grad_(True)
     optimizer = torch.optim.Adam(subject.model.parameters(), lr=LR)
     try:
         yield lambda number: (optimizer.zero_grad(), subject.loss().backward(), optimizer.step())
     finally:
         subject.model.zero_grad()
-        for p in subject.model.parameters():
-            p.requires_grad_(False)
+        subject.model.requires_grad_(False)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
@@ -175,11 +174,9 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
         found |= {"lr": (lr, source), "eps": (eps, f"MeZO appendix E, {config.adapter}")}
     steps = config.steps or found["steps"][0]
     found["eval_every"] = max(1, steps // 10), "steps / 10"
-    sources = {}
-    for name, (value, source) in found.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-            sources[name] = source
+    sources = {name: source for name, (_, source) in found.items() if getattr(config, name) is None}
+    for name in sources:
+        setattr(config, name, found[name][0])
     return sources
 
 
@@ -266,8 +263,6 @@ def _check_method(config: Config) -> None:
             raise ValueError(
                 f"{flag(f.name)} is for --method {', '.join(methods)}, not for {method}"
             )
-    if not 0 <= config.above <= 1 - (config.density or 0):
-        raise ValueError(f"--above {config.above}: from 0 to 1 less --density")
     if config.above and config.mask_kind != "dynamic":
         raise ValueError(f"--above {config.above} is for --mask-kind dynamic")
     if config.quantiser == "kmeans" and config.bits == 16:
@@ -314,6 +309,30 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    """For argparse: a learning rate."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: above 0 and finite")
+    return float(text)
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """For argparse: learning rates with commas, such as 1e-7,1e-6."""
+    return tuple(map(rate, text.split(",")))
+
+
+def named(names, kind):
+    """For argparse: NAME=…, one of these names and what `kind` makes of the rest."""
+
+    def pair(text: str) -> tuple:
+        name, _, rest = text.partition("=")
+        if name not in names:
+            raise argparse.ArgumentTypeError(f"{text}: {' or '.join(names)}, then =")
+        return name, kind(rest)
+
+    return pair
+
+
 def study_parser(doc: str) -> argparse.ArgumentParser:
     """Of a study with that docstring: --help has every default, and no flag is abbreviated."""
     return argparse.ArgumentParser(
@@ -349,32 +368,26 @@ def one_line_errors(hint=lambda: ""):
     `hint()` is said after the error. --traceback shows where it was raised.
     """
 
-    def end_bars():  # so that what is said has a line of its own
-        for bar in list(tqdm._instances):
-            bar.close()
-
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # a batch system's stop, a closed terminal: as Ctrl-C
-            number = getattr(signal, name, None)  # Windows has one of them
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # no nohup
-                signal.signal(number, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # a batch system's stop, a closed terminal: as Ctrl-C
+        number = getattr(signal, name, None)  # Windows has one of them
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # no nohup
+            signal.signal(number, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # "±" in ASCII
     try:
         yield
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        if "--traceback" in sys.argv:
+    except (KeyboardInterrupt, ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as e:
+        code, line = 2, f"error: {first_line(e)}"
+        if isinstance(e, KeyboardInterrupt):
+            code, line = 130, "stopped"
+        elif "--traceback" in sys.argv:
             raise
-        end_bars()
-        line = first_line(error)
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(e, torch.OutOfMemoryError):
             line += "; try a smaller --micro-batch, --batch-size or --max-length"
-        print(f"{Path(sys.argv[0]).name}: error: {line}{hint()}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        end_bars()
-        print(f"{Path(sys.argv[0]).name}: stopped{hint()}", file=sys.stderr)
-        raise SystemExit(130) from None
+        for bar in list(tqdm._instances):  # so that what is said has a line of its own
+            bar.close()
+        print(f"{Path(sys.argv[0]).name}: {line}{hint()}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 # ------------------------------------------------------------------ a run's directory
@@ -432,17 +445,15 @@ def load(run: Path, changes: dict) -> Config:
         raise ValueError(f"{run} is no run directory: it has no config.json") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
-    fixed = {
-        name: f"its steps moved weights with {kept.get(name)}"
-        for name in WHAT_MOVES
-        if changes.get(name, kept.get(name)) != kept.get(name)
-    }
+    fixed = {*WHAT_MOVES, "out"}
     if (run / "mask.safetensors").exists():
-        makes_it = ("density", "mask", "mask_from", "text", "groups", "quantiser")
-        fixed |= dict.fromkeys(makes_it, "it has its mask")
-    fixed["out"] = "a run stays where it is"
-    for name in fixed.keys() & changes.keys():
-        raise ValueError(f"{flag(name)} cannot be changed in {run}: {fixed[name]}; start a new run")
+        fixed |= {"mask", "mask_from", "text", "groups", "quantiser"}  # what it was made from
+    for name in sorted(fixed & changes.keys()):
+        if changes[name] != kept.get(name):
+            raise ValueError(
+                f"{flag(name)} cannot be changed in {run}, which has {kept.get(name)}; start a new "
+                "run"
+            )
     return complete(config)
 
 

@@ -122,9 +122,6 @@ def load_examples(
         spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
     num_train = spec.num_train if num_train is None else num_train
     num_validation = spec.num_validation if num_validation is None else num_validation
-    if min(num_train, num_test) < 1 or num_validation < 0:
-        given = f"num_train {num_train}, num_validation {num_validation}, num_test {num_test}"
-        raise ValueError(f"{given}: give at least 1, 0 and 1")
     if held:
         train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
     else:
@@ -137,15 +134,6 @@ def load_examples(
     return Data(*parts, spec.classification, str(source), odd)
 
 
-def load(config, tokenizer=None) -> Data:
-    """The examples that the settings of a command name (harness/config.py)."""
-    names = set(inspect.signature(load_examples).parameters) - {"seed", "tokenizer"}
-    how = {name: getattr(config, name) for name in names}
-    if how["data_dir"]:
-        how["data_dir"] = locate(how["data_dir"])
-    return load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
-
-
 def prepare(config) -> tuple:
     """(tokenizer, model configuration, data) of the settings, without a model.
 
@@ -154,7 +142,11 @@ def prepare(config) -> tuple:
     taken = adapter.TOKENS if getattr(config, "adapter", None) == "prefix" else 0
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     config.max_length = loading.usable_length(config.max_length, model_config, taken)
-    return tokenizer, model_config, load(config, tokenizer)
+    names = set(inspect.signature(load_examples).parameters) - {"seed", "tokenizer"}
+    how = {name: getattr(config, name) for name in names}
+    how["data_dir"] = config.data_dir and locate(config.data_dir)
+    data = load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
+    return tokenizer, model_config, data
 
 
 def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]:

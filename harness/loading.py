@@ -109,34 +109,30 @@ def load_model(
         dtype = "float32"
     quantiser = None if split is None else _splitter(split, set(index))
     try:
-        config = AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
-        if packed := quantised(config):
-            for part in (config, config.get_text_config()):
-                if getattr(part, "quantization_config", None):
-                    part.quantization_config["dequantize"] = True
-        kind = dtype if dtype == "auto" else getattr(torch, dtype)
-        method = quantiser
-        if nf4:
-            method = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=config.dtype if dtype == "auto" else kind,
-            )  # fmt: skip
-        model, read = AutoModelForCausalLM.from_pretrained(
-            locate(name),
-            config=config,
-            dtype=kind,
-            device_map=None if device == "cpu" and not nf4 else {"": device},  # never twice
-            quantization_config=method,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # none, torn, pickled code, no LM: each has a type of its own
-        if quantiser is not None and quantiser.error is not None:
-            raise quantiser.error from None
-        why = first_line(error)[:200]
-        raise ValueError(f"cannot load the weights of {name} as a causal LM: {why}") from error
+        with reworded(f"cannot load the weights of {name} as a causal LM"):
+            config = AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+            if packed := quantised(config):
+                for part in (config, config.get_text_config()):
+                    if getattr(part, "quantization_config", None):
+                        part.quantization_config["dequantize"] = True
+            kind = dtype if dtype == "auto" else getattr(torch, dtype)
+            method = quantiser
+            if nf4:
+                method = BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=config.dtype if dtype == "auto" else kind,
+                )  # fmt: skip
+            model, read = AutoModelForCausalLM.from_pretrained(
+                locate(name),
+                config=config,
+                dtype=kind,
+                device_map=None if device == "cpu" and not nf4 else {"": device},  # never twice
+                quantization_config=method,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except ValueError as error:  # a matrix that could not be split is said as it was
+        raise getattr(quantiser, "error", None) or error from error.__cause__
     if quantiser is not None:
         model.hf_quantizer.remove_quantization_config(model)  # our layers are not transformers'
         for module in model.modules():  # some models compute otherwise where this is left
@@ -329,11 +325,6 @@ def _splitter(split, names: set):
                 return self  # so that `error` reaches the caller
 
     return AUTO_QUANTIZATION_CONFIG_MAPPING["dense+sparse"](split, names)
-
-
-def vocabulary(model_config) -> int:
-    """How many tokens the model's embedding has, by its configuration."""
-    return model_config.get_text_config().vocab_size
 
 
 def usable_length(max_length: int, model_config, taken: int = 0) -> int:

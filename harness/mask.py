@@ -104,7 +104,8 @@ def what_is_scored(settings: MaskConfig, tokenizer, model_config, examples) -> t
     length = loading.usable_length(settings.length, model_config)
     texts = dataset.read_texts(settings.text)
     windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
-    tasks.check_tokens(tokenizer, windows.flatten().tolist(), loading.vocabulary(model_config))
+    vocabulary = model_config.get_text_config().vocab_size
+    tasks.check_tokens(tokenizer, windows.flatten().tolist(), vocabulary)
     source = dataset.TEXTS.get(settings.text or "c4", [settings.text])[:2]
     return tasks.text_losses(windows), {"source": " ".join(source), "length": length}
 
@@ -112,12 +113,8 @@ def what_is_scored(settings: MaskConfig, tokenizer, model_config, examples) -> t
 # ------------------------------------------------------------------ the file
 
 
-def signature(weights: dict[str, Tensor]) -> dict:
-    """What tells one model from another: names, shapes and eight values of each matrix."""
-    return {name: {"shape": list(w.shape), "sample": _sample(w)} for name, w in weights.items()}
-
-
 def _sample(weight: Tensor) -> list[float]:
+    """Eight values of a matrix, which tell one model from another."""
     flat = weight.detach().flatten()
     return [float(f"{v:.6g}") for v in flat[:: max(1, flat.numel() // 8)][:8].float().tolist()]
 
@@ -130,7 +127,8 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
     """
     from safetensors.torch import save_file
 
-    about = {"provenance": provenance, "matrices": signature({n: weights[n] for n in index})}
+    matrices = {n: {"shape": list(weights[n].shape), "sample": _sample(weights[n])} for n in index}
+    about = {"provenance": provenance, "matrices": matrices}
     tensors = index | (codebooks or {})
     save_file(tensors, f"{path}.tmp", {key: json.dumps(value) for key, value in about.items()})
     os.replace(f"{path}.tmp", path)
@@ -139,7 +137,7 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
 def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, dict | None]:
     """(index, provenance, matrices, codebooks) of a mask file, without a model.
 
-    `matrices` is what `signature` said of the model that the mask was made for. `codebooks`: for
+    `matrices` has shapes and values of the model that the mask was made for. `codebooks`: for
     the quantiser kmeans. ValueError where the file is none, or was made without them.
     """
     from safetensors import SafetensorError, safe_open
@@ -199,8 +197,6 @@ def main(argv=None) -> None:
         config = MaskConfig(**configs.parse(MaskConfig, __doc__.split("\n")[0], argv))
         if config.out is None or Path(config.out).exists():
             raise ValueError(f"--out {config.out}: a new file, such as mask.safetensors")
-        if not Path(config.out).absolute().parent.is_dir():
-            raise ValueError(f"--out {config.out}: in a folder that exists")
         Path(f"{config.out}.tmp").touch()  # what cannot be written is said before the work
         Path(f"{config.out}.tmp").unlink()
         configs.check_numbers(config)

@@ -40,7 +40,7 @@ def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[f
     return losses
 
 
-def find(config: Config, rates: list[float], steps: int, run: Path) -> dict[float, float]:
+def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dict[float, float]:
     """{rate: mean loss of the last third of a short run}, from the same weights each time."""
     tokenizer, data = train.prepare(config)
     patch = train.open_model(config, run, data)
@@ -68,47 +68,26 @@ def advice(found: dict[float, float]) -> tuple[float, float]:
     return min(finite, key=finite.get), max(safe)
 
 
-def draw(found: dict[float, float], best: float, path: Path) -> None:
-    """Loss against rate."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(list(found), list(found.values()), "o-", color="black")
-    axis.axvline(best, color="grey", linestyle=":")
-    low = min(loss for loss in found.values() if math.isfinite(loss))
-    axis.set(xscale="log", xlabel="learning rate", ylabel="training loss, last third",
-             ylim=(None, 2 * low + 1))  # fmt: skip
-    figure.savefig(path)
-
-
 def main(argv=None) -> None:
     with configs.one_line_errors():
-        more = {"rates": (str, "instead of seven, half a decade apart: 1e-7,1e-6"),
-                "short": (int, "steps of each run; default 100")}  # fmt: skip
+        more = {"rates": (configs.rates, "instead of seven, half a decade apart: 1e-7,1e-6"),
+                "short": (configs.positive, "steps of each run; default 100")}  # fmt: skip
         given = configs.parse(Config, __doc__.split("\n")[0], argv, **more)
-        rates, short = given.pop("rates", ""), given.pop("short", 100)
-        try:
-            rates = [float(rate) for rate in rates.split(",") if rate]
-        except ValueError:
-            raise ValueError(f"--rates {rates}: numbers with commas, such as 1e-7,1e-6") from None
-        if short < 3 or not all(0 < rate < math.inf for rate in rates):
-            raise ValueError(f"--short {short} is 3 or more, and --rates are above 0")
+        rates, short = given.pop("rates", ()), given.pop("short", 100)
         config = configs.complete(Config(**given))
         run = configs.new_run(config)
         try:
             found = find(config, rates, short, run)
+            best, safe = advice(found)
+            kept = {str(rate): loss for rate, loss in found.items()}
+            configs.write_json(run / "rates.json", kept)
         finally:
             log.forget_unbegun(run)
-        best, safe = advice(found)
         for rate, loss in found.items():
             said = ["best"] * (rate == best) + ["largest safe one"] * (rate == safe)
             print(f"  --lr {rate:<9.2g} loss {loss:.4f}  {', '.join(said)}")
         print(f"{len(found)} runs of {short} steps: try --lr {best:.2g}, or a third for long runs")
-        run.mkdir(parents=True, exist_ok=True)
-        draw(found, best, run / "rates.png")
-        configs.write_json(run / "rates.json", {str(rate): loss for rate, loss in found.items()})
-        print(f"{run}/ holds rates.json and rates.png")
+        print(f"{run}/ holds rates.json")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def run_to_end(config: Config, run: Path) -> None:
     result = {"zero_shot": zero_shot._asdict(), "last": last._asdict(), "best": best._asdict()}
     result |= {"best_step": best_step, "skipped": 0, "workers": 1}
     result |= {"seconds": time.perf_counter() - began} | loading.machine(model.device)
-    train.write_result(run, result)
+    configs.write_json(run / "result.json", result)
     log.draw_curve(steps, f"{config.model}, {config.method}", zero_shot.value)
     print(f"{run}/ holds the run")
 

@@ -26,9 +26,8 @@ from pathlib import Path
 import torch
 
 from harness import bench, loading
-from harness.config import positive, study_parser, write_json
+from harness.config import ROOT, positive, study_parser, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540  # of a part
 
 

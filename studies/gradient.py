@@ -41,6 +41,7 @@ import masks
 import tasks
 import train
 import zo
+from harness import config as configs
 from harness import dataset, loading
 from harness.config import ROOT, TINY, is_tiny, one_line_errors, positive, study_parser, write_json
 from studies import first_order
@@ -287,15 +288,6 @@ def draw(found: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def rate(text: str) -> tuple[str, float]:
-    name, _, number = text.partition("=")
-    if name not in (*RULES, "SGD"):
-        raise argparse.ArgumentTypeError(f"{text}: MeZO=…, S-MeZO=… or SGD=…")
-    if not 0 < float(number) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: a rate above 0 and finite")
-    return name, float(number)
-
-
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--model", default=TINY)
@@ -314,7 +306,8 @@ def main(argv=None) -> None:
     parser.add_argument("--trials", type=positive, default=30, help="steps per method")
     parser.add_argument("--tuning", type=positive, default=100, help="steps of Adam, of tuning")
     parser.add_argument("--adam", type=float, default=3e-4, help="their learning rate")
-    parser.add_argument("--rates", nargs="+", type=rate, metavar="METHOD=RATE",
+    pair = configs.named((*RULES, "SGD"), configs.rate)
+    parser.add_argument("--rates", nargs="+", type=pair, metavar="METHOD=RATE",
                         default=[("MeZO", 1e-3), ("S-MeZO", 1e-2), ("SGD", 1e-1)])  # fmt: skip
     args = parser.parse_args(argv)
     args.rates = dict(args.rates)

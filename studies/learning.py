@@ -30,7 +30,6 @@ What differs from the papers
     They take 20,000 steps of models 50 times as large, and their figures have no second seed.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -43,9 +42,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import eval
+import train
+from harness import config as configs
+from harness import mask
 from harness.config import TINY, is_tiny, one_line_errors, positive, study_parser, write_json
+from harness.log import StepLog
+from studies import first_order
 
 SENSZOQ = "train --method=senszoq --mask=sensitive-0.001"
 ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one of 100 M parameters)
@@ -86,12 +93,6 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: in
 
     Losses are means over windows of `every` steps; validation and active share have their step.
     """
-    import torch
-
-    import train
-    from harness.log import StepLog
-    from studies import first_order
-
     if threads is not None:
         torch.set_num_threads(threads)
     program, *flags = run.flags.split()
@@ -131,17 +132,18 @@ class Study:
     """The runs that are known, and a way to the others."""
 
     def __init__(self, args, common: list[str]):
-        self.args, self.common, self.file = args, common, args.out / "learning.json"
+        self.args, self.file = args, args.out / "learning.json"
+        self.data = [f"--data-dir={args.data_dir}"] if args.data_dir else []
+        self.common = [*common, *self.data]
         self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
         named = ("every", "short", "model", "text", "samples", "length")
-        settings = {name: getattr(args, name) for name in named} | {"flags": common}
+        settings = {name: getattr(args, name) for name in named} | {
+            "flags": " ".join(self.common).replace("=", " ")  # equal, whichever was typed
+        }
         if self.found.setdefault("settings", settings) != settings:
             raise ValueError(f"{self.file} has runs of other settings; give another --out")
         self.runs = self.found.setdefault("runs", {})
         self.tables = self.found.setdefault("tables", {})
-
-    def save(self) -> None:
-        write_json(self.file, self.found)
 
     def grid(self, row: str) -> tuple[float, ...]:
         return self.args.grid.get(row, ROWS[row][1 if is_tiny(self.args.model) else 2])
@@ -151,25 +153,18 @@ class Study:
         before, _, rest = flags.partition("--mask=")
         if not rest:
             return flags
-        name, *more = rest.split()
+        args, (name, *more) = self.args, rest.split()
         kind, density = name.rsplit("-", 1)
-        path = self.args.out / "masks" / f"{task if kind == 'task' else kind}-{density}.safetensors"
+        path = args.out / "masks" / f"{task if kind == 'task' else kind}-{density}.safetensors"
         if not path.exists():
-            from harness import mask
-
             path.parent.mkdir(exist_ok=True)
-            argv = [f"--model={self.args.model}", f"--density={density}", f"--out={path}"]
-            if kind in ("largest", "random"):
-                argv += [f"--kind={kind}"]
-            else:
-                argv += [f"--samples={self.args.samples}"]
-            if kind == "task":
-                argv += ["--mask-from=task", f"--task={task}", *data_dir(self.args)]
-            elif kind == "sensitive":
-                argv += [f"--length={self.args.length}"]
-                argv += [f"--text={self.args.text}"] if self.args.text else []
+            few, text = f"--samples={args.samples}", [f"--text={args.text}"] if args.text else []
+            how = {
+                "sensitive": [few, f"--length={args.length}", *text],
+                "task": [few, "--mask-from=task", f"--task={task}", *self.data],
+            }.get(kind, [f"--kind={kind}"])
             with contextlib.redirect_stdout(io.StringIO()):
-                mask.main(argv)
+                mask.main([f"--model={args.model}", f"--density={density}", f"--out={path}", *how])
         return " ".join([f"{before}--mask={path}", *more])
 
     def take(self, runs: list[Run]) -> list[dict]:
@@ -195,7 +190,7 @@ class Study:
                 for run, way in zip(missing, done, strict=True):
                     bar.set_description(run.name)
                     self.runs[run.name] = way.result() if pool else carry_out(*way)
-                    self.save()
+                    write_json(self.file, self.found)
                     bar.update(run.steps)
             except BaseException:
                 for worker in multiprocessing.active_children():
@@ -218,10 +213,10 @@ class Study:
         better = 1 if known["metric"] == "accuracy" else -1
         return better * found["validation"], -found["loss"]
 
-    def short(self, task: str, rows: dict[str, str]) -> dict:
-        """{row: columns} of short runs, seed 0, at S-MeZO's rate, or with --tune at their own."""
-        tune = self.args.tune
-        rates = [self.best("S-MeZO", task, f if tune else None) for f in rows.values()]
+    def short(self, task: str, rows: dict[str, str], grid="S-MeZO", tune=False) -> dict:
+        """{row: columns} of short runs, seed 0, at the best rate of `grid`, or each at its own."""
+        tune = tune or self.args.tune
+        rates = [self.best(grid, task, flags if tune else None) for flags in rows.values()]
         runs = [
             Run(task, flags, rate, 0, self.args.short)
             for flags, rate in zip(rows.values(), rates, strict=True)
@@ -236,7 +231,8 @@ class Study:
         if known["stopped"]:
             return {"loss": None, "validation": None}
         loss = known["loss"][: self.args.short // self.args.every][-1]
-        return {"loss": loss, "validation": of_step(known["validation"], self.args.short)}
+        taken = {int(step): value for step, value in known["validation"].items()}  # text, in a file
+        return {"loss": loss, "validation": taken[self.args.short]}
 
     # ------------------------------------------------------------------ the parts
 
@@ -279,8 +275,6 @@ class Study:
         """Test accuracy without training, zero-shot or in-context."""
         known = self.found.setdefault("prompted", {})
         if (name := f"{task}, {shots}") not in known:
-            import eval
-
             argv = [f"--model={self.args.model}", f"--task={task}", f"--shots={shots}"]
             with contextlib.redirect_stdout(io.StringIO()):
                 known[name] = eval.main([*argv, *self.common]).value
@@ -317,19 +311,14 @@ class Study:
         return self.short(task, rows)
 
     def masks(self, task: str) -> dict:
-        table = {}
-        for density in self.args.densities:
-            for kind in KINDS:
-                flags = f"train --method=senszoq --bits=16 --mask={kind}-{density:g}"
-                lr = self.best("SensZOQ, 16 bits", task, flags)
-                (known,) = self.take([Run(task, flags, lr, 0, self.args.short)])
-                table[f"{kind}, {density:g}"] = {"lr": lr, **self.columns(known)}
-        return table
+        rows = {
+            f"{kind}, {density:g}": f"train --method=senszoq --bits=16 --mask={kind}-{density:g}"
+            for density in self.args.densities for kind in KINDS
+        }  # fmt: skip
+        return self.short(task, rows, "SensZOQ, 16 bits", tune=True)
 
     def drop(self, task: str) -> dict:
         """MeZO at the largest rate of its grid; then from the first fall of its validation on."""
-        import eval
-
         lr = self.grid("MeZO")[-1]
         fallen = Run(task, ROWS["MeZO"][0], lr, 0, self.args.short)
         (known,) = self.take([fallen])
@@ -357,12 +346,6 @@ class Study:
 PARTS = ("rates", "methods", "sparsity", "groups", "refresh", "drop", "masks", "precision")
 
 
-def of_step(values: dict, step: int) -> float:
-    """The value of the last step up to `step`; keys are text after a visit to a file."""
-    taken = {int(key): value for key, value in values.items()}
-    return taken[max(key for key in taken if key <= step)]
-
-
 def mean_of(curves: list[dict]) -> dict[int, float]:
     """The mean over seeds, at the steps that all of them have."""
     curves = [{int(step): value for step, value in curve.items()} for curve in curves]
@@ -383,8 +366,6 @@ def table(title: str, rows: dict) -> str:
 
 def draw(study: Study, task: str, path: Path) -> None:
     """Loss, validation and active share against steps; loss against rate, sparsity and group."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 7), layout="constrained")
     (loss, accuracy, active), (rate, sparse, group) = figure.subplots(2, 3)
     found, every = study.tables.get(task, {}), study.args.every
@@ -423,27 +404,6 @@ def draw(study: Study, task: str, path: Path) -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
-def joined(words: list[str]) -> list[str]:
-    """`--flag value` as `--flag=value`: settings are equal, whichever was typed."""
-    flags = []
-    for word in words:
-        if flags and not word.startswith("--"):
-            word = f"{flags.pop()}={word}"
-        flags.append(word)
-    return flags
-
-
-def data_dir(args) -> list[str]:
-    return [f"--data-dir={args.data_dir}"] if args.data_dir else []
-
-
-def grid(text: str) -> tuple[str, tuple[float, ...]]:
-    name, _, rates = text.partition("=")
-    if name not in ROWS:
-        raise argparse.ArgumentTypeError(f"{text}: ROW=RATE,RATE with a row of {list(ROWS)}")
-    return name, tuple(float(rate) for rate in rates.split(","))
-
-
 def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--model", default=TINY)
@@ -455,7 +415,8 @@ def main(argv=None) -> None:
     parser.add_argument("--short", type=positive, default=300, help="of all parts but methods")
     parser.add_argument("--every", type=positive, default=50, help="steps between validations")
     parser.add_argument("--seeds", type=positive, default=3, help="of methods")
-    parser.add_argument("--grid", nargs="+", type=grid, default=[], metavar="ROW=RATE,RATE")
+    pair = configs.named(ROWS, configs.rates)
+    parser.add_argument("--grid", nargs="+", type=pair, default=[], metavar="ROW=RATE,RATE")
     parser.add_argument("--tune", action="store_true", help="a rate for each row of every part")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01],
                         help="of masks")  # fmt: skip
@@ -470,12 +431,12 @@ def main(argv=None) -> None:
         if args.short > args.steps or args.short % args.every:
             raise ValueError(f"--short {args.short}: at most --steps, a multiple of --every")
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
-        study = Study(args, [*joined(common), *data_dir(args)])
+        study = Study(args, common)
         for task in args.tasks:
             for part in args.parts:
                 rows = getattr(study, part)(task)
                 study.tables.setdefault(task, {})[part] = rows
-                study.save()
+                write_json(study.file, study.found)
                 print(table(f"{task}, {part}", rows), flush=True)
             draw(study, task, args.out / f"{task}.png")
 

@@ -13,7 +13,6 @@ studies/learning.py --parts precision. Answers go to precision.json. Flags that 
 are train.py's.
 """
 
-import argparse
 import contextlib
 import io
 from pathlib import Path
@@ -54,16 +53,10 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     return [float(c / n) if n > few else None for c, n in zip(changed, inside, strict=True)]
 
 
-def rate(text: str) -> tuple[str, float]:
-    method, _, number = text.partition("=")
-    if method not in ("mezo", "s-mezo", "r-mezo"):
-        raise argparse.ArgumentTypeError(f"{text}: mezo, s-mezo or r-mezo, then =RATE")
-    return method, float(number)
-
-
 def main(argv=None) -> None:
     parser = configs.study_parser(__doc__)
-    parser.add_argument("--lr", nargs="+", type=rate, metavar="METHOD=RATE",
+    pair = configs.named(("mezo", "s-mezo", "r-mezo"), configs.rate)
+    parser.add_argument("--lr", nargs="+", type=pair, metavar="METHOD=RATE",
                         default=[("mezo", 1e-3), ("s-mezo", 3e-2)])  # fmt: skip
     parser.add_argument("--count", type=configs.positive, default=10, help="updates of θ_0")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))

@@ -176,8 +176,7 @@ def test_a_run_is_its_log_and_what_is_saved_is_what_it_rebuilds(
     test = json.loads((tmp_path / "run/result.json").read_text())["last"]["value"]
     assert f"test accuracy {test:.3f}" in capsys.readouterr().out
     config = configs.load(tmp_path / "run", {})
-    tokenizer, _ = loading.load_tokenizer(config.model)
-    data = dataset.load(config)
+    tokenizer, _, data = dataset.prepare(config)
     steps = train.log.StepLog(tmp_path / "run").steps
     rebuilt = train.rebuild(config, tmp_path / "run", tokenizer, data, steps, 3)
     if kind == "s-mezo-lora":

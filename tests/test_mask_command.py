@@ -137,7 +137,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
         (["--kind=random", "--text=", "--quantiser=kmeans"], "leave out --text, --mask-from, --q"),
         (["--device=tpu"], "--device tpu"),
         (["--model={tmp_path}"], "has no config.json"),
-        (["--out={tmp_path}/no/where"], "in a folder that exists"),
+        (["--out={tmp_path}/no/where"], "No such file or directory"),
         (["--out={tmp_path}/text.jsonl"], "text.jsonl: a new file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

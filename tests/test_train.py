@@ -91,10 +91,10 @@ def moving(model):
 def rebuilt(directory, steps=None):
     """Those of a run after its first `steps` steps, by its log."""
     config = configs.load(directory, {})
-    tokenizer, _ = loading.load_tokenizer(config.model)
+    tokenizer, _, data = dataset.prepare(config)
     logged = steps_of(directory)
     after = len(logged) if steps is None else steps
-    return moving(train.rebuild(config, directory, tokenizer, dataset.load(config), logged, after))
+    return moving(train.rebuild(config, directory, tokenizer, data, logged, after))
 
 
 def equal(a, b):
@@ -398,7 +398,7 @@ def test_a_resumed_run_moves_what_it_moved(typed, folder, tmp_path, capsys):
     run(folder, out, "--dtype=bfloat16", "--refresh-every=3")
     before = contents(out)
     error = refused(train.main, [f"--resume={out}", "--steps=9", typed], capsys)
-    assert f"{typed.split('=')[0]} cannot be changed in {out}: its steps moved weights" in error
+    assert f"{typed.split('=')[0]} cannot be changed in {out}, which has " in error
     assert contents(out) == before
     train.main([f"--resume={out}", "--steps=9", "--refresh-every=3", "--seed=0"])
 
@@ -649,7 +649,7 @@ BAD = {  # what the user types: what the one line must say
     "--method=mezo --mask-kind=packed": "is for --method s-mezo, not for mezo",
     "--mask=some": "--mask is for --method senszoq, not for s-mezo",
     "--bits=4": "--bits is for --method senszoq",
-    "--above=0.9 --density=0.3": "from 0 to 1 less --density",
+    "--above=0.9 --density=0.3": "above 0.9: from 0 to 0.7, 1 less density 0.3",
     "--mask-kind=packed --above=0.25": "is for --mask-kind dynamic",
     "--method=senszoq --select=proj": "is for --method mezo, s-mezo, r-mezo, not for senszoq",
     "--quantiser=kmeans": "--quantiser is for --method senszoq, not for s-mezo",

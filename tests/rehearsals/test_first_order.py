@@ -105,7 +105,7 @@ def test_parts_of_a_batch_have_its_loss_and_its_gradient(scored, folder):
     """A batch in parts of three has the loss and the gradient of train.py's whole minibatch."""
     config = Config(model=f"{folder}/model", batch_size=8, train_file=folder / "train.jsonl",
                     test_file=folder / "test.jsonl", seed=3)  # fmt: skip
-    data, (tokenizer, _) = dataset.load(config), loading.load_tokenizer(config.model)
+    tokenizer, _, data = dataset.prepare(config)
     data = replace(data, classification=scored == "all")
     model, found = loading.load_model(config.model), []
     for config.micro_batch in (None, 3):

@@ -154,13 +154,13 @@ def other_weights(rank):
 
 
 def other_data(rank):
-    original = dataset.load
+    original = dataset.prepare
 
-    def load(config, tokenizer):
+    def prepare(config):
         config.data_seed = rank
-        return original(config, tokenizer)
+        return original(config)
 
-    dataset.load = load
+    dataset.prepare = prepare
 
 
 @pytest.mark.parametrize(
