@@ -26,7 +26,7 @@ import torch
 import quant
 import tasks
 import train
-from harness import adapter, dataset, loading
+from harness import adapter, dataset, loading, workers
 from harness import config as configs
 from harness.config import Settings
 from harness.log import StepLog
@@ -46,8 +46,8 @@ def open_model(config: Settings, split: str, shots: int) -> tuple:
     examples = of_split(data, split)
     if not 0 <= shots <= len(data.train):
         raise ValueError(f"--shots {shots}: from 0 to {len(data.train)}, the training examples")
-    if shots and not isinstance(examples[0].prompt, str):
-        raise ValueError(f"--shots {shots}: texts and conversations have no demonstrations")
+    if shots and len(examples[0].options) == 1:
+        raise ValueError(f"--shots {shots}: rows without options have no demonstrations")
     if shots:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"
@@ -104,6 +104,7 @@ def main(argv=None) -> tasks.Score:
             raise ValueError(f"--split {split}: test or validation")
         if save is not None and save.exists() and (not save.is_dir() or any(save.iterdir())):
             raise ValueError(f"--save {save} is not empty; choose another name")
+        workers.check_alone()
         if run is None and step is not None:
             raise ValueError("--step is of a run: give it with --run")
         if run is not None and shots:

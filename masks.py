@@ -91,10 +91,12 @@ def threshold(weight: Tensor, density: float) -> Tensor:
     """h: the k-th smallest |w|, k = round(density · numel), at least 1; 0-dim, the weight's dtype.
 
     [S] §3.2 and appendix C.2, at percentile 1 − sparsity (see above). |w| ≤ h holds for exactly k
-    elements, and for more only where values tie with h. ValueError where a weight is not finite.
+    elements, and for more only where values tie with h. At density 1 it is ∞: all move, also those
+    that grow. ValueError where a weight is not finite.
     """
     magnitude = weight.detach().abs().flatten()
-    return kth_smallest(magnitude, max(1, round(check_density(density) * magnitude.numel())))
+    h = kth_smallest(magnitude, max(1, round(check_density(density) * magnitude.numel())))
+    return h if density < 1 else torch.full_like(h, torch.inf)
 
 
 def get_mask(theta: Tensor, h: Tensor) -> Tensor:

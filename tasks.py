@@ -93,6 +93,7 @@ class Task:
     classification: bool = True  # False: trained with `lm_loss` on the right option
     num_train: int = 1000
     num_validation: int = 500
+    num_test: int = 1000
     batch_size: int = 16
     sizes: str = ""  # where these numbers are from, if not from [S] and MeZO
 
@@ -232,7 +233,8 @@ TASKS = {task.name: task for task in (
     Task("wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1", "wikitext-2-raw", "", ("{text}",),
          rows=lambda row: [{**row, "label": 0}], splits=("train", "test", "validation"),
          files=("wiki.train.raw", "wiki.test.raw", "wiki.valid.raw"), classification=False,
-         num_train=1_000_000, batch_size=2, sizes="all blocks; [Q]'s numbers are unknown"),
+         num_train=1_000_000, num_validation=1_000_000, num_test=1_000_000, batch_size=2,
+         sizes="all blocks; [Q]'s numbers are unknown"),
 )}  # fmt: skip
 OWN = Task("own", "", "", "", ())  # of files of one's own
 

@@ -86,10 +86,10 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
 def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
     """The log's step t + 1 without its update. The caller makes that, with the answer's `a`."""
     # Sample minibatch B from X and random seed s
-    parts = batches_of_step(config, patch.model, tokenizer, data, t)
+    batches = batches_of_step(config, patch.model, tokenizer, data, t)
     seed = zo.step_seed(config.seed, t)
     # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  at every read m ← GetMask(θ_t, h)
-    loss_plus, loss_minus = losses(patch, parts, seed)
+    loss_plus, loss_minus = losses(patch, batches, seed)
     # proj_grad ← (l⁺ − l⁻) / 2ε
     proj_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
     with np.errstate(over="ignore"):
@@ -237,7 +237,7 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
         _, provenance, matrices, _ = mask.load(path, config.quantiser)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
         mask.check_shapes(path, matrices, masks.decoder_linears(shapes))
-        density = provenance["density"]
+        density = provenance.get("density", config.density)
         if config.density not in (None, density):
             raise ValueError(f"--density {config.density}: that of the mask {path} is {density}")
         config.density, sources["density"] = density, "that of the mask"
@@ -287,25 +287,27 @@ def run_to_end(config: Config, run: Path) -> None:
         raise ValueError(f"{run} has {len(steps.steps)} steps already; --steps N adds to them")
     if steps.start is None and workers.RANK == 0:
         configs.save(run, config)  # from here on the run can be resumed
+    examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
+    trained = zlib.crc32(repr(data.train).encode())
+    result = {"zero_shot": None, "examples": examples, "train": trained, "seconds": 0}
+    if steps.start is not None and (run / "result.json").exists():
+        result |= json.loads((run / "result.json").read_text())
+    if result["train"] != trained:
+        raise ValueError(f"{run}: the training examples are not those that the run began with")
     patch = open_model(config, run, data)
     model = patch.model
     print(f"  {patch}\n  {run}/")
     # workers share their losses, so nothing else would show that their data differ
-    examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
     workers.check_same(examples, "data")
-    result = {"zero_shot": None, "examples": examples}
     if steps.start is None:
         measure_step(config, patch, tokenizer, data, 0)  # is every weight that moves read?
         zero_shot = score(config, model, tokenizer, data.test)
         start = "untrained prefix, " if config.adapter == "prefix" else "zero-shot "
         print(f"{start}test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()
-        if workers.RANK == 0:
-            configs.write_json(run / "result.json", result)
+        write_result(run, result)
         steps.append(evaluated(config, patch, tokenizer, data, log.Step(0)))
     else:
-        if (run / "result.json").exists():
-            result |= json.loads((run / "result.json").read_text())
         if result["examples"] != examples:
             print("  the examples are not all those that the run began with")
         replay(config, patch, tokenizer, data, steps.steps, run, after=len(steps.steps))
@@ -320,7 +322,9 @@ def run_to_end(config: Config, run: Path) -> None:
     print(f"test {data.metric}, last weights             {last}")
     device, best_step = patch.device, steps.best_step()  # by validation, never by test
     result |= {"last": last._asdict(), "best_step": best_step, "skipped": steps.skipped()}
-    result |= {"seconds": time.perf_counter() - began, "workers": workers.SIZE}
+    result |= {"seconds": result["seconds"] + time.perf_counter() - began}
+    result |= {"workers": workers.SIZE} | loading.machine(device)
+    write_result(run, result)
     if best_step != config.steps:
         patch.remove()
         del model, patch
@@ -329,11 +333,10 @@ def run_to_end(config: Config, run: Path) -> None:
         best = score(config, model, tokenizer, data.test)
     if data.validation:
         print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
+    write_result(run, result | {"best": best._asdict()} | loading.machine(device))
     advise(config, steps)
     print(f"{run}/ holds the run")
     if workers.RANK == 0:
-        result |= {"best": best._asdict()} | loading.machine(device)
-        configs.write_json(run / "result.json", result)
         zero_shot = (result["zero_shot"] or {}).get("value")
         try:
             log.draw_curve(steps, f"{config.model}, {config.method}", zero_shot)
@@ -352,6 +355,12 @@ def advise(config: Config, steps: log.StepLog) -> None:
             f"{flat} steps moved nothing, as l⁺ and l⁻ were the same number: --eps {config.eps} is "
             "too small for this dtype, or too high a rate broke the weights (try a lower --lr)"
         )
+
+
+def write_result(run: Path, result: dict) -> None:
+    """result.json, by worker 0."""
+    if workers.RANK == 0:
+        configs.write_json(run / "result.json", result)
 
 
 def main(argv=None) -> None:

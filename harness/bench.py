@@ -16,16 +16,17 @@ batch too small to fill the cores can go below. Published: MeZO 3.3, Sparse-MeZO
     LoRA, Adam              first order, for [S]'s Table 3: loss.backward() on the same batch
 
 Memory is the peak during the row, all of it. GPU: the allocator's. CPU: resident memory above the
-interpreter's own.
+interpreter's own, on Linux alone.
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
+import math
 import statistics
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -138,7 +139,7 @@ class Subject:
 # ------------------------------------------------------------------ rows
 
 
-@contextmanager
+@contextlib.contextmanager
 def two_forwards(subject: Subject):
     """The unit against itself: its spread is the measurement's."""
     yield subject.two_forwards
@@ -147,7 +148,7 @@ def two_forwards(subject: Subject):
 def in_place(masked: bool):
     """Algorithm 1 as MeZO's trainer runs it: reseed, draw z, rewrite θ; four times per step."""
 
-    @contextmanager
+    @contextlib.contextmanager
     def row(subject: Subject):
         stored = {}
         if masked:
@@ -177,7 +178,7 @@ def in_place(masked: bool):
 def patched(rule: masks.Rule | None = None):
     """One step through model_patch.py, by a rule or, without one, of [Q]'s values."""
 
-    @contextmanager
+    @contextlib.contextmanager
     def row(subject: Subject):
         moves = rule or subject.sparse
         patch = Patch(subject.model, moves, eps=EPS, fused=subject.fused)
@@ -195,7 +196,7 @@ def patched(rule: masks.Rule | None = None):
     return row
 
 
-@contextmanager
+@contextlib.contextmanager
 def adam(subject: Subject):
     """First order: every weight, loss.backward(), torch's Adam."""
     subject.model.requires_grad_(True)
@@ -207,7 +208,7 @@ def adam(subject: Subject):
         subject.model.requires_grad_(False)
 
 
-@contextmanager
+@contextlib.contextmanager
 def lora(subject: Subject):
     """First order: peft's adapters of rank 8 on q_proj and v_proj, torch's Adam."""
     import peft
@@ -255,12 +256,15 @@ class Peak:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not the row's doing
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+            with contextlib.suppress(AttributeError, OSError, TypeError):  # Linux alone has them
+                ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not the row's doing
+                Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
 
-    def read(self) -> int:
+    def read(self) -> float:
         if self.gpu:
             return torch.cuda.max_memory_allocated() - self.before
+        if not Path("/proc/self/status").exists():
+            return math.nan
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 - self.before
 

@@ -54,7 +54,7 @@ class Settings:
     test_file: str | None = setting(None, "the same; needed beside --train-file")
     num_train: int | None = setting(None, "training examples; 1,000, or as [Q] has for the task")
     num_validation: int | None = setting(None, "validation examples; 500, for CB and COPA 100")
-    num_test: int = setting(1000, "test examples")
+    num_test: int | None = setting(None, "test examples; 1,000, of WikiText-2 all")
     data_seed: int = setting(0, "which examples are drawn")
     batch_size: int | None = setting(None, "examples of one step; 16, for WikiText-2 2")
     micro_batch: int | None = setting(None, "examples in memory at once; default the whole batch")
@@ -236,7 +236,7 @@ USES = {  # setting: the methods that have a use for it
 
 # A resumed run keeps these. In 16 bits log.compare bears much rounding, and might miss a change.
 WHAT_MOVES = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh_every",
-              "rounding", "seed", "bits")  # fmt: skip
+              "rounding", "seed", "bits", "lr", "eps")  # fmt: skip
 
 
 def _check_method(config: Config) -> None:
@@ -416,7 +416,7 @@ def new_run(config: Config) -> Path:
             raise ValueError(f"--out {run} was just taken by another process") from None
         return run
     data = Path(config.train_file).stem if config.train_file else config.task
-    method = "-".join(filter(None, (config.method, config.adapter)))
+    method = "-".join(filter(None, (config.method, getattr(config, "adapter", None))))
     name = f"{Path(config.model).name}-{data}-{method}-seed{config.seed}"
     Path("runs").mkdir(exist_ok=True)  # a file, or a link to nowhere, is said here
     for number in itertools.count(1):

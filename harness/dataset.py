@@ -17,6 +17,7 @@ kept: equal seeds draw MeZO's examples (`load_examples`).
 
 import csv
 import inspect
+import io
 import json
 import re
 from collections import Counter
@@ -76,7 +77,7 @@ def load_examples(
     task: str | None = None, *, data_dir: str | Path | None = None,
     train_file: str | Path | None = None, test_file: str | Path | None = None,
     validation_file: str | Path | None = None, num_train: int | None = None,
-    num_validation: int | None = None, num_test: int = 1000, seed: int = 0,
+    num_validation: int | None = None, num_test: int | None = None, seed: int = 0,
     tokenizer=None, max_length: int = 2048,
 ) -> Data:  # fmt: skip
     """A task of `TASKS`, from the hub or from official files in data_dir; or the user's own files.
@@ -122,6 +123,7 @@ def load_examples(
         spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
     num_train = spec.num_train if num_train is None else num_train
     num_validation = spec.num_validation if num_validation is None else num_validation
+    num_test = spec.num_test if num_test is None else num_test
     if held:
         train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
     else:
@@ -192,6 +194,10 @@ def _own_example(tokenizer, row: dict) -> list[Example]:
     return [Example(prompt, tuple(o.rstrip(" ") for o in options), label)]  # `encode` strips, too
 
 
+# some templates write today's date into the prompt; a run that is resumed tomorrow has its data
+_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
+
 def _replies(tokenizer, messages: list[dict]) -> list[Example]:
     """A completion per turn of the assistant, as the tokenizer's chat template writes it.
 
@@ -200,10 +206,11 @@ def _replies(tokenizer, messages: list[dict]) -> list[Example]:
     """
     if not tokenizer.chat_template:
         raise ValueError('the tokenizer has no chat template; use {"prompt", "completion"} lines')
+    how = {"tokenize": False, "chat_template": _DATE + tokenizer.get_chat_template()}
 
-    def text(count: int, **how) -> str:
+    def text(count: int, **more) -> str:
         try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, **how)
+            return tokenizer.apply_chat_template(messages[:count], **how, **more)
         except Exception as e:  # whatever Jinja or the template raises
             raise ValueError(f"the chat template refuses it: {e}".splitlines()[0]) from e
 
@@ -295,7 +302,7 @@ def _from_file(path: Path, parse: Callable[[dict], list], what: str) -> list:
         raise ValueError(f"{path} is empty; write one example per line")
     found = None
     if path.suffix == ".csv":
-        found = csv.DictReader(text.splitlines(keepends=True), ("question", *"ABCD", "answer"))
+        found = csv.DictReader(io.StringIO(text), ("question", *"ABCD", "answer"))
     if path.suffix == ".txt":
         found = [{"text": part} for part in re.split(r"\n\s*\n", text) if part.strip()]
     if path.suffix == ".raw":  # as on the hub: blank lines are empty rows

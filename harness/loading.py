@@ -35,17 +35,18 @@ def choose_device(device: str) -> str:
 
     auto is the GPU if torch sees one. Of several workers on a machine, each takes the next GPU.
     """
-    if device == "auto":
-        worker = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
-        found = torch.cuda.device_count()
-        return f"cuda:{worker % found}" if found and torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or device == "auto" and not found:
+        return "cpu"
+    if not found:
         raise ValueError(f"--device {device}: this torch sees no GPU; use --device cpu")
-    if ":" in device and int(device[5:]) >= (found := torch.cuda.device_count()):
-        raise ValueError(f"--device {device}: this torch sees {found} GPUs, from cuda:0 on")
-    return device
+    if ":" in device:
+        if int(device[5:]) >= found:
+            raise ValueError(f"--device {device}: this torch sees {found} GPUs, from cuda:0 on")
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % found}"  # torchrun's
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
@@ -358,7 +359,7 @@ def keep_freed_memory() -> None:
     up to a tenth of a step on a CPU. Call it after loading: weight-sized temporaries, if kept, left
     10 GB of holes at 7B.
     """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
         libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # as in malloc.h
         libc.mallopt(mmap_threshold, 1 << 26)
         libc.mallopt(trim_threshold, 1 << 30)

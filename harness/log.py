@@ -13,6 +13,7 @@ line, which does not count. --resume takes the last logged step again and compar
 """
 
 import contextlib
+import errno
 import math
 import os
 from pathlib import Path
@@ -68,7 +69,9 @@ class StepLog:
             try:
                 lock(self.file)
             except OSError as error:
-                raise ValueError(f"{run} is being trained by another process right now") from error
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # knows no locks
+                    why = f"{run} is being trained by another process right now"
+                    raise ValueError(why) from error
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]  # a line without its end was torn by a kill
         if write:
@@ -149,9 +152,9 @@ def forget_unbegun(run: Path) -> None:
     """Remove a run that failed before its line 0, unless [Q]'s mask was made already."""
     if (run / "mask.safetensors").exists() or StepLog(run).start is not None:
         return
-    for name in ("config.json", "result.json", "steps.csv"):
-        (run / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something of the user's is in it
+    with contextlib.suppress(OSError):  # something of the user's is in it; Windows holds open files
+        for name in ("config.json", "result.json", "steps.csv"):
+            (run / name).unlink(missing_ok=True)
         run.rmdir()
 
 

@@ -29,7 +29,13 @@ def join() -> None:
             dist.init_process_group("gloo", timeout=timedelta(hours=3))
         except RuntimeError as error:  # one of them has ended already, or the address is wrong
             raise ConnectionError(f"worker {RANK} cannot reach the others: {error}") from error
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")
+
+
+def check_alone() -> None:
+    """ValueError where torchrun started several, and the command knows nothing of it."""
+    if SIZE > 1:
+        raise ValueError("this command is one process: start it without torchrun")
 
 
 def leave() -> None:

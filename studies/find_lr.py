@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import train
 from harness import config as configs
-from harness import log
+from harness import log, workers
 from harness.config import Config
 
 HALF_DECADES = (-4, -3, -2, -1, 0, 1, 2)  # around train.py's own rate, unless --rates says others
@@ -74,6 +74,7 @@ def main(argv=None) -> None:
                 "short": (configs.positive, "steps of each run; default 100")}  # fmt: skip
         given = configs.parse(Config, __doc__.split("\n")[0], argv, **more)
         rates, short = given.pop("rates", ()), given.pop("short", 100)
+        workers.check_alone()
         config = configs.complete(Config(**given))
         run = configs.new_run(config)
         try:

@@ -62,6 +62,7 @@ RATES = {  # method: (rate, its source), and the tiny model's
 class Config(Settings):
     """Every setting of a run. None is filled in by `fill_in`."""
 
+    batch_size: int | None = setting(None, "examples of one step; 8")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "bfloat16 loses small updates")
     method: Literal["adam", "sgd", "lora", "sparse-adam"] = setting("adam", "what moves, and how")
     density: float | None = setting(None, "sparse-adam: share of the weights that move, in (0, 1]")
@@ -99,8 +100,7 @@ def complete(config: Config) -> Config:
             raise ValueError(f"--density is for --method sparse-adam, not for {config.method}")
     if config.method == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError("--method lora needs peft, which is not installed: pip install peft")
-    if workers.SIZE > 1:
-        raise ValueError("first-order training is one process; start it without torchrun")
+    workers.check_alone()
     return config
 
 
@@ -115,8 +115,6 @@ def what_moves(config: Config, model) -> tuple[list, dict]:
     if config.method != "sparse-adam":
         return weights, {}
     masks.check_moves(config.density, weights)
-    if config.density == 1:  # all move, also those that outgrow the largest |θ_0|
-        return weights, dict.fromkeys(weights, torch.tensor(math.inf))
     return weights, {w: masks.threshold(w, config.density) for w in weights}
 
 
@@ -129,7 +127,7 @@ def masked_step(optimizer, h: dict) -> None:
         w.copy_(torch.where(m, w, theta))
 
 
-def gradient(config: Config, model, tokenizer, data: dataset.Data, t: int) -> float:
+def backward(config: Config, model, tokenizer, data: dataset.Data, t: int) -> float:
     """L(θ; B) of the minibatch that train.py's step t has; ∇L is left in the weights' grad."""
     batches = list(train.batches_of_step(config, model, tokenizer, data, t))
     count, total = sum(batch.count for batch in batches), 0.0
@@ -150,7 +148,7 @@ def fit(config: Config, model, weights: list, h: dict, tokenizer, data, steps: l
     for t in range(config.steps + 1):
         step = log.Step(0)  # line 0: before training
         if t > 0:
-            loss = gradient(config, model, tokenizer, data, t - 1)
+            loss = backward(config, model, tokenizer, data, t - 1)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of step {t} is {loss}: --lr {config.lr} is too high")
             masked_step(optimizer, h)

@@ -17,6 +17,7 @@ a card is at hand.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -50,6 +51,9 @@ class Day:
             code = process.wait(max(1, self.ends - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)  # or the next part might find the card taken
+            process.kill()
             code = "out of time"
         said = (self.args.out / f"{name}.txt").read_text(errors="replace").strip().splitlines()
         last = said[-1] if said else ""

@@ -237,7 +237,7 @@ class Study:
                     kinds = {"dynamic": now, "static": static.setdefault(density, now)}
                     for name, index in (kinds | {"C4": elsewhere[density]}).items():
                         found[f"step {t}, {density:g}, {name}"] = masks.coverage(mean, index)
-            first_order.gradient(self.how, self.model, self.tokenizer, data, t)
+            first_order.backward(self.how, self.model, self.tokenizer, data, t)
             optimizer.step()
         with torch.no_grad():
             for p, theta in start:

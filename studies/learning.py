@@ -36,9 +36,11 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,10 +49,18 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import eval
+import tasks
 import train
 from harness import config as configs
 from harness import mask
-from harness.config import TINY, is_tiny, one_line_errors, positive, study_parser, write_json
+from harness.config import (
+    TINY,
+    is_tiny,
+    one_line_errors,
+    positive,
+    study_parser,
+    write_json,
+)
 from harness.log import StepLog
 from studies import first_order
 
@@ -84,7 +94,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        words = self.flags.replace("--", "").replace("=", "-").split()[1:]
+        words = shlex.split(self.flags.replace("--", "").replace("=", "-"))[1:]
         return "-".join([self.task, *map(os.path.basename, words), f"{self.lr:g}", f"{self.seed}"])
 
 
@@ -95,7 +105,7 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: in
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    program, *flags = run.flags.split()
+    program, *flags = shlex.split(run.flags)
     main = {"train": train.main, "first_order": first_order.main}[program]
     result, steps = folder / "result.json", run.steps
     if program == "first_order" or not (folder / "config.json").exists():
@@ -133,13 +143,12 @@ class Study:
 
     def __init__(self, args, common: list[str]):
         self.args, self.file = args, args.out / "learning.json"
-        self.data = [f"--data-dir={args.data_dir}"] if args.data_dir else []
-        self.common = [*common, *self.data]
+        self.given = configs.parse(configs.Config, "", common)  # for every run
+        if args.data_dir:
+            self.given["data_dir"] = args.data_dir
         self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
         named = ("every", "short", "model", "text", "samples", "length")
-        settings = {name: getattr(args, name) for name in named} | {
-            "flags": " ".join(self.common).replace("=", " ")  # equal, whichever was typed
-        }
+        settings = {name: getattr(args, name) for name in named} | {"flags": self.given}
         if self.found.setdefault("settings", settings) != settings:
             raise ValueError(f"{self.file} has runs of other settings; give another --out")
         self.runs = self.found.setdefault("runs", {})
@@ -148,7 +157,13 @@ class Study:
     def grid(self, row: str) -> tuple[float, ...]:
         return self.args.grid.get(row, ROWS[row][1 if is_tiny(self.args.model) else 2])
 
-    def flags(self, flags: str, task: str) -> str:
+    def common(self, kind: type) -> list[str]:
+        """The flags for every run that a command with these settings knows."""
+        known = {field.name for field in fields(kind)}
+        given = [f"{configs.flag(n)}={value}" for n, value in self.given.items() if n in known]
+        return [f"--model={self.args.model}", *given]
+
+    def with_mask(self, flags: str, task: str) -> str:
         """The flags with the path of a mask file in place of its name; it is made if need be."""
         before, _, rest = flags.partition("--mask=")
         if not rest:
@@ -161,11 +176,12 @@ class Study:
             few, text = f"--samples={args.samples}", [f"--text={args.text}"] if args.text else []
             how = {
                 "sensitive": [few, f"--length={args.length}", *text],
-                "task": [few, "--mask-from=task", f"--task={task}", *self.data],
+                "task": [few, "--mask-from=task", f"--task={task}"],
             }.get(kind, [f"--kind={kind}"])
+            how += [*self.common(configs.Settings), f"--density={density}", f"--out={path}"]
             with contextlib.redirect_stdout(io.StringIO()):
-                mask.main([f"--model={args.model}", f"--density={density}", f"--out={path}", *how])
-        return " ".join([f"{before}--mask={path}", *more])
+                mask.main(how)
+        return " ".join([f"{before}--mask={shlex.quote(str(path))}", *more])
 
     def take(self, runs: list[Run]) -> list[dict]:
         """What is known of the runs, once they are carried out."""
@@ -175,9 +191,10 @@ class Study:
         ]  # fmt: skip
         jobs, ways, total = self.args.jobs, [], sum(run.steps for run in missing)
         for run in missing:
-            run = run._replace(flags=self.flags(run.flags, run.task))
+            run = run._replace(flags=self.with_mask(run.flags, run.task))
             folder = (self.args.out / "runs" / run.name).absolute()
-            common = [f"--model={self.args.model}", *self.common]
+            kind = configs.Config if run.flags.startswith("train") else first_order.Config
+            common = self.common(kind)
             ways.append((run, folder, self.args.every, common, 1 if jobs > 1 else None))
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=total, unit="step", disable=not missing))
@@ -244,7 +261,9 @@ class Study:
         }
 
     def methods(self, task: str) -> dict:
-        table = {f"{n} shots": {"test": self.prompted(task, n)} for n in (0, 4)}
+        options = tasks.get_task(task).options
+        shots = (0,) if len(options) == 1 else (0, 4)  # a text has no demonstrations
+        table = {f"{n} shots": {"test": self.prompted(task, n)} for n in shots}
         self.rates(task)
         rates = {row: self.best(row, task) for row in self.args.rows}
         runs = {
@@ -275,9 +294,9 @@ class Study:
         """Test accuracy without training, zero-shot or in-context."""
         known = self.found.setdefault("prompted", {})
         if (name := f"{task}, {shots}") not in known:
-            argv = [f"--model={self.args.model}", f"--task={task}", f"--shots={shots}"]
+            argv = [*self.common(configs.Settings), f"--task={task}", f"--shots={shots}"]
             with contextlib.redirect_stdout(io.StringIO()):
-                known[name] = eval.main([*argv, *self.common]).value
+                known[name] = eval.main(argv).value
         return known[name]
 
     def sparsity(self, task: str) -> dict:
@@ -319,12 +338,13 @@ class Study:
 
     def drop(self, task: str) -> dict:
         """MeZO at the largest rate of its grid; then from the first fall of its validation on."""
-        lr = self.grid("MeZO")[-1]
+        lr = max(self.grid("MeZO"))
         fallen = Run(task, ROWS["MeZO"][0], lr, 0, self.args.short)
         (known,) = self.take([fallen])
         taken = {int(step): value for step, value in known["validation"].items()}
         best = (max if known["metric"] == "accuracy" else min)(taken, key=taken.get)
-        point = min((step for step in taken if step > best), default=None)
+        worse = (step for step, value in taken.items() if step > best and value != taken[best])
+        point = min(worse, default=None)
         table = {f"MeZO, {lr:g}": {"lr": lr, "validation": taken[best], "after": best}}
         if point is None:
             return table
@@ -336,7 +356,7 @@ class Study:
             shutil.rmtree(beside, ignore_errors=True)
             eval.main([f"--run={folder}", f"--step={point}", f"--save={beside}"])
             beside.rename(saved)
-        fifth = f"train --method=s-mezo --density=0.2 --model={saved.absolute()}"
+        fifth = f"train --method=s-mezo --density=0.2 --model={shlex.quote(str(saved.absolute()))}"
         fifth += " --data-dir=tiny/data" if is_tiny(self.args.model) else ""
         rows = {"on with the smallest fifth": fifth}
         rows |= {"on with the largest fifth": f"{fifth} --above=0.8"}

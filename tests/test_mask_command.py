@@ -8,11 +8,13 @@ import torch
 from models import WORDS, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_train import arguments
 
 import masks
 import quant
 import tasks
-from harness import dataset, loading, mask
+import train
+from harness import dataset, loading, log, mask
 
 ROOT = Path(masks.__file__).resolve().parent
 
@@ -182,6 +184,18 @@ def test_a_mask_file_comes_back_and_fits_its_model_in_every_dtype(saved, dtype):
         mask.check_values(path, matrices, name, w)
         with pytest.raises(ValueError, match=f"another model: {name} has other values"):
             mask.check_values(path, matrices, name, w + 0.01)
+
+
+def test_a_mask_of_ones_own_trains(folder, tmp_path):
+    """`save` takes any provenance; a run with the file moves as many weights as the mask has."""
+    weights = masks.decoder_linears(loading.load_model(f"{folder}/model"))
+    index = masks.largest(weights, 0.01)
+    mask.save(tmp_path / "own.safetensors", index, weights, {"by": "me"})
+    argv = arguments(folder, tmp_path / "run", "--method=senszoq", "--bits=16")
+    train.main([*argv, f"--mask={tmp_path}/own.safetensors"])
+    last = log.StepLog(tmp_path / "run").steps[-1]
+    share = sum(map(len, index.values())) / sum(w.numel() for w in weights.values())
+    assert last.active_density == pytest.approx(share)
 
 
 @pytest.mark.parametrize("other", ["opt", "shape", "fewer"])

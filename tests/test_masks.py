@@ -77,11 +77,21 @@ def test_the_threshold_is_the_kth_smallest_magnitude(dtype):
     """h is torch.kthvalue's answer, in the weight's dtype; the weight is not written."""
     w = weight(5000, 1, dtype).view(50, 100)
     before = w.clone()
-    for density in (0.0001, 0.001, 0.25, 1.0):
+    for density in (0.0001, 0.001, 0.25, 0.9999):
         h, k = masks.threshold(w, density), max(1, round(density * 5000))
         assert h.dtype == dtype and h.dim() == 0
         assert h == w.abs().flatten().kthvalue(k).values
     assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("rule", [masks.SmallWeights(1.0), masks.MagnitudeGroup(0.25, 0.75)])
+def test_what_has_no_upper_bound_does_not_freeze(rule):
+    """All weights, or the largest quarter, still move when they grow beyond the largest of θ_0."""
+    w = weight(1000)
+    state, element = rule.prepare(w, 0), torch.arange(1000, dtype=torch.int32)
+    before = rule.mask(w, element, state)
+    assert before.sum() == round(1000 * rule.density)
+    assert rule.mask(w * 9, element, state)[before].all()
 
 
 def test_thresholds_of_more_than_2_to_the_24_elements():

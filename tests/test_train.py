@@ -24,7 +24,8 @@ import tasks
 import train
 import zo
 from harness import config as configs
-from harness import dataset, loading, log, mask
+from harness import dataset, loading, log, mask, workers
+from studies import find_lr, first_order
 
 ROOT = Path(train.__file__).parent
 SENSZOQ = ["--method=senszoq", "--mask-from=task", "--density=0.02", "--lr=0.3"]
@@ -390,7 +391,7 @@ def test_resume_refuses_a_config_that_was_edited(edit, ready, capsys):
 @pytest.mark.parametrize(
     "typed",
     ["--seed=1", "--method=mezo", "--density=0.5", "--select=layers.0", "--mask-kind=packed",
-     "--above=0.1", "--refresh-every=0", "--rounding=nearest"],
+     "--above=0.1", "--refresh-every=0", "--rounding=nearest", "--lr=0.02", "--eps=0.01"],
 )  # fmt: skip
 def test_a_resumed_run_moves_what_it_moved(typed, folder, tmp_path, capsys):
     """Also in bf16, where the step that is taken again comes out near enough with another mask."""
@@ -439,6 +440,21 @@ def test_other_test_examples_are_said(folder, ready, tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text("".join(rows[1:]))
     train.main([f"--resume={ready}", "--steps=10", f"--test-file={tmp_path}/test.jsonl"])
     assert "the examples are not all those that the run began with" in capsys.readouterr().out
+
+
+def test_other_training_examples_are_refused(folder, ready, tmp_path, capsys):
+    """Also where the changed row is in no batch that --resume takes again."""
+    rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    before = contents(ready)
+    for number, row in enumerate(rows):
+        changed = [*rows[:number], row.replace('"prompt": "', '"prompt": "a '), *rows[number + 1 :]]
+        (tmp_path / "train.jsonl").write_text("".join(changed))
+        argv = [f"--resume={ready}", "--steps=9", f"--train-file={tmp_path}/train.jsonl"]
+        error = refused(train.main, argv, capsys)
+        assert "the training examples are not those" in error or "does not come out" in error
+        if "the training" in error:
+            break
+    assert "the training examples" in error and contents(ready) == before
 
 
 def test_a_run_goes_on_in_smaller_parts(ready, capsys):
@@ -617,6 +633,14 @@ def test_eval_of_solved_examples_and_of_validation(folder, capsys):
     eval.main([f"--model={folder}/model", *files(folder), *flags])
     out = capsys.readouterr().out
     assert "4 shots" in out and "validation accuracy" in out and "(n = 30)" in out
+
+
+def test_what_is_one_process_says_so(folder, monkeypatch, capsys):
+    """Commands that know nothing of workers refuse torchrun."""
+    monkeypatch.setattr(workers, "SIZE", 2)
+    for main in (eval.main, find_lr.main, first_order.main):
+        argv = [f"--model={folder}/model", *files(folder)]
+        assert "start it without torchrun" in refused(main, argv, capsys)
 
 
 def test_runs_are_evaluated_from_any_folder(tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_parts_of_a_batch_have_its_loss_and_its_gradient(scored, folder):
     data = replace(data, classification=scored == "all")
     model, found = loading.load_model(config.model), []
     for config.micro_batch in (None, 3):
-        loss = first_order.gradient(config, model, tokenizer, data, 5)
+        loss = first_order.backward(config, model, tokenizer, data, 5)
         found.append([torch.tensor(loss), *(w.grad.clone() for w in model.parameters())])
     chosen = [data.train[i] for i in tasks.minibatch(len(data.train), 8, 3, 5)]
     whole = tasks.collate(tokenizer, chosen, scored=scored)
@@ -139,6 +139,13 @@ def test_each_method_learns_and_leaves_a_whole_run(method, folder, tmp_path, cap
     starts = "zero-shot test accuracy ", "test accuracy, last weights  ", "test accuracy, best val"
     for name, start, line in zip(("zero_shot", "last", "best"), starts, said, strict=True):
         assert line.startswith(start) and f"{result[name]['value']:.3f} ±" in line
+
+
+def test_a_run_finds_a_name(folder, tmp_path, monkeypatch):
+    """Without --out a run has a directory in runs/, named by model, data, method and seed."""
+    monkeypatch.chdir(tmp_path)
+    first_order.main([a for a in arguments(folder, "", "--steps=1") if a != "--out="])
+    assert (tmp_path / "runs/model-train-adam-seed0/result.json").exists()
 
 
 def test_the_best_weights_on_validation_are_tested(folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Inputs that people really have: each works, or is one line before anything is trained."""
 
 import ast
+import errno
 import json
 import random
 import shutil
@@ -563,6 +564,17 @@ def test_systems_without_fcntl_and_resource(folder, tmp_path, monkeypatch):
         for node in ast.parse(file.read_text()).body:
             names = [alias.name for alias in getattr(node, "names", [])]
             assert not {"fcntl", "resource", "msvcrt"} & {*names}, file
+
+
+def test_a_disk_without_locks(folder, tmp_path, monkeypatch):
+    """Where the file system knows no locks a run works; nobody else is said to train there."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    run(folder, tmp_path / "run")
+    assert len(steps_of(tmp_path / "run")) == 8
 
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py", "harness.mask"])

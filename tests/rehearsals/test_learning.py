@@ -22,7 +22,7 @@ FEW = ["--short=2", "--every=2", "--seeds=1", "--num-validation=4", "--num-test=
 def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     """The best rate's run is made longer, a rate that breaks is none, a second call only draws."""
     argv = ["--tasks=rte", "--rows", "S-MeZO", "--grid", "S-MeZO=1e-2,1e30", *FEW]
-    argv += [f"--out={tmp_path}"]
+    argv += [f"--out={tmp_path}", "--eps=2e-3"]
     learning.main([*argv, "--steps=4"])
     said = capsys.readouterr().out
     assert "| S-MeZO | " in said and "| 4 shots | " in said
@@ -39,7 +39,7 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     learning.main([*argv, "--steps=4"])
     assert capsys.readouterr().out == said and (tmp_path / "rte.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
-        learning.main([*argv, "--steps=4", "--max-length=99"])
+        learning.main([*argv, "--steps=4", "--max-length", "99"])
     assert "runs of other settings" in capsys.readouterr().err
 
 
@@ -113,11 +113,20 @@ def test_what_goes_on_from_a_drop_begins_at_its_weights(tmp_path):
     assert drop["validation"] < start
 
 
+def test_a_plateau_is_no_drop(monkeypatch):
+    """Where validation stays at its best nothing goes on from it; the rate is the largest."""
+    study = object.__new__(learning.Study)
+    study.args = SimpleNamespace(short=2, model=TINY, grid={"MeZO": (1e-2, 1e-3)})
+    known = {"metric": "accuracy", "validation": {0: 0.5, 1: 0.9, 2: 0.9}}
+    study.take = lambda runs: [known]
+    assert study.drop("rte") == {"MeZO, 0.01": {"lr": 0.01, "validation": 0.9, "after": 1}}
+
+
 def test_a_mask_of_the_task_is_of_its_examples(tmp_path):
     """Of the kinds of mask, "task" has the task as its source, and "sensitive" the text."""
     argv = ["--tasks=copa", "--parts=masks", "--grid", "SensZOQ, 16 bits=0.1", *FEW]
-    argv += ["--steps=2", "--densities=0.01", "--samples=4", f"--out={tmp_path}"]
+    argv += ["--steps=2", "--densities=0.01", "--samples=4", f"--out={tmp_path}/my study"]
     learning.main(argv)
-    made = {path.stem: mask.load(path)[1] for path in tmp_path.glob("masks/*")}
+    made = {path.stem: mask.load(path)[1] for path in tmp_path.glob("my study/masks/*")}
     assert made["copa-0.01"]["source"] == "copa" and made["copa-0.01"]["samples"] == 4
     assert made["sensitive-0.01"]["source"].endswith("c4.jsonl")

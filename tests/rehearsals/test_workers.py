@@ -223,7 +223,7 @@ def test_workers_of_a_machine_take_a_gpu_each(monkeypatch):
     assert loading.choose_device("auto") == "cuda:0"
     for worker, device in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
         monkeypatch.setenv("LOCAL_RANK", str(worker))
-        assert loading.choose_device("auto") == device
+        assert loading.choose_device("auto") == loading.choose_device("cuda") == device
         assert loading.choose_device("cuda:1") == "cuda:1"
     with pytest.raises(ValueError, match="sees 2 GPUs"):
         loading.choose_device("cuda:2")
