@@ -47,7 +47,7 @@ def open_model(config: Settings, split: str, shots: int) -> tuple:
     if not 0 <= shots <= len(data.train):
         raise ValueError(f"--shots {shots}: from 0 to {len(data.train)}, the training examples")
     if shots and len(examples[0].options) == 1:
-        raise ValueError(f"--shots {shots}: rows without options have no demonstrations")
+        raise ValueError(f"--shots {shots}: texts and completions have no demonstrations")
     if shots:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"

@@ -167,7 +167,7 @@ class Everything(Rule):
 
 
 class SmallWeights(Rule):
-    """S-MeZO, [S] §3.2 "dynamic mask": |θ_t| ≤ h, taken at every read, h fixed before training.
+    """S-MeZO, [S] §3.2 "dynamic mask": |θ_t| ≤ h, taken in every probe, h fixed before training.
 
     `refresh_every=k` takes h again every k steps: the authors' ablation (one seed of RTE: 83.0 with
     h fixed, 82.0 with k = 100, 80.2 with k = 5). With h fixed, a weight that walks out of [−h, h]
@@ -190,8 +190,8 @@ class MagnitudeGroup(SmallWeights):
     def __init__(self, density: float, above: float, refresh_every: int = 0):
         super().__init__(density, refresh_every)
         self.above = above
-        if not 0 < above <= 1 - density:
-            raise ValueError(f"above {above}: from 0 to {1 - density:g}, 1 less density {density}")
+        if not (above > 0 and above + density <= 1):
+            raise ValueError(f"above {above}: more than 0, and with density {density} at most 1")
 
     def prepare(self, weight, stream):
         bounds = self.above, min(1.0, self.above + self.density)

@@ -30,8 +30,8 @@ steps.csv gets one line per finished step and is the checkpoint (harness/log.py)
 a run that was stopped by Ctrl-C, kill -9 or a power failure. The result has the same bits on the
 same machine, and agrees up to rounding elsewhere. --resume rebuilds the weights from the log and
 takes the last logged step again. If that step does not come out as it was logged, the model, the
-data or a setting has changed, and the run ends with an error. A change that does not touch this
-step is not found.
+data or a setting has changed, and the run ends with an error. So it does if the training examples
+are other ones. Another change that does not touch this step is not found.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
@@ -88,7 +88,7 @@ def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -
     # Sample minibatch B from X and random seed s
     batches = batches_of_step(config, patch.model, tokenizer, data, t)
     seed = zo.step_seed(config.seed, t)
-    # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  at every read m ← GetMask(θ_t, h)
+    # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  in each m ← GetMask(θ_t, h)
     loss_plus, loss_minus = losses(patch, batches, seed)
     # proj_grad ← (l⁺ − l⁻) / 2ε
     proj_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
@@ -234,10 +234,11 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     own = run and run / "mask.safetensors"  # a run needs the user's file no longer
     if path := own if own and own.exists() else config.mask:
         # a mask of another model is found before this one is loaded
-        _, provenance, matrices, _ = mask.load(path, config.quantiser)
+        index, provenance, matrices, _ = mask.load(path, config.quantiser)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
         mask.check_shapes(path, matrices, masks.decoder_linears(shapes))
-        density = provenance.get("density", config.density)
+        whole = sum(math.prod(matrix["shape"]) for matrix in matrices.values())
+        density = provenance.get("density", sum(map(len, index.values())) / whole)
         if config.density not in (None, density):
             raise ValueError(f"--density {config.density}: that of the mask {path} is {density}")
         config.density, sources["density"] = density, "that of the mask"

@@ -25,6 +25,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -256,14 +257,16 @@ class Peak:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            with contextlib.suppress(AttributeError, OSError, TypeError):  # Linux alone has them
+            with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc's alone
                 ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not the row's doing
+            self.known = os.access("/proc/self/clear_refs", os.W_OK)  # on Linux
+            if self.known:
                 Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
 
     def read(self) -> float:
         if self.gpu:
             return torch.cuda.max_memory_allocated() - self.before
-        if not Path("/proc/self/status").exists():
+        if not self.known:
             return math.nan
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 - self.before

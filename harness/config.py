@@ -1,6 +1,7 @@
 """The settings of all commands, the papers' values for them, and errors in one line.
 
-    Settings     which model, on which examples: train.py, eval.py, harness.mask
+    Settings     which model, on which examples: train.py, eval.py
+    MaskSettings and what [Q]'s mask is made from: harness.mask
     Config       those and how to train: train.py
     fill_in      what the user did not say: from the papers' tables, else from the defaults
 
@@ -53,7 +54,7 @@ class Settings:
     validation_file: str | None = setting(None, "the same; default a part of the training file")
     test_file: str | None = setting(None, "the same; needed beside --train-file")
     num_train: int | None = setting(None, "training examples; 1,000, or as [Q] has for the task")
-    num_validation: int | None = setting(None, "validation examples; 500, for CB and COPA 100")
+    num_validation: int | None = setting(None, "validation examples; 500, or the task's own")
     num_test: int | None = setting(None, "test examples; 1,000, of WikiText-2 all")
     data_seed: int = setting(0, "which examples are drawn")
     batch_size: int | None = setting(None, "examples of one step; 16, for WikiText-2 2")
@@ -235,7 +236,7 @@ USES = {  # setting: the methods that have a use for it
 
 
 # A resumed run keeps these. In 16 bits log.compare bears much rounding, and might miss a change.
-WHAT_MOVES = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh_every",
+KEPT = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh_every",
               "rounding", "seed", "bits", "lr", "eps")  # fmt: skip
 
 
@@ -367,11 +368,11 @@ def one_line_errors(hint=lambda: ""):
 
     `hint()` is said after the error. --traceback shows where it was raised.
     """
-
     for name in ("SIGTERM", "SIGHUP"):  # a batch system's stop, a closed terminal: as Ctrl-C
         number = getattr(signal, name, None)  # Windows has one of them
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # no nohup
-            signal.signal(number, signal.default_int_handler)
+            with suppress(ValueError):  # not in a notebook's thread
+                signal.signal(number, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # "±" in ASCII
     try:
@@ -445,7 +446,7 @@ def load(run: Path, changes: dict) -> Config:
         raise ValueError(f"{run} is no run directory: it has no config.json") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
-    fixed = {*WHAT_MOVES, "out"}
+    fixed = {*KEPT, "out"}
     if (run / "mask.safetensors").exists():
         fixed |= {"mask", "mask_from", "text", "groups", "quantiser"}  # what it was made from
     for name in sorted(fixed & changes.keys()):

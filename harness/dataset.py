@@ -194,8 +194,10 @@ def _own_example(tokenizer, row: dict) -> list[Example]:
     return [Example(prompt, tuple(o.rstrip(" ") for o in options), label)]  # `encode` strips, too
 
 
-# some templates write today's date into the prompt; a run that is resumed tomorrow has its data
-_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+# some templates write today's date into the prompt; here the day is one, or a run would change
+_DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%b": "Jul", "%B": "July"}
+_DATE = "".join(f".replace('{part}', '{value}')" for part, value in _DAY.items())
+_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_DATE} }}}}{{%- endmacro +%}}"
 
 
 def _replies(tokenizer, messages: list[dict]) -> list[Example]:

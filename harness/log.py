@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+NO_LOCKS = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK  # says a file system
 HEADER = "step,seed,a,loss_plus,loss_minus,validation,active_density"
 
 
@@ -69,7 +70,7 @@ class StepLog:
             try:
                 lock(self.file)
             except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # knows no locks
+                if error.errno not in NO_LOCKS:
                     why = f"{run} is being trained by another process right now"
                     raise ValueError(why) from error
         text = path.read_bytes() if path.exists() else b""

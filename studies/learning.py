@@ -44,6 +44,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -178,7 +179,9 @@ class Study:
                 "sensitive": [few, f"--length={args.length}", *text],
                 "task": [few, "--mask-from=task", f"--task={task}"],
             }.get(kind, [f"--kind={kind}"])
-            how += [*self.common(configs.Settings), f"--density={density}", f"--out={path}"]
+            # scored in its own dtype, as gradients underflow in float16
+            how += [flag for flag in self.common(configs.Settings) if "--dtype" not in flag]
+            how += [f"--density={density}", f"--out={path}"]
             with contextlib.redirect_stdout(io.StringIO()):
                 mask.main(how)
         return " ".join([f"{before}--mask={shlex.quote(str(path))}", *more])
@@ -452,6 +455,8 @@ def main(argv=None) -> None:
             raise ValueError(f"--short {args.short}: at most --steps, a multiple of --every")
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
         study = Study(args, common)
+        if study.given.get("num_validation") == 0:
+            raise ValueError("--num-validation 0: validation chooses the rates")
         for task in args.tasks:
             for part in args.parts:
                 rows = getattr(study, part)(task)

@@ -297,7 +297,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      '"" if x is None else repr(x)', '"" if x is None else f"{x:.4g}"',
      "test_train::test_the_log_rebuilds_the_last_weights_to_the_bit"),
     ("a 16-bit run that goes on with other weights", "harness.config",
-     "fixed = {*WHAT_MOVES, \"out\"}", "fixed = {\"out\"}",
+     "fixed = {*KEPT, \"out\"}", "fixed = {\"out\"}",
      "test_train::test_a_resumed_run_moves_what_it_moved"),
     ("the last step believed, not taken again", "harness.log",
      "    if not same:\n", "    if False:\n",

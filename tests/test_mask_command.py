@@ -14,6 +14,7 @@ import masks
 import quant
 import tasks
 import train
+from harness import config as configs
 from harness import dataset, loading, log, mask
 
 ROOT = Path(masks.__file__).resolve().parent
@@ -196,6 +197,7 @@ def test_a_mask_of_ones_own_trains(folder, tmp_path):
     last = log.StepLog(tmp_path / "run").steps[-1]
     share = sum(map(len, index.values())) / sum(w.numel() for w in weights.values())
     assert last.active_density == pytest.approx(share)
+    assert configs.load(tmp_path / "run", {}).density == pytest.approx(share)
 
 
 @pytest.mark.parametrize("other", ["opt", "shape", "fewer"])

@@ -125,8 +125,9 @@ def test_groups_by_magnitude_share_out_the_weights():
     assert torch.equal(sum(mask.int() for mask in taken), torch.ones(64, 50, dtype=torch.int))
     for smaller, larger in itertools.pairwise(taken):
         assert weight[smaller].abs().max() <= weight[larger].abs().min()
-    with pytest.raises(ValueError, match="above 0.8: from 0 to 0.75"):
+    with pytest.raises(ValueError, match="above 0.8: more than 0, and with density 0.25 at most 1"):
         masks.MagnitudeGroup(0.25, 0.8)
+    masks.MagnitudeGroup(0.9, 0.1)  # 1 − 0.9 is below 0.1
 
 
 def test_a_weight_that_is_not_finite_is_refused():

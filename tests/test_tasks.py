@@ -351,10 +351,10 @@ def test_official_files_of_other_forms(tmp_path):
     for split, subjects in (("auxiliary_train", "ab"), ("test", "cd")):
         (tmp_path / "data" / split).mkdir(parents=True)
         for subject in subjects:
-            row = f'"What, says ""{subject}""?\u2028Why?",p,"q, r",s,t,C\n'
+            row = f'"What, says ""{subject}""?\n\u2028Why?",p,"q, r",s,t,C\n'
             (tmp_path / "data" / split / f"{subject}.csv").write_text(row)
     data = load_examples("MMLU", data_dir=tmp_path, num_validation=1)
-    prompt = 'What, says "c"?\u2028Why?\nA. p\nB. q, r\nC. s\nD. t\nAnswer:'
+    prompt = 'What, says "c"?\n\u2028Why?\nA. p\nB. q, r\nC. s\nD. t\nAnswer:'
     assert Example(prompt, (" A", " B", " C", " D"), 2) in data.test and len(data.test) == 2
     assert load_examples("mmlu", data_dir=tmp_path / "data", num_validation=1).test == data.test
     with open(tmp_path / "data/test/d.csv", "a") as file:
@@ -1238,7 +1238,8 @@ def test_only_the_assistants_tokens_have_a_loss(tmp_path):
 
 def test_a_chat_template_knows_no_date(tmp_path):
     """A template that asks for today's date gets one that never changes, or a run would change."""
-    dated = "{{ 'great' if strftime_now('%d %b %Y') == '26 Jul 2024' else 'so' }} " + CHAT
+    dates = "strftime_now('%d %b %Y') + strftime_now('%Y-%m-%d')"
+    dated = "{{ 'great' if " + dates + " == '26 Jul 20242024-07-26' else 'so' }} " + CHAT
     tokenizer = chat_tokenizer(dated)
     assert tokenizer.apply_chat_template(TALK, tokenize=False).startswith("so ")
     (great,) = tokenizer("great", add_special_tokens=False)["input_ids"]
