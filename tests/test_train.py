@@ -353,13 +353,9 @@ def test_more_steps_are_what_a_longer_run_would_have_done(folder, ready, tmp_pat
 
 
 CHANGES = {
-    "rate": ["--lr=2e-2"],
-    "eps": ["--eps=2e-3"],
     "batch": ["--batch-size=8"],
     "model": ["--model={base}/other"],
     "a late value of the model": ["--model={base}/late"],
-    "draw of the data": ["--data-seed=1"],
-    "labels": ["--train-file={base}/flipped.jsonl"],
 }
 
 
@@ -379,10 +375,13 @@ def not_its_own(run, flags, before, capsys):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("edit", [{"seed": 1}, {"method": "r-mezo", "refresh_every": 0},
-                                  {"density": 0.5}], ids=str)  # fmt: skip
+EDITS = [{"seed": 1}, {"method": "r-mezo", "refresh_every": 0}, {"density": 0.5}, {"lr": 2e-2},
+         {"eps": 2e-3}]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_resume_refuses_a_config_that_was_edited(edit, ready, capsys):
-    """Another seed, method or density in config.json is noticed by the step that is taken again."""
+    """Another setting in config.json is noticed by the step that is taken again."""
     kept = json.loads((ready / "config.json").read_text())
     (ready / "config.json").write_text(json.dumps(kept | edit))
     not_its_own(ready, [], contents(ready), capsys)
@@ -440,6 +439,15 @@ def test_other_test_examples_are_said(folder, ready, tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text("".join(rows[1:]))
     train.main([f"--resume={ready}", "--steps=10", f"--test-file={tmp_path}/test.jsonl"])
     assert "the examples are not all those that the run began with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--data-seed=1", "--train-file={base}/flipped.jsonl"])
+def test_another_draw_and_other_labels_are_refused(flag, base, ready, capsys):
+    """Training examples of another seed, or with other labels, are not those of the run."""
+    before = contents(ready)
+    argv = [f"--resume={ready}", "--steps=12", flag.format(base=base)]
+    assert "the training examples are not those" in refused(train.main, argv, capsys)
+    assert contents(ready) == before
 
 
 def test_other_training_examples_are_refused(folder, ready, tmp_path, capsys):
