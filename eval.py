@@ -70,6 +70,8 @@ def open_run(config: configs.Config, run: Path, step: str, split: str) -> tuple:
     examples = of_split(data, split)
     model = train.rebuild(config, run, tokenizer, data, log.steps, after)
     what = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
+    if step == "best":
+        what += ", best on validation" + ("; --step last is trained" if not after else "")
     return what, model, tokenizer, data, examples
 
 
@@ -125,6 +127,7 @@ def main(argv=None) -> tasks.Score:
             model = adapter.merged(model)  # S-MeZO's LoRA; others as they are
             model.save_pretrained(save)
             tokenizer.save_pretrained(save)
+            print(f"{save}/ holds the checkpoint")
         return found
 
 

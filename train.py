@@ -40,6 +40,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import shutil
 import time
 import zlib
@@ -264,6 +265,8 @@ def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
     print(f"  {'loss':<14} cross-entropy {loss}")
     if data.odd:
         print(f"  {'':<14} and not over scores, as options differ: {data.odd}")
+    if both := len(set(data.test) & set(data.train)):
+        print(f"  {both} of the test examples are training examples, too")
     examples = data.train + data.validation + data.test
     vocabulary = model_config.get_text_config().vocab_size
     if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
@@ -369,7 +372,7 @@ def main(argv=None) -> None:
 
     def hint() -> str:
         kept = run is not None and (run / "config.json").exists()
-        return f"; python train.py --resume {run} goes on" if kept else ""
+        return f"; python train.py --resume {shlex.quote(str(run))} goes on" if kept else ""
 
     with configs.one_line_errors(hint):
         resume = {"resume": (Path, "go on with a run that was stopped: its directory")}

@@ -442,7 +442,7 @@ def load(run: Path, changes: dict) -> Config:
         kept = json.loads((run / "config.json").read_text())
         config = Config(**kept | changes)
         check_types(config)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{run} is no run directory: it has no config.json") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
@@ -451,9 +451,9 @@ def load(run: Path, changes: dict) -> Config:
         fixed |= {"mask", "mask_from", "text", "groups", "quantiser"}  # what it was made from
     for name in sorted(fixed & changes.keys()):
         if changes[name] != kept.get(name):
+            has = run if name == "out" else kept.get(name)
             raise ValueError(
-                f"{flag(name)} cannot be changed in {run}, which has {kept.get(name)}; start a new "
-                "run"
+                f"{flag(name)} cannot be changed in {run}, which has {has}; start a new run"
             )
     return complete(config)
 

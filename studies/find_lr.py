@@ -75,6 +75,8 @@ def main(argv=None) -> None:
         given = configs.parse(Config, __doc__.split("\n")[0], argv, **more)
         rates, short = given.pop("rates", ()), given.pop("short", 100)
         workers.check_alone()
+        if "steps" in given:
+            raise ValueError(f"--steps {given['steps']}: give --short, the steps of each run")
         config = configs.complete(Config(**given))
         run = configs.new_run(config)
         try:

@@ -33,7 +33,8 @@ def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkey
     flags = [flag for flag in flags if not flag.startswith(("--lr", "--steps"))]
     for number, rates in enumerate(("1e-3,1e-2,0.1", "1e-2")):
         out = tmp_path / str(number)
-        find_lr.main([*arguments(folder, out, *flags), f"--rates={rates}", "--short=6"])
+        argv = [flag for flag in arguments(folder, out, *flags) if "--steps" not in flag]
+        find_lr.main([*argv, f"--rates={rates}", "--short=6"])
     first, second = losses[0.01]
     assert first == second and len(first) == 6 and first != losses[0.1][0]
 
@@ -44,8 +45,8 @@ def test_advice_is_about_numbers(folder, tmp_path, capsys):
     assert find_lr.advice(found) == (1e-2, 1e-1)
     with pytest.raises(ValueError, match="lower --rates"):
         find_lr.advice({1.0: float("nan")})
-    for bad in ("--rates=a", "--rates=0", "--short=0"):
+    for bad in ("--rates=a", "--rates=0", "--short=0", "--short=3 --steps=9"):
         assert bad.split("=")[0] in refused(
-            find_lr.main, arguments(folder, tmp_path / "r", bad), capsys
+            find_lr.main, arguments(folder, tmp_path / "r", *bad.split()), capsys
         )
     assert not (tmp_path / "r").exists()
