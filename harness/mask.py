@@ -130,8 +130,12 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
     matrices = {n: {"shape": list(weights[n].shape), "sample": _sample(weights[n])} for n in index}
     about = {"provenance": provenance, "matrices": matrices}
     tensors = index | (codebooks or {})
-    save_file(tensors, f"{path}.tmp", {key: json.dumps(value) for key, value in about.items()})
-    os.replace(f"{path}.tmp", path)
+    new = Path(f"{path}.tmp")
+    new.touch()
+    mode = new.stat().st_mode  # as the umask has it; safetensors lets nobody else read
+    save_file(tensors, new, {key: json.dumps(value) for key, value in about.items()})
+    new.chmod(mode)
+    os.replace(new, path)
 
 
 def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, dict | None]:

@@ -176,6 +176,9 @@ def test_a_mask_file_comes_back_and_fits_its_model_in_every_dtype(saved, dtype):
     """Places and provenance are as they were, shapes are checked without weights, then values."""
     model, index, path = saved
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    (beside := path.with_name("beside")).touch()
+    assert path.stat().st_mode == beside.stat().st_mode  # others may read it where they may
+    beside.unlink()
     found, provenance, matrices, _ = mask.load(path)
     assert equal(found, index) and provenance == {"model": "some/llama"}
     assert all(i.dtype == torch.int32 for i in load_file(path).values())
