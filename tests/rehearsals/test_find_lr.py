@@ -30,7 +30,6 @@ def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkey
         return losses[config.lr][-1]
 
     monkeypatch.setattr(find_lr, "short_run", kept)
-    flags = [flag for flag in flags if not flag.startswith(("--lr", "--steps"))]
     for number, rates in enumerate(("1e-3,1e-2,0.1", "1e-2")):
         out = tmp_path / str(number)
         argv = [flag for flag in arguments(folder, out, *flags) if "--steps" not in flag]
