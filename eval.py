@@ -70,8 +70,9 @@ def open_run(config: configs.Config, run: Path, step: str, split: str) -> tuple:
     examples = of_split(data, split)
     model = train.rebuild(config, run, tokenizer, data, log.steps, after)
     what = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
-    if step == "best":
-        what += ", best on validation" + ("; --step last is trained" if not after else "")
+    if step == "best" and data.validation:
+        untrained = log.steps and not after
+        what += ", best on validation" + ("; --step last is trained" if untrained else "")
     return what, model, tokenizer, data, examples
 
 

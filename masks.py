@@ -194,7 +194,7 @@ class MagnitudeGroup(SmallWeights):
             raise ValueError(f"above {above}: more than 0, and with density {density} at most 1")
 
     def prepare(self, weight, stream):
-        bounds = self.above, min(1.0, self.above + self.density)
+        bounds = self.above, self.above + self.density
         return torch.stack([threshold(weight, share) for share in bounds])
 
     @staticmethod

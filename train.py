@@ -232,9 +232,9 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
-    own = run and run / "mask.safetensors"  # a run needs the user's file no longer
-    if path := own if own and own.exists() else config.mask:
-        # a mask of another model is found before this one is loaded
+    own = run and run / "mask.safetensors"
+    path = own if own and own.exists() else config.mask  # a run needs the user's file no longer
+    if path:  # a mask of another model is found before this one is loaded
         index, provenance, matrices, _ = mask.load(path, config.quantiser)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
         mask.check_shapes(path, matrices, masks.decoder_linears(shapes))

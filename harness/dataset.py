@@ -195,9 +195,10 @@ def _own_example(tokenizer, row: dict) -> list[Example]:
 
 
 # some templates write today's date into the prompt; here the day is one, or a run would change
-_DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%b": "Jul", "%B": "July"}
-_DATE = "".join(f".replace('{part}', '{value}')" for part, value in _DAY.items())
-_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_DATE} }}}}{{%- endmacro +%}}"
+_DATE = """{%- macro strftime_now(format) -%}{{
+    format.replace('%Y', '2024').replace('%m', '07').replace('%d', '26')
+    .replace('%b', 'Jul').replace('%B', 'July')
+}}{%- endmacro +%}"""
 
 
 def _replies(tokenizer, messages: list[dict]) -> list[Example]:

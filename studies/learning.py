@@ -54,14 +54,7 @@ import tasks
 import train
 from harness import config as configs
 from harness import mask
-from harness.config import (
-    TINY,
-    is_tiny,
-    one_line_errors,
-    positive,
-    study_parser,
-    write_json,
-)
+from harness.config import TINY, is_tiny, one_line_errors, positive, study_parser, write_json
 from harness.log import StepLog
 from studies import first_order
 

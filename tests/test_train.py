@@ -653,6 +653,15 @@ def test_what_is_one_process_says_so(folder, monkeypatch, capsys):
         assert "start it without torchrun" in refused(main, argv, capsys)
 
 
+@pytest.mark.parametrize("held", [0, 4])
+def test_eval_says_what_the_best_step_is_best_on(held, folder, tmp_path, capsys):
+    """Without validation examples no step is called the best on validation."""
+    run(folder, tmp_path / "run", f"--num-validation={held}")
+    capsys.readouterr()
+    eval.main([f"--run={tmp_path}/run"])
+    assert ("best on validation" in capsys.readouterr().out) == bool(held)
+
+
 def test_runs_are_evaluated_from_any_folder(tmp_path, monkeypatch, capsys):
     """A run of the offline default, or of relative paths, is one from another folder, too."""
     monkeypatch.chdir(ROOT)
