@@ -297,7 +297,10 @@ def run_to_end(config: Config, run: Path) -> None:
     if steps.start is not None and (run / "result.json").exists():
         result |= json.loads((run / "result.json").read_text())
     if result["train"] != trained:
-        raise ValueError(f"{run}: the training examples are not those that the run began with")
+        raise ValueError(
+            f"{run}: the training examples are not those that the run began with; --data-dir, "
+            "--train-file, --num-train, --num-validation and --data-seed choose them"
+        )
     patch = open_model(config, run, data)
     model = patch.model
     print(f"  {patch}\n  {run}/")

@@ -135,8 +135,8 @@ def threefry(counter0: Tensor, counter1: Tensor, key0: Tensor, key1: Tensor, rou
 def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ).
 
-    The radius takes 31 bits of word 0. The angle inside a quadrant takes 30 bits of word 1, and its
-    its two upper bits are the signs. Logarithm, cosine and sine are polynomials, to 2e-7: torch's
+    The radius takes 31 bits of word 0. The angle inside a quadrant takes 30 bits of word 1, whose
+    two upper bits are the signs. Logarithm, cosine and sine are polynomials, to 2e-7: torch's
     own functions serve all arguments, and cost more. Each polynomial is the closest of its degree
     (minimax). Its coefficients are nearly those of a Taylor series, which would need more terms.
     """

@@ -199,8 +199,10 @@ def check_values(path, matrices: dict, name: str, weight: Tensor) -> None:
 def main(argv=None) -> None:
     with configs.one_line_errors():
         config = MaskConfig(**configs.parse(MaskConfig, __doc__.split("\n")[0], argv))
-        if config.out is None or Path(config.out).exists():
-            raise ValueError(f"--out {config.out}: a new file, such as mask.safetensors")
+        if config.out is None:
+            raise ValueError("no --out: give the name of a new file, such as mask.safetensors")
+        if Path(config.out).exists():
+            raise ValueError(f"--out {config.out} exists; give the name of a new file")
         Path(f"{config.out}.tmp").touch()  # what cannot be written is said before the work
         Path(f"{config.out}.tmp").unlink()
         configs.check_numbers(config)

@@ -428,7 +428,7 @@ def main(argv=None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rates", "methods"])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--short", type=positive, default=300, help="of all parts but methods")
+    parser.add_argument("--short", type=positive, help="of all parts but methods; like --steps")
     parser.add_argument("--every", type=positive, default=50, help="steps between validations")
     parser.add_argument("--seeds", type=positive, default=3, help="of methods")
     pair = configs.named(ROWS, configs.rates)
@@ -442,7 +442,7 @@ def main(argv=None) -> None:
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, a thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     args, common = parser.parse_known_args(argv)
-    args.grid = dict(args.grid)
+    args.grid, args.short = dict(args.grid), args.short or args.steps
     with one_line_errors():
         if args.short > args.steps or args.short % args.every:
             raise ValueError(f"--short {args.short}: at most --steps, a multiple of --every")

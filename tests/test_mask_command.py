@@ -141,7 +141,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
         (["--device=tpu"], "--device tpu"),
         (["--model={tmp_path}"], "has no config.json"),
         (["--out={tmp_path}/no/where"], "No such file or directory"),
-        (["--out={tmp_path}/text.jsonl"], "text.jsonl: a new file"),
+        (["--out={tmp_path}/text.jsonl"], "text.jsonl exists"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
