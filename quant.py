@@ -225,7 +225,7 @@ class DenseSparse:
         self.parts: dict[str, Parts] = {}
 
     def split(self, model: nn.Module, name: str, weight: Tensor | None = None) -> None:
-        """Split one matrix. `weight` is given where the model's own has not been loaded.
+        """Split one matrix. `weight`: its copy, where the model's own has not its device or dtype.
 
         ValueError where the places cannot be such, or a weight is not finite.
         """
@@ -242,13 +242,10 @@ class DenseSparse:
                   if p is parameter]  # fmt: skip
         if part.packed is not None:  # a tensor without elements holds the name
             parameter = nn.Parameter(weight.new_empty(0), requires_grad=False)
-        elif parameter.is_meta:  # nor has it been loaded
-            parameter = nn.Parameter(weight.clone(), requires_grad=False)
         for owner, n in owners:  # a tied matrix has several
             owner._parameters[n] = parameter
             parametrize.register_parametrization(owner, n, part, unsafe=True)
             owner.train(owner.training)  # its new children, too
-            owner._is_hf_initialized = True
 
     def __str__(self):
         kinds = Counter(getattr(part.packed, "kind", part.dtype) for part in self.parts.values())

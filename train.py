@@ -163,10 +163,7 @@ def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
             mask.check_values(path, matrices, name, weight)
             sparse.split(model, name, weight)
 
-        # in 4 bits a matrix is split as it is read; the others when all are there
-        model = loading.load_model(*how, split=split if config.bits == 4 else None, index=index)
-        for name in index.keys() - sparse.parts.keys():
-            split(model, name, model.get_parameter(name).detach())
+        model = loading.load_model(*how, split=split, index=index)
     fused = loading.compiles(config.compile, movable, device)
     select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(

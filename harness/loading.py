@@ -3,9 +3,10 @@
 What would train to meaningless numbers is refused here: a format that cannot be unpacked, weights
 that the checkpoint lacks, a model that is not causal or that minds padding (`check_model`).
 
-A model is loaded straight to its device and dtype. For SensZOQ each matrix of the mask is split as
-it is read: its k values go to the vector that moves, the rest into 4 bits. So one 16-bit matrix is
-in memory at a time, and a 7B model loads in 4 GB.
+A model is loaded straight to its device and dtype. For SensZOQ it stays on disk at first, as parts
+of the mapped file. Then one matrix of the mask after the other is read and split: its k values go
+to the vector that moves, the rest into 4 bits. So one such matrix is in memory at a time in 16
+bits, and a 7B model loads in 4 GB.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import ctypes
 import os
 import platform
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,7 +99,7 @@ def load_model(
     """A causal LM in eval mode. ValueError where there is none, or it would compute nonsense.
 
     dtype auto: the checkpoint's own on a GPU, float32 on a CPU. `split(model, name, weight)` is
-    called for a matrix of `index` as it is read, and takes its place, unless others are tied to it.
+    called for each matrix of `index`, before the next is read.
     `nf4`: bitsandbytes' 4-bit linear layers, which stand still under an adapter.
     FP8 and MXFP4 checkpoints become plain weights.
     """
@@ -108,36 +110,36 @@ def load_model(
         torch.cuda.set_device(device)  # nothing of ours on another worker's GPU
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    quantiser = None if split is None else _splitter(split, set(index))
-    try:
-        with reworded(f"cannot load the weights of {name} as a causal LM"):
-            config = AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
-            if packed := quantised(config):
-                for part in (config, config.get_text_config()):
-                    if getattr(part, "quantization_config", None):
-                        part.quantization_config["dequantize"] = True
-            kind = dtype if dtype == "auto" else getattr(torch, dtype)
-            method = quantiser
-            if nf4:
-                method = BitsAndBytesConfig(
-                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                    bnb_4bit_compute_dtype=config.dtype if dtype == "auto" else kind,
-                )  # fmt: skip
-            model, read = AutoModelForCausalLM.from_pretrained(
-                locate(name),
-                config=config,
-                dtype=kind,
-                device_map=None if device == "cpu" and not nf4 else {"": device},  # never twice
-                quantization_config=method,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except ValueError as error:  # a matrix that could not be split is said as it was
-        raise getattr(quantiser, "error", None) or error from error.__cause__
-    if quantiser is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # our layers are not transformers'
-        for module in model.modules():  # some models compute otherwise where this is left
-            vars(getattr(module, "config", model.config)).pop("_is_quantized", None)
+    with reworded(f"cannot load the weights of {name} as a causal LM"):
+        config = AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+        if packed := quantised(config):
+            for part in (config, config.get_text_config()):
+                if getattr(part, "quantization_config", None):
+                    part.quantization_config["dequantize"] = True
+        kind = dtype if dtype == "auto" else getattr(torch, dtype)
+        method = None
+        if nf4:
+            method = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=config.dtype if dtype == "auto" else kind,
+            )  # fmt: skip
+        straight = split is None and (nf4 or device != "cpu")
+        model, read = AutoModelForCausalLM.from_pretrained(
+            locate(name),
+            config=config,
+            dtype="auto" if split else kind,  # another than the file's would be a copy
+            device_map={"": device} if straight else None,  # never twice in memory
+            quantization_config=method,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    if split is not None:
+        there = partial(Tensor.to, device=device, dtype=None if kind == "auto" else kind)
+        for key in index:
+            split(model, key, there(model.get_parameter(key).detach()))
+        for parameter in model.parameters():
+            parameter.data = there(parameter.data)
+        model.to(device)  # its buffers, which keep their dtypes
     if packed:
         model._weight_conversions = None  # or it would be saved in codes and scales again
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -258,74 +260,6 @@ def _logits(model, **inputs) -> Tensor:
 def _change(a: Tensor, b: Tensor) -> Tensor:
     """Of each position's logits, relative to their spread."""
     return (a - b).square().mean(-1).sqrt() / a.std()
-
-
-def _splitter(split, names: set):
-    """For from_pretrained(quantization_config=…): `split` each matrix of `names` as it is read.
-
-    This is transformers' own way in for quantisers: sharded files, renamed keys and ties stay its
-    job. What `split` raises is kept in the answer's `error`; transformers would say it much later.
-    """
-    from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers import (
-        HfQuantizer,
-        register_quantization_config,
-        register_quantizer,
-    )
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    if "dense+sparse" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-
-        class Split(ConversionOps):
-            def __init__(self, config):
-                self.config = config
-
-            def convert(self, input_dict, full_layer_name, model, missing_keys, **_):
-                """Weights as they were read, {name: [tensor]}, to those that are left to be set."""
-                left = {}
-                for name, weight in input_dict.items():
-                    name = full_layer_name if len(input_dict) == 1 else name
-                    if not self.config.takes(model, name):  # cut out of one tensor with another
-                        left[name] = weight
-                        continue
-                    weight = weight[0] if isinstance(weight, list) else weight
-                    try:
-                        self.config.split(model, name, weight)
-                    except ValueError as error:
-                        self.config.error = error
-                        raise
-                    missing_keys.discard(name)
-                return left
-
-        @register_quantizer("dense+sparse")
-        class Quantiser(HfQuantizer):
-            is_trainable = False
-            quantized_element_size = 0.52  # bytes per weight, by which transformers allocates ahead
-
-            def is_serializable(self):
-                return False
-
-            def param_needs_quantization(self, model, param_name, **_):
-                return self.quantization_config.takes(model, param_name)
-
-            def get_quantize_ops(self):
-                return Split(self.quantization_config)
-
-        @register_quantization_config("dense+sparse")
-        class SplitConfig(QuantizationConfigMixin):
-            def __init__(self, split, names):
-                self.quant_method, self.split, self.names = "dense+sparse", split, names
-                self.error = None
-
-            def takes(self, model, name):
-                # a weight that others are tied to has to stay: they are tied after it was read
-                return name in self.names and name not in model.all_tied_weights_keys.values()
-
-            def __deepcopy__(self, memo):
-                return self  # so that `error` reaches the caller
-
-    return AUTO_QUANTIZATION_CONFIG_MAPPING["dense+sparse"](split, names)
 
 
 def usable_length(max_length: int, model_config, taken: int = 0) -> int:

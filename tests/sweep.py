@@ -11,7 +11,7 @@ Of each architecture a tiny random model is made, moved a little so that no weig
     load     harness.loading.load_model takes it, and its weights are those that were saved
     probe    a step of S-MeZO is the literal Algorithm 1's, the probes write nothing
     fisher   masks.sensitive_index finds a mask from two random texts
-    4 bits   split by that mask as it is read, a step is the literal step on the joined weights
+    4 bits   split by that mask while loading, a step is the literal step on the joined weights
     16 bits  the same with the other weights as they are
 
 An entry is `works`; `refused`, by a ValueError of one line; `FAILS`, by anything else; or `-` where
@@ -241,9 +241,7 @@ class Trial:
     def split(self, bits: int):
         """As tests/test_model_patch.py: a step on the k values beside the literal one."""
         sparse = quant.DenseSparse(self.index, bits=bits)
-        model = self.open(split=sparse.split if bits == 4 else None, index=self.index)
-        for name in self.index.keys() - sparse.parts.keys():  # as train.open_model
-            sparse.split(model, name)
+        model = self.open(split=sparse.split, index=self.index)
         literal, values = self.open(), sparse.values.clone()
         weights = {name: literal.get_parameter(name).detach() for name in sparse.index}
         for name, part in sparse.parts.items():
