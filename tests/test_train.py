@@ -392,15 +392,17 @@ def test_resume_refuses_a_config_that_was_edited(edit, ready, capsys):
     ["--seed=1", "--method=mezo", "--density=0.5", "--select=layers.0", "--mask-kind=packed",
      "--above=0.1", "--refresh-every=0", "--rounding=nearest", "--lr=0.02", "--eps=0.01"],
 )  # fmt: skip
-def test_a_resumed_run_moves_what_it_moved(typed, folder, tmp_path, capsys):
-    """Also in bf16, where the step that is taken again comes out near enough with another mask."""
-    out = tmp_path / "run"
-    run(folder, out, "--dtype=bfloat16", "--refresh-every=3")
-    before = contents(out)
-    error = refused(train.main, [f"--resume={out}", "--steps=9", typed], capsys)
-    assert f"{typed.split('=')[0]} cannot be changed in {out}, which has " in error
-    assert contents(out) == before
-    train.main([f"--resume={out}", "--steps=9", "--refresh-every=3", "--seed=0"])
+def test_a_resumed_run_moves_what_it_moved(typed, ready, capsys):
+    """Refused before anything is loaded: 16 bits bear much rounding, and might miss a change."""
+    before = contents(ready)
+    error = refused(train.main, [f"--resume={ready}", "--steps=9", typed], capsys)
+    assert f"{typed.split('=')[0]} cannot be changed in {ready}, which has " in error
+    assert contents(ready) == before
+
+
+def test_a_setting_that_is_said_again_is_no_change(ready):
+    """What a run has may be said on --resume."""
+    train.main([f"--resume={ready}", "--steps=9", "--refresh-every=3", "--seed=0"])
 
 
 def test_a_run_of_q_does_not_go_on_with_another_mask(folder, tmp_path, capsys):
