@@ -135,6 +135,10 @@ class Patch:
         self.sparse = what_moves if splits else None
         self.rule = masks.Everything() if splits else what_moves
         if splits:
+            here = {module for module in model.modules() if isinstance(module, quant.Parts)}
+            parts = self.sparse.parts
+            if left := [name for name in self.sparse.index if parts.get(name) not in here]:
+                raise ValueError(f"{left[0]} is not split in this model: split(model, name) first")
             self.weights = [MaskedWeight(self, "values", self.sparse.values, 0)]
         else:
             self._parametrize(select)
@@ -190,6 +194,7 @@ class Patch:
     def probe(self, seed: int, a: float):
         """Inside it the model computes at θ + a m⊙z. Afterwards at θ, whatever happened."""
         assert not self.model.training, "the model was put into training mode after patching"
+        assert self.shift is None, "a probe is open already"
         self.shift = zo.Shift.of(a, seed)
         if self.sparse:
             self.sparse.visible = self.weights[0].plus(self.shift)

@@ -174,6 +174,8 @@ def _kind(example: Example) -> str:
 
 
 def _own_example(tokenizer, row: dict) -> list[Example]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{row!r} has no fields")
     kind = next((k for k in ("options", "completion", "messages", "text") if k in row), "options")
     if kind == "messages":
         return _replies(tokenizer, row["messages"])
@@ -183,7 +185,8 @@ def _own_example(tokenizer, row: dict) -> list[Example]:
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{name} {row[name]!r} must be text, not empty")
     if kind == "completion":  # its end is learnt, too, as in TRL
-        return [Example(row["prompt"], (row["completion"] + (tokenizer.eos_token or ""),), 0)]
+        end = tokenizer.eos_token or ""
+        return [Example(row["prompt"], (row["completion"].removesuffix(end) + end,), 0)]
     prompt, options, label = row["prompt"], row["options"], row["label"]
     listed = options if isinstance(options, list) else []
     texts = {o.rstrip() for o in listed if isinstance(o, str)} - {""}
@@ -232,6 +235,8 @@ def _replies(tokenizer, messages: list[dict]) -> list[Example]:
 
 
 def _document(row: dict) -> list[Example]:
+    if not isinstance(row["text"], str):
+        raise ValueError(f"text {row['text']!r} is no text")
     return [Example("", (row["text"],), 0)]
 
 

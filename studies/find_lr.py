@@ -27,14 +27,18 @@ HALF_DECADES = (-4, -3, -2, -1, 0, 1, 2)  # around train.py's own rate, unless -
 
 
 def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[float]:
-    """The training losses of a run of some steps; it ends at the first that is not finite."""
-    losses = []
+    """The training losses of a run of some steps; it ends at the first that is not finite.
+
+    NaN ends them, too, where half of the steps have equal l⁺ and l⁻: the rate broke the weights.
+    """
+    losses, flat = [], 0
     for t in range(steps):
         patch.refresh(t)
         step = train.measure_step(config, patch, tokenizer, data, t)
         losses.append(step.loss)
         bar.update()
-        if not math.isfinite(step.a):
+        flat += step.a == 0
+        if not math.isfinite(step.a) or 2 * flat > steps:
             return [*losses, math.nan]
         patch.update(step.seed, step.a)
     return losses
@@ -59,13 +63,17 @@ def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dic
 
 
 def advice(found: dict[float, float]) -> tuple[float, float]:
-    """(the best rate, the largest safe one). The smallest rate stands for not moving at all."""
-    finite = {rate: loss for rate, loss in found.items() if math.isfinite(loss)}
-    if not finite:
-        raise ValueError("at every rate the loss was no number: give lower --rates")
-    base = finite[min(finite)]
-    safe = [rate for rate, loss in finite.items() if loss <= base + 0.02 * abs(base)]
-    return min(finite, key=finite.get), max(safe)
+    """(the best rate, the largest safe one). The smallest rate stands for not moving at all.
+
+    No rate above one that is not safe is taken, as a broken model can have any loss.
+    """
+    base = found[min(found)]
+    allowed = base + 0.02 * abs(base)
+    first = min((rate for rate in found if not found[rate] <= allowed), default=math.inf)  # or NaN
+    safe = [rate for rate in found if rate < first]
+    if not safe:
+        raise ValueError("at the smallest rate the loss was no number: give lower --rates")
+    return min(safe, key=found.get), max(safe)
 
 
 def main(argv=None) -> None:

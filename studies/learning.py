@@ -74,6 +74,7 @@ ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one 
 }
 DENSITIES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 KINDS = ("sensitive", "task", "largest", "random")
+OWN = {"task", "train_file", "test_file", "validation_file", "seed", "lr", "method", "eval_every"}
 
 
 class Run(NamedTuple):
@@ -137,6 +138,8 @@ class Study:
     def __init__(self, args, common: list[str]):
         self.args, self.file = args, args.out / "learning.json"
         self.given = configs.parse(configs.Config, "", common)  # for every run
+        for name in OWN & self.given.keys():
+            raise ValueError(f"{configs.flag(name)}: the study gives each run its own; see --help")
         if args.data_dir:
             self.given["data_dir"] = args.data_dir
         self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
@@ -219,9 +222,9 @@ class Study:
 
     def score(self, known: dict) -> tuple[float, float]:
         """Better is higher: validation after --short steps, of a perplexity −, then −loss."""
-        if known["stopped"]:
-            return -math.inf, -math.inf
         found = self.columns(known)
+        if found["loss"] is None:
+            return -math.inf, -math.inf
         better = 1 if known["metric"] == "accuracy" else -1
         return better * found["validation"], -found["loss"]
 
@@ -239,11 +242,11 @@ class Study:
         }
 
     def columns(self, known: dict) -> dict:
-        """Loss and validation after --short steps; None of a run that stopped."""
-        if known["stopped"]:
+        """Loss and validation after --short steps; None of a run that stopped before."""
+        taken = {int(step): value for step, value in known["validation"].items()}  # text, in a file
+        if self.args.short not in taken:
             return {"loss": None, "validation": None}
         loss = known["loss"][: self.args.short // self.args.every][-1]
-        taken = {int(step): value for step, value in known["validation"].items()}  # text, in a file
         return {"loss": loss, "validation": taken[self.args.short]}
 
     # ------------------------------------------------------------------ the parts

@@ -14,7 +14,7 @@ import masks
 import tasks
 import zo
 from harness import dataset, loading
-from harness.config import one_line_errors, positive, study_parser
+from harness.config import one_line_errors, positive, rate, study_parser
 from model_patch import Patch
 
 
@@ -35,27 +35,33 @@ def slope(patch: Patch, gradients: dict, seed: int) -> float:
     return total
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data-dir")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--density", type=float, default=0.25)
-    parser.add_argument("--eps", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--eps", type=rate, nargs="+", default=[1e-3])
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--seeds", type=positive, default=12)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with one_line_errors():
         report(args)
 
 
 def report(args) -> None:
     """Print the table, a row for each method and ε."""
-    data = dataset.load_examples(args.task, data_dir=args.data_dir, num_train=args.batch_size)
-    tokenizer, _ = loading.load_tokenizer(args.model)
+    tokenizer, model_config = loading.load_tokenizer(args.model)
+    length = loading.usable_length(2048, model_config)
+    data = dataset.load_examples(
+        args.task, data_dir=args.data_dir, num_train=args.batch_size,
+        tokenizer=tokenizer, max_length=length,
+    )  # fmt: skip
     model = loading.load_model(args.model, args.dtype)
-    batch = tasks.collate(tokenizer, data.train, scored=data.scored, **tasks.layout(model))
+    batch = tasks.collate(
+        tokenizer, data.train, max_length=length, scored=data.scored, **tasks.layout(model)
+    )
     tasks.loss(model, batch).backward()
     gradients = {name: p.grad.float() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)

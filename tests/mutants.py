@@ -255,7 +255,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "text(i + 1).rstrip()", "text(i + 1).rstrip().removesuffix(tokenizer.eos_token)",
      "test_tasks::test_only_the_assistants_tokens_have_a_loss"),
     ("a completion that never ends", "harness.dataset",
-     '(row["completion"] + (tokenizer.eos_token or ""),)', '(row["completion"],)',
+     '(row["completion"].removesuffix(end) + end,)', '(row["completion"],)',
      "test_tasks::test_completions_of_own_files"),
     ("perplexity of the padding, too", "tasks",
      "total += float(loss.sum()), len(loss), broken",

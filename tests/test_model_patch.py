@@ -477,7 +477,7 @@ def test_a_copy_of_a_patched_model_is_a_model_of_its_own():
 
 
 def test_the_modes_and_models_that_cannot_be_patched_are_refused():
-    """Training mode, before patching and after, a second patch, a rule on a split model."""
+    """Training mode, a second patch, a rule on a split model, another's split, a nested probe."""
     model = build("opt")
     with pytest.raises(ValueError, match="training mode"):
         Patch(model.train(), masks.Everything())
@@ -488,10 +488,16 @@ def test_the_modes_and_models_that_cannot_be_patched_are_refused():
     model.train()
     with pytest.raises(AssertionError, match="training mode"):
         patch.losses(batch(), loss_of, SEED)
+    model.eval()
+    with patch.probe(SEED, 1e-3), pytest.raises(AssertionError, match="open already"):
+        patch.probe(SEED, 1e-3).__enter__()
     split = build("llama")
-    dense_sparse(split, 4)
+    sparse = dense_sparse(split, 4)
     with pytest.raises(ValueError, match="patched or split already"):
         Patch(split, masks.Everything())
+    for other in (build("llama"), copy.deepcopy(split)):  # their layers do not read its values
+        with pytest.raises(ValueError, match="is not split in this model"):
+            Patch(other, sparse)
 
 
 def test_weights_that_cannot_move_are_refused_by_name():

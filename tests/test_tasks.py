@@ -1267,6 +1267,7 @@ def test_real_chat_templates(tmp_path, llama2):
 def test_completions_of_own_files(tmp_path):
     """A completion is the text after its prompt and the end of sequence; perplexity is measured."""
     rows = [{"prompt": f"is it {w} ?", "completion": " it was so"} for w in WORDS[:12]]
+    rows[0]["completion"] += "</s>"  # as TRL, no second one
     path = write(tmp_path / "own.jsonl", rows)
     data = load_examples(train_file=path, test_file=path, tokenizer=TOKENIZER)
     assert (len(data.train), len(data.validation), len(data.test)) == (8, 4, 12)
@@ -1277,6 +1278,7 @@ def test_completions_of_own_files(tmp_path):
 
 
 BAD_COMPLETIONS = {
+    "no object": (3, TOKENIZER, "3 has no fields"),
     "no completion": ({"prompt": "a"}, TOKENIZER, "no field 'options'"),
     "empty": ({"prompt": "a", "completion": " "}, TOKENIZER, "completion ' ' must be text"),
     "number": ({"prompt": "a", "completion": 3}, TOKENIZER, "completion 3 must be text"),
@@ -1290,7 +1292,7 @@ BAD_COMPLETIONS = {
     "broken": ({"messages": TALK}, chat_tokenizer("{% if %}"), "the chat template refuses it: "),
     "other": ({"messages": TALK}, chat_tokenizer("{{ messages | length }}"),
               "reply does not follow its generation prompt"),
-    "text": ({"text": 3}, TOKENIZER, "str"),
+    "text": ({"text": 3}, TOKENIZER, "is no text"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from test_train import refused
 
 import train
 from harness import mask
@@ -89,7 +90,15 @@ def test_a_run_that_broke_is_behind_all_others(metric):
     ended = {"stopped": None, "metric": metric, "loss": [99.0], "validation": {2: 1e9}}
     if metric == "accuracy":
         ended["validation"] = {2: 0.0}
-    assert study.score(ended) > study.score(ended | {"stopped": "why"})
+    assert study.score(ended) > study.score(ended | {"stopped": "why", "validation": {1: 0.5}})
+    assert study.score(ended | {"stopped": "after --short"}) == study.score(ended)
+
+
+@pytest.mark.parametrize("flag", ["--task=boolq", "--seed=7", "--lr=1"])
+def test_what_a_study_sets_itself_is_refused(flag, tmp_path, capsys):
+    """A flag of train.py that would change what the tables' rows are called is one line."""
+    line = refused(learning.main, [flag, f"--out={tmp_path}"], capsys)
+    assert f"{flag.split('=')[0]}: the study gives each run its own" in line
 
 
 def test_a_name_tells_runs_apart():
