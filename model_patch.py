@@ -101,8 +101,8 @@ class Patch:
 
     what_moves: a rule of masks.py ([S], MeZO), or a quant.DenseSparse ([Q]). eps: ε, 1e-3 in both
     papers. fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
-    Two are of a rule only. select: a regular expression; only parameters whose name matches move.
-    rounding: of updates to 16-bit weights, "stochastic" or "nearest".
+    For a rule only: select, a regular expression, and only parameters whose name matches move;
+    rounding, of updates to 16-bit weights, "stochastic" or "nearest".
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Patch:
         self.model, self.eps, self.fused = model, eps, fused
         self.stochastic = rounding == "stochastic" and not splits  # [Q]'s values are of 32 bits
         self.shift: zo.Shift | None = None  # a probe is open while it is set
-        self.reading: str | None = None  # the layer that reads, and its perturbed weights
-        self.copies: dict[MaskedWeight, Tensor] = {}
+        self.reading: str | None = None  # the layer that reads
+        self.copies: dict[MaskedWeight, Tensor] = {}  # its perturbed weights, and tied ones
         self.buffers: list[tuple[Tensor, int]] = []
         self.weights: list[MaskedWeight] = []
         self.order: dict[nn.Module, list[str]] = {}

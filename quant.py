@@ -16,6 +16,7 @@ How it works
     the moving places and answers with that. `visible` is `values`, or `values ± ε z` while a probe
     is open (model_patch.py). With bits=4 the dense matrix is decoded from its codes, with bits=16
     it is a copy of the parameter as it was loaded. That is the only difference between the two.
+    Embeddings, head, norms, biases, and matrices that the index lacks stay as they were loaded.
 
     The k values are taken out before quantisation. NF4 gets a 0 in their places, which it
     represents exactly. k-means counts them for nothing. So in these places dense + sparse is w bit

@@ -14,7 +14,7 @@
 
 How it works
     Everything here is one primitive, θ + a·m⊙z, with a different a each time. The file has three
-    parts. This screen has the step as the papers print it. `gaussian` has its noise as a function
+    parts. The first has the step as the papers print it. `gaussian` has its noise as a function
     of a seed. `apply` has the primitive as one fused loop, which is what training runs.
 
     `sparse_mezo_step` is [S]'s step. MeZO's step is the same with masks of ones. [Q]'s step is the
@@ -173,9 +173,9 @@ def horner(x: Tensor, coefficients: list[float]) -> Tensor:
     return value
 
 
-def signed(x: Tensor, word: Tensor) -> Tensor:
-    """±x, the sign from the highest bit of the word."""
-    return (x.view(torch.int32) ^ (word & -(1 << 31))).view(torch.float32)
+def signed(x: Tensor, bits: Tensor) -> Tensor:
+    """±x, the sign from the highest of 32 bits."""
+    return (x.view(torch.int32) ^ (bits & -(1 << 31))).view(torch.float32)
 
 
 def word(number: int) -> Tensor:
@@ -243,7 +243,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
     if thetas[0].numel() % 16 == 0:
-        pass  # asked, the compiler makes a loop of their own for them: a GPU moves 16 bytes at once
+        pass  # the compiler makes these lengths a loop of their own: a GPU moves 16 bytes at once
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):

@@ -1,7 +1,7 @@
 """Lab 2. Fewer directions, fewer steps.
 
 [S] Theorem 1 says what a mask gains. Where d̂ weights move, ‖m ⊙ ∇L‖² falls to σ² in about d̂ L / σ²
-steps. In d̂ L / σ², L is the largest curvature of the loss. But a mask alone saves no step: the
+steps. Here L is the largest curvature, not the loss. But a mask alone saves no step: the
 learning rate η must grow, too. The theorem's η is in its proof (appendix I, before eq. 24). So far
 `rate` is that of 32 weights. Make it that of d̂ weights. Then the steps grow like d̂ + 4.
 

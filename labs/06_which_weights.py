@@ -6,8 +6,9 @@ thousandth of each matrix that has the largest squared gradient of a text (§3.1
 
 Write a rule of your own. `prepare` sees each tensor of the model once, flat, before training. It
 returns one boolean for each weight: does it move? `gradient` has the same shape. It is that of the
-task's first 16 examples. So far your rule takes the small weights, as [S] does. Beat the other
-four: bring the loss of the last 20 steps down to 0.1. You may change the density, too.
+task's first 16 examples. So far your rule takes the weights that are small before training.
+[S] looks again in every probe. Beat the other four: bring the loss of the last 20 steps down to
+0.1. You may change the density, too.
 
 Two numbers tell a good mask. k is how many weights move, and c is their share of the squared
 gradient. On lab 2's bowl more c and less k is better, and the best rate is η = r / (k + 2) with the
@@ -87,7 +88,7 @@ def numbers(found):
     k, c = masks_of["yours"]
     hint = f"Your mask holds {c:.2f} of the squared gradient. Let the size of `gradient` choose."
     if c > 0.3 and k < 2000:
-        hint = f"{k} of the steepest weights overshoot at every rate. Let more of them move."
+        hint = f"{k} of the steepest weights are too few. Let more of them move."
     listed[-1] = lab.at_most(what, listed[-1].yours, 0.1, hint)
     text = "steepest tenth that is also among the"
     return listed + [lab.fact(f"{text} {kind}", share) for kind, share in overlaps.items()]

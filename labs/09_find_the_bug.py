@@ -6,8 +6,8 @@
 A draw puts one classic mistake into a copy of zo.py, masks.py, quant.py and model_patch.py. Nobody
 runs a test on the copy. It trains for 30 steps in four ways, beside the sound source, and the
 picture shows both losses. The first way is Algorithm 1 as printed, `zo.sparse_mezo_step`. The three
-others go through `model_patch.Patch`. The ways share some lines and not others. Sound, the first
-two are the same run.
+others go through `model_patch.Patch`. The ways share some lines and not others. Without a
+bug, the first two are the same run.
 
 Read the picture first. Which of the four ways suffer, and how? Which lines do just those share?
 Then read these lines in the copy, with the paper open, and name the file and the line. Where a line
