@@ -350,7 +350,6 @@ def test_more_steps_are_what_a_longer_run_would_have_done(folder, ready, tmp_pat
 
 
 CHANGES = {
-    "batch": ["--batch-size=8"],
     "model": ["--model={base}/other"],
     "a late value of the model": ["--model={base}/late"],
 }
@@ -373,7 +372,7 @@ def not_its_own(run, flags, before, capsys):
 
 
 EDITS = [{"seed": 1}, {"method": "r-mezo", "refresh_every": 0}, {"density": 0.5}, {"lr": 2e-2},
-         {"eps": 2e-3}]  # fmt: skip
+         {"eps": 2e-3}, {"batch_size": 8}]  # fmt: skip
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
@@ -387,7 +386,8 @@ def test_resume_refuses_a_config_that_was_edited(edit, ready, capsys):
 @pytest.mark.parametrize(
     "typed",
     ["--seed=1", "--method=mezo", "--density=0.5", "--select=layers.0", "--mask-kind=packed",
-     "--above=0.1", "--refresh-every=0", "--rounding=nearest", "--lr=0.02", "--eps=0.01"],
+     "--above=0.1", "--refresh-every=0", "--rounding=nearest", "--lr=0.02", "--eps=0.01",
+     "--batch-size=8"],
 )  # fmt: skip
 def test_a_resumed_run_moves_what_it_moved(typed, ready, capsys):
     """Refused before anything is loaded: 16 bits bear much rounding, and might miss a change."""
