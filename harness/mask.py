@@ -213,9 +213,11 @@ def main(argv=None) -> None:
                 "--task and --train-file are for --mask-from task, --text is for --mask-from text"
             )
         needs_scores = config.text or of_task or config.quantiser != "nf4"
+        needs_scores = needs_scores or config.statistic != "per-sample"
         if config.kind != "sensitive" and needs_scores:
             raise ValueError(
-                f"--kind {config.kind} scores nothing: leave out --text, --mask-from, --quantiser"
+                f"--kind {config.kind} scores nothing: leave out --text, --mask-from, --quantiser, "
+                "--statistic"
             )
         examples = None
         if of_task:

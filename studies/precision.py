@@ -15,6 +15,7 @@ are train.py's.
 
 import contextlib
 import io
+import math
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     quarters = [t.float().abs().argsort().argsort() * 4 // len(t) for t in thetas]
     for t in range(count):
         step = train.measure_step(config, patch, tokenizer, data, t)
+        if not math.isfinite(step.a):
+            raise ValueError(f"--lr {config.lr}: the update of step {t + 1} is not finite")
         before = [(w.theta.flatten().clone(), w.mask().flatten()) for w in patch.weights]
         patch.update(step.seed, step.a)
         for theta, (was, mask), quarter in zip(thetas, before, quarters, strict=True):

@@ -138,6 +138,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
         (["--kind=tallest"], "invalid choice"),
         (["--kind=random"], "--kind random scores nothing"),
         (["--kind=random", "--text=", "--quantiser=kmeans"], "leave out --text, --mask-from, --q"),
+        (["--kind=random", "--text=", "--statistic=of-mean"], "leave out --text, --mask-from, --q"),
         (["--device=tpu"], "--device tpu"),
         (["--model={tmp_path}"], "has no config.json"),
         (["--out={tmp_path}/no/where"], "No such file or directory"),

@@ -2,6 +2,8 @@
 
 import json
 
+from test_train import refused
+
 import train
 from studies import precision
 
@@ -17,3 +19,9 @@ def test_what_rounding_to_nearest_loses(tmp_path, capsys, monkeypatch):
     assert all(0 < b < h <= 1 for b, h in zip(brain, half, strict=True))
     assert brain == sorted(brain, reverse=True)
     assert "| mezo, η = 0.001, float16 | " in capsys.readouterr().out
+
+
+def test_an_update_that_is_not_finite_is_one_line(tmp_path, capsys):
+    """A rate that no weight survives ends with its name."""
+    argv = ["--lr", "mezo=1e39", "--count=1", f"--out={tmp_path}", "--task=rte", "--batch-size=4"]
+    assert "--lr 1e+39: the update of step 1 is not finite" in refused(precision.main, argv, capsys)
