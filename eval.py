@@ -20,6 +20,7 @@ S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold th
 
 from pathlib import Path
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import torch
 
 import quant

@@ -13,6 +13,7 @@ line, which does not count. --resume takes the last logged step again and compar
 """
 
 import contextlib
+import errno
 import math
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+NO_LOCKS = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK  # says a file system
 HEADER = "step,seed,a,loss_plus,loss_minus,validation,active_density"
 
 
@@ -65,8 +67,12 @@ class StepLog:
         path = run / "steps.csv"
         if write:
             self.file = open(path, "a+b", buffering=0)
-            if not lock(self.file):
-                raise ValueError(f"{run} is being trained by another process right now")
+            try:
+                lock(self.file)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    why = f"{run} is being trained by another process right now"
+                    raise ValueError(why) from error
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]  # a line without its end was torn by a kill
         if write:
@@ -130,16 +136,17 @@ class StepLog:
         return losses[0], sum(last) / len(last)
 
 
-def lock(file) -> bool:
-    """Hold a file until the process ends. False where another process holds it."""
-    with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
+def lock(file) -> None:
+    """Hold a file until the process ends. OSError where another process holds it."""
+    try:
         import fcntl
+    except ImportError:  # Windows; a byte far behind the end, as locked bytes cannot be read
+        import msvcrt
 
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+        file.seek(1 << 30)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def forget_unbegun(run: Path) -> None:

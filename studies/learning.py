@@ -44,6 +44,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -550,16 +551,18 @@ def test_the_start_of_a_run_is_compared_too(folder, copy, tmp_path, capsys):
 
 
 def test_systems_without_fcntl_and_resource(folder, tmp_path, monkeypatch):
-    """Without the modules that only Unix has a run works."""
-    for name in ("fcntl", "resource"):
-        monkeypatch.setitem(sys.modules, name, None)
+    """Without the modules that only Unix has a run works, with Windows' lock."""
+    locked, windows = [], types.ModuleType("msvcrt")
+    windows.LK_NBLCK, windows.locking = 2, lambda *how: locked.append(how)
+    for name, module in (("fcntl", None), ("resource", None), ("msvcrt", windows)):
+        monkeypatch.setitem(sys.modules, name, module)
     result = run(folder, tmp_path / "run")
-    assert result["peak_memory_bytes"] is None
+    assert [how[1:] for how in locked] == [(2, 1)] and result["peak_memory_bytes"] is None
     assert len(steps_of(tmp_path / "run")) == 8
     for file in [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]:
         for node in ast.parse(file.read_text()).body:
             names = [alias.name for alias in getattr(node, "names", [])]
-            assert not {"fcntl", "resource"} & {*names}, file
+            assert not {"fcntl", "resource", "msvcrt"} & {*names}, file
 
 
 def test_a_disk_without_locks(folder, tmp_path, monkeypatch):
@@ -571,6 +574,17 @@ def test_a_disk_without_locks(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", refuse)
     run(folder, tmp_path / "run")
     assert len(steps_of(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "harness.mask"])
+def test_ctrl_c_while_importing(program, tmp_path):
+    """An interrupt before a command has begun is one line."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, *([program] if program.endswith(".py") else ["-m", program])]
+    found = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert found.returncode != 0 and found.stderr.strip() == "stopped"
 
 
 # ------------------------------------------------------------------ found by others' inputs
