@@ -136,9 +136,9 @@ class Patch:
         self.rule = masks.Everything() if splits else what_moves
         if splits:
             here = {module for module in model.modules() if isinstance(module, quant.Parts)}
-            parts = self.sparse.parts
-            if left := [name for name in self.sparse.index if parts.get(name) not in here]:
-                raise ValueError(f"{left[0]} is not split in this model: split(model, name) first")
+            for name in self.sparse.index:
+                if self.sparse.parts.get(name) not in here:
+                    raise ValueError(f"{name} is not split in this model: split(model, name) first")
             self.weights = [MaskedWeight(self, "values", self.sparse.values, 0)]
         else:
             self._parametrize(select)

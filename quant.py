@@ -226,7 +226,7 @@ class DenseSparse:
         self.parts: dict[str, Parts] = {}
 
     def split(self, model: nn.Module, name: str, weight: Tensor | None = None) -> None:
-        """Split one matrix. `weight`: its copy, where the model's own has not its device or dtype.
+        """Split one matrix. `weight`: its copy in another dtype or on another device.
 
         ValueError where the places cannot be such, or a weight is not finite.
         """

@@ -212,8 +212,8 @@ def main(argv=None) -> None:
             raise ValueError(
                 "--task and --train-file are for --mask-from task, --text is for --mask-from text"
             )
-        needs_scores = config.text or of_task or config.quantiser != "nf4"
-        needs_scores = needs_scores or config.statistic != "per-sample"
+        plain = config.quantiser == "nf4" and config.statistic == "per-sample"
+        needs_scores = config.text or of_task or not plain
         if config.kind != "sensitive" and needs_scores:
             raise ValueError(
                 f"--kind {config.kind} scores nothing: leave out --text, --mask-from, --quantiser, "

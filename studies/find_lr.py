@@ -29,7 +29,8 @@ HALF_DECADES = (-4, -3, -2, -1, 0, 1, 2)  # around train.py's own rate, unless -
 def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[float]:
     """The training losses of a run of some steps; it ends at the first that is not finite.
 
-    NaN ends them, too, where half of the steps have equal l⁺ and l⁻: the rate broke the weights.
+    It also ends, with NaN, once l⁺ and l⁻ were equal in more than half of the steps: broken weights
+    have the same loss everywhere.
     """
     losses, flat = [], 0
     for t in range(steps):
@@ -65,14 +66,18 @@ def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dic
 def advice(found: dict[float, float]) -> tuple[float, float]:
     """(the best rate, the largest safe one). The smallest rate stands for not moving at all.
 
-    No rate above one that is not safe is taken, as a broken model can have any loss.
+    A rate is safe if the loss did not rise there, nor at any smaller rate: a broken model can have
+    any loss.
     """
     base = found[min(found)]
     allowed = base + 0.02 * abs(base)
     first = min((rate for rate in found if not found[rate] <= allowed), default=math.inf)  # or NaN
     safe = [rate for rate in found if rate < first]
     if not safe:
-        raise ValueError("at the smallest rate the loss was no number: give lower --rates")
+        raise ValueError(
+            "at the smallest rate a loss was no number, or l⁺ and l⁻ were equal: give lower "
+            "--rates, or a larger --eps"
+        )
     return min(safe, key=found.get), max(safe)
 
 

@@ -95,11 +95,12 @@ class Study:
         known = {part for part, of in self.found.items() if task in of}
         known |= {"scores"} if "magnitude" in known else set()
         missing = [part for part in self.args.parts if part not in known]
-        if missing:
-            data = dataset.load_examples(
-                task, data_dir=self.args.data_dir, tokenizer=self.tokenizer,
-                max_length=self.args.max_length,
-            )  # fmt: skip
+        if not missing:
+            return
+        data = dataset.load_examples(
+            task, data_dir=self.args.data_dir, tokenizer=self.tokenizer,
+            max_length=self.args.max_length,
+        )  # fmt: skip
         for part in missing:
             answer = getattr(self, part)(data)
             for name, rows in (answer if part == "scores" else {part: answer}).items():

@@ -75,7 +75,7 @@ ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one 
 }
 DENSITIES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 KINDS = ("sensitive", "task", "largest", "random")
-OWN = {"task", "train_file", "test_file", "validation_file", "seed", "lr", "method", "eval_every"}
+RUNS_OWN = {"task", "seed", "lr", "method", "eval_every"}  # settings that the study gives to each
 
 
 class Run(NamedTuple):
@@ -139,7 +139,7 @@ class Study:
     def __init__(self, args, common: list[str]):
         self.args, self.file = args, args.out / "learning.json"
         self.given = configs.parse(configs.Config, "", common)  # for every run
-        for name in OWN & self.given.keys():
+        for name in RUNS_OWN & self.given.keys():
             raise ValueError(f"{configs.flag(name)}: the study gives each run its own; see --help")
         if args.data_dir:
             self.given["data_dir"] = args.data_dir

@@ -38,13 +38,13 @@ def measure(args) -> dict[int, dict]:
     for tokens in args.tokens:
         how = f"{args.device}{'' if args.compile else '-eager'}"
         file = args.out / f"{args.shape}-{args.dtype}-{how}-{args.batch}x{tokens}.json"
-        if not file.exists():
+        if not file.exists() or not file.read_text():
             part = file.with_suffix(".part")  # a row that it lacks is not one that did not fit
             flags = ["--shape", args.shape, "--dtype", args.dtype, "--batch", args.batch]
             flags += ["--tokens", tokens, "--device", args.device, "--rounds", 1]
             flags += ["--rows", *ROWS, "--json", part]
             bench.main([*map(str, flags), *([] if args.compile else ["--no-compile"])])
-            part.rename(file)
+            part.replace(file)
         found[tokens] = json.loads(file.read_text())
     return found
 

@@ -14,7 +14,7 @@ import masks
 import tasks
 import zo
 from harness import dataset, loading
-from harness.config import one_line_errors, positive, rate, study_parser
+from harness.config import Settings, one_line_errors, positive, rate, study_parser
 from model_patch import Patch
 
 
@@ -52,16 +52,14 @@ def main(argv=None) -> None:
 
 def report(args) -> None:
     """Print the table, a row for each method and ε."""
-    tokenizer, model_config = loading.load_tokenizer(args.model)
-    length = loading.usable_length(2048, model_config)
-    data = dataset.load_examples(
-        args.task, data_dir=args.data_dir, num_train=args.batch_size,
-        tokenizer=tokenizer, max_length=length,
-    )  # fmt: skip
+    how = {"model": args.model, "task": args.task, "data_dir": args.data_dir}
+    settings = Settings(**how, num_train=args.batch_size)
+    tokenizer, _, data = dataset.prepare(settings)
     model = loading.load_model(args.model, args.dtype)
     batch = tasks.collate(
-        tokenizer, data.train, max_length=length, scored=data.scored, **tasks.layout(model)
-    )
+        tokenizer, data.train, max_length=settings.max_length, scored=data.scored,
+        **tasks.layout(model),
+    )  # fmt: skip
     tasks.loss(model, batch).backward()
     gradients = {name: p.grad.float() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)

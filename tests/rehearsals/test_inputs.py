@@ -469,9 +469,10 @@ def test_a_density_that_moves_nothing(flags, folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rate_that_is_too_high_is_said(folder, tmp_path, capsys):
+@pytest.mark.parametrize("flags", [["--lr=1e3"], ["--lr=30", "--method=mezo"]])
+def test_a_rate_that_is_too_high_is_said(flags, folder, tmp_path, capsys):
     """A run whose loss ended far above its beginning says so, and what to try."""
-    assert code(train.main, arguments(folder, tmp_path / "run", "--lr=1e3")) == 0
+    assert code(train.main, arguments(folder, tmp_path / "run", *flags)) == 0
     assert "try a lower --lr" in capsys.readouterr().out
     run(folder, tmp_path / "sound", "--lr=1e-4")
     assert "try a lower --lr" not in capsys.readouterr().out
@@ -803,14 +804,14 @@ def test_a_text_file_is_a_task(method, folder, tmp_path, capsys):
     assert "have no demonstrations" in refused(eval.main, argv, capsys)
 
 
-def test_a_stop_from_outside_is_ctrl_c(folder, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_stop_from_outside_is_ctrl_c(name, folder, tmp_path):
     """A batch system's signal ends a run as Ctrl-C does, with the command that goes on."""
     import signal
 
     program = "import os, signal, model_patch, train, sys; original = model_patch.Patch.update\n"
     program += "def update(self, seed, a):\n    original(self, seed, a)\n"
-    program += "    assert signal.getsignal(signal.SIGHUP) == signal.default_int_handler\n"
-    program += "    os.kill(os.getpid(), signal.SIGTERM)\n"
+    program += f"    os.kill(os.getpid(), signal.{name})\n"
     program += "model_patch.Patch.update = update; train.main(sys.argv[1:])"
     command = [sys.executable, "-c", program, *arguments(folder, tmp_path / "run")]
     found = subprocess.run(
