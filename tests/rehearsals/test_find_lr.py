@@ -5,6 +5,7 @@ import json
 import pytest
 from test_train import arguments, refused
 
+import train
 from harness import config as configs
 from studies import find_lr
 
@@ -51,3 +52,12 @@ def test_advice_is_about_numbers(folder, tmp_path, capsys):
             find_lr.main, arguments(folder, tmp_path / "r", *bad.split()), capsys
         )
     assert not (tmp_path / "r").exists()
+
+
+def test_equal_losses_are_no_number(folder, tmp_path, monkeypatch, capsys):
+    """A rate at which l⁺ and l⁻ are equal in most steps has no loss, however low it is."""
+    measure = train.measure_step
+    monkeypatch.setattr(train, "measure_step", lambda *args: measure(*args)._replace(a=0.0))
+    argv = [flag for flag in arguments(folder, tmp_path / "r") if "--steps" not in flag]
+    said = refused(find_lr.main, [*argv, "--rates=1e-2", "--short=3"], capsys)
+    assert "l⁺ and l⁻ were equal: give lower --rates, or a larger --eps" in said
