@@ -195,6 +195,7 @@ class Patch:
         """Inside it the model computes at θ + a m⊙z. Afterwards at θ, whatever happened."""
         assert not self.model.training, "the model was put into training mode after patching"
         assert self.shift is None, "a probe is open already"
+        assert self.weights, "this patch was removed; make a new one"
         self.shift = zo.Shift.of(a, seed)
         if self.sparse:
             self.sparse.visible = self.weights[0].plus(self.shift)

@@ -4,8 +4,8 @@
 
 `a` is −η · proj_grad. Validation accuracy and active density stand where they were taken; where
 perplexity is measured, the column is validation_perplexity. Line 0 is the model before training.
-The original weights and one (seed, a) per step rebuild the weights: a 20,000-step run is a
-megabyte.
+The original weights and one (seed, a) per step rebuild the weights. A run of 20,000 steps takes 1.6
+megabytes.
 
 A line is appended when everything of its step is done, so `kill -9` leaves at worst a torn last
 line, which does not count. --resume takes the last logged step again and compares it with its line

@@ -110,7 +110,7 @@ def picture(found, figure):
         left.plot(far, label=name, **how)
     left.set(xlabel="step", ylabel="distance to the trained weights", ylim=(0, None))
     left.legend()
-    sizes = {"weights of 7B,\n16 bits": 13.5e9, "log of\n20,000 steps": 20_000 * 40,
+    sizes = {"weights of 7B,\n16 bits": 13.5e9, "(seed, a) of\n20,000 steps": 20_000 * 40,
              "gradients,\none step": 13.5e9, "a worker,\none step": 3 * 8}  # fmt: skip
     right.bar(list(sizes), list(sizes.values()), color=["0.3", "0.7", "0.3", "0.7"], log=True)
     right.set(ylabel="bytes")

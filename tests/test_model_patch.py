@@ -532,6 +532,8 @@ def test_numbers_that_cannot_be_meant_never_reach_the_weights():
             patch.losses(batch(), loss_of, seed)
     patch.remove()
     assert same(before, bits(model))
+    with pytest.raises(AssertionError, match="was removed"):  # its two losses would be equal
+        patch.losses(batch(), loss_of, SEED)
 
 
 def test_select_moves_only_what_it_names():
