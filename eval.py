@@ -126,6 +126,8 @@ def main(argv=None) -> tasks.Score:
         if save is not None:
             quant.join(model)
             model = adapter.merged(model)  # S-MeZO's LoRA; others as they are
+            if getattr(config, "adapter", None) is None:
+                model.cpu()  # of fused experts, saving makes copies that a GPU may not hold
             model.save_pretrained(save)
             tokenizer.save_pretrained(save)
             print(f"{save}/ holds the checkpoint")

@@ -140,6 +140,7 @@ def own_mask(config: Config, run: Path, data: dataset.Data) -> tuple:
             os.replace(shutil.copy(config.mask, f"{path}.tmp"), path)
         else:
             mask.make(config, path, (data.train, data.scored))
+            gc.collect()  # the model that was scored, before another is loaded
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 

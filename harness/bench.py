@@ -314,9 +314,7 @@ def main(argv=None) -> None:
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args(argv)
     with one_line_errors():
-        args.device = loading.choose_device(args.device)
-        if ":" in args.device:
-            torch.cuda.set_device(args.device)  # whose clock and memory are read
+        args.device = loading.take_device(args.device)
         if args.json is not None:
             args.json.touch()  # what cannot be written is said before measuring
         torch.manual_seed(0)

@@ -385,6 +385,7 @@ def one_line_errors(hint=lambda: ""):
             raise
         if isinstance(e, torch.OutOfMemoryError):
             line += "; try a smaller --micro-batch, --batch-size or --max-length"
+            line += ", and --groups 8 where a mask is made"
         for bar in list(tqdm._instances):  # so that what is said has a line of its own
             bar.close()
         print(f"{Path(sys.argv[0]).name}: {line}{hint()}", file=sys.stderr)

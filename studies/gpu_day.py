@@ -113,7 +113,7 @@ def profile(day: Day) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    device = loading.choose_device("auto")
+    device = loading.take_device("auto")
     dtype = torch.float32 if day.args.tiny else torch.bfloat16
     how = argparse.Namespace(
         shape=day.shape, dtype=str(dtype)[6:], device=device, compile=not day.args.tiny,

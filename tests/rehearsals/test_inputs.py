@@ -188,6 +188,18 @@ def test_causal_models_pass_the_check(name, dtype):
     loading.check_model(build(name, dtype), name)
 
 
+def test_a_model_that_breaks_beside_padding_is_refused():
+    """NaN in a row that is padded, and in no other, is no small change."""
+    model = build("llama", torch.float32)
+
+    def spoil(module, args, kwargs, output):
+        output.logits[(kwargs["attention_mask"] == 0).any(1)] = torch.nan
+
+    model.register_forward_hook(spoil, with_kwargs=True)
+    with pytest.raises(ValueError, match="minds padding"):
+        loading.check_model(model, "it")
+
+
 # ------------------------------------------------------------------ files that are no such
 
 

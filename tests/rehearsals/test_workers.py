@@ -227,6 +227,10 @@ def test_workers_of_a_machine_take_a_gpu_each(monkeypatch):
         assert loading.choose_device("cuda:1") == "cuda:1"
     with pytest.raises(ValueError, match="sees 2 GPUs"):
         loading.choose_device("cuda:2")
+    taken = []
+    monkeypatch.setattr(loading.torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(loading.torch.backends.cuda, "enable_cudnn_sdp", taken.append)
+    assert loading.take_device("cuda:1") == "cuda:1" and taken == ["cuda:1", False]
 
 
 def test_shares_are_every_nth(monkeypatch):
