@@ -18,6 +18,7 @@ For a run with --adapter, --save writes the adapter, which peft.PeftModel.from_p
 S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold the mask.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
@@ -40,9 +41,10 @@ def of_split(data: dataset.Data, split: str) -> list:
 
 
 def open_model(config: Settings, split: str, shots: int) -> tuple:
-    """(what it is, model, tokenizer, data, examples): a model as it is, zero-shot or in-context."""
-    tokenizer, model_config, data = dataset.prepare(config)
-    config.batch_size = config.batch_size or tasks.TASKS.get(config.task, tasks.OWN).batch_size
+    """(what it is, config, model, tokenizer, data, examples): as it is, zero-shot or in-context."""
+    config, tokenizer, model_config, data = dataset.load(config)
+    usual = tasks.TASKS.get(config.task, tasks.OWN).batch_size
+    config = replace(config, batch_size=config.batch_size or usual)
     examples = of_split(data, split)
     if not 0 <= shots <= len(data.train):
         raise ValueError(f"--shots {shots}: from 0 to {len(data.train)}, the training examples")
@@ -55,25 +57,25 @@ def open_model(config: Settings, split: str, shots: int) -> tuple:
     if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
-    return f"{config.model}, {how}", model, tokenizer, data, examples
+    return f"{config.model}, {how}", config, model, tokenizer, data, examples
 
 
 def open_run(config: configs.Config, run: Path, step: str, split: str) -> tuple:
-    """(what it is, model, tokenizer, data, examples): a run after its best, last or any step."""
+    """(what it is, config, model, tokenizer, data, examples): after its best, last or any step."""
     log = StepLog(run)
     after = {"best": log.best_step(), "last": len(log.steps)}.get(step)
     if after is None:
         if not step.isdecimal() or int(step) > len(log.steps):
             raise ValueError(f"--step {step}: best, last, or 0 … {len(log.steps)}, as logged")
         after = int(step)
-    tokenizer, _, data = dataset.prepare(config)
+    config, tokenizer, _, data = dataset.load(config)
     examples = of_split(data, split)
     model = train.rebuild(config, run, tokenizer, data, log.steps, after)
     what = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
     if step == "best" and data.validation:
         untrained = log.steps and not after
         what += ", best on validation" + ("; --step last is trained" if untrained else "")
-    return what, model, tokenizer, data, examples
+    return what, config, model, tokenizer, data, examples
 
 
 def show_continuations(model, tokenizer, examples: list, longest: int, tokens: int = 64) -> None:
@@ -116,12 +118,13 @@ def main(argv=None) -> tasks.Score:
             save.mkdir(parents=True, exist_ok=True)  # or it is said before the work
         if run is None:
             config = configs.complete(Settings(**settings))
-            what, model, tokenizer, data, examples = open_model(config, split, shots or 0)
+            found = open_model(config, split, shots or 0)
         else:
             config = configs.load(run, settings)
-            what, model, tokenizer, data, examples = open_run(config, run, step or "best", split)
-        found = train.score(config, model, tokenizer, examples)
-        print(f"{what}, {data.source}: {split} {data.metric} {found}")
+            found = open_run(config, run, step or "best", split)
+        what, config, model, tokenizer, data, examples = found
+        score = train.score(config, model, tokenizer, examples)
+        print(f"{what}, {data.source}: {split} {data.metric} {score}")
         show_continuations(model, tokenizer, examples[: generate or 0], config.max_length)
         if save is not None:
             quant.join(model)
@@ -131,7 +134,7 @@ def main(argv=None) -> tasks.Score:
             model.save_pretrained(save)
             tokenizer.save_pretrained(save)
             print(f"{save}/ holds the checkpoint")
-        return found
+        return score
 
 
 if __name__ == "__main__":

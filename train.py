@@ -45,6 +45,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
@@ -223,10 +224,10 @@ def evaluated(config, patch, tokenizer, data: dataset.Data, step: log.Step) -> l
 
 
 def prepare(config: Config, run: Path | None = None) -> tuple:
-    """(tokenizer, data) of the settings, which are completed and printed."""
+    """(config, tokenizer, data): the settings are completed and printed."""
     loading.choose_device(config.device)
     asked = config.max_length
-    tokenizer, model_config, data = dataset.prepare(config)
+    config, tokenizer, model_config, data = dataset.load(config)
     sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
@@ -240,17 +241,17 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
         density = provenance.get("density", sum(map(len, index.values())) / whole)
         if config.density not in (None, density):
             raise ValueError(f"--density {config.density}: that of the mask {path} is {density}")
-        config.density, sources["density"] = density, "that of the mask"
-    sources |= configs.fill_in(config, model_config.model_type)
+        config, sources["density"] = replace(config, density=density), "that of the mask"
+    config, papers = configs.fill_in(config, model_config.model_type)
     if config.bits == 4 and (kind := loading.quantised(model_config)):
         raise ValueError(
             f"--model {config.model} is quantised ({kind}), and 4 bits are made of 16: unpack it "
             "with python eval.py --model … --task … --save FOLDER, or use --bits 16"
         )
     resumed = run and (run / "config.json").exists()
-    configs.show(config, sources, "you, or the run so far" if resumed else "you")
+    configs.show(config, sources | papers, "you, or the run so far" if resumed else "you")
     describe(config, tokenizer, model_config, data)
-    return tokenizer, data
+    return config, tokenizer, data
 
 
 def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
@@ -282,7 +283,7 @@ def rebuild(config: Config, run: Path, tokenizer, data, logged: list[log.Step], 
 def run_to_end(config: Config, run: Path) -> None:
     """A new run, or one that was stopped, to its result.json."""
     began = time.perf_counter()
-    tokenizer, data = prepare(config, run)
+    config, tokenizer, data = prepare(config, run)
     steps = log.StepLog(run if workers.RANK == 0 else None, True, data.metric)
     steps.start, steps.steps = workers.broadcast((steps.start, steps.steps))
     if len(steps.steps) > config.steps:
@@ -318,7 +319,7 @@ def run_to_end(config: Config, run: Path) -> None:
         replay(config, patch, tokenizer, data, steps.steps, run, after=len(steps.steps))
         print(f"  going on after step {len(steps.steps)} of {config.steps}")
     if model.dtype in loading.DTYPES:  # auto's may be another one on another machine
-        config.dtype = str(model.dtype).removeprefix("torch.")
+        config = replace(config, dtype=str(model.dtype).removeprefix("torch."))
     if workers.RANK == 0:
         configs.save(run, config)
     train(config, patch, tokenizer, data, steps)

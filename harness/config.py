@@ -6,6 +6,7 @@
     fill_in      what the user did not say: from the papers' tables, else from the defaults
 
 A setting is one field: the command line's flag, the line in config.json, the attribute in the code.
+Settings are frozen. What completes them returns a copy.
 `transformers.HfArgumentParser` makes the flags; both --batch-size and --batch_size are understood.
 """
 
@@ -37,7 +38,7 @@ def setting(default, help: str):
     return field(default=default, metadata={"help": help.replace("%", "%%")})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """Which model, on which examples."""
 
@@ -68,7 +69,7 @@ class Settings:
     traceback: bool = setting(False, "show where an error was raised, not only its line")
 
 
-@dataclass
+@dataclass(frozen=True)
 class MaskSettings(Settings):
     """What [Q]'s mask is made from."""
 
@@ -82,7 +83,7 @@ class MaskSettings(Settings):
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(MaskSettings):
     """Every setting of a run. None is filled in by `fill_in`."""
 
@@ -138,8 +139,8 @@ TINY_RATES = {  # the tiny model's, of the grids in studies/learning.py, for 300
 }
 
 
-def fill_in(config: Config, family: str) -> dict[str, str]:
-    """Fill in what the user did not say; {setting: where its value comes from}.
+def fill_in(config: Config, family: str) -> tuple[Config, dict[str, str]]:
+    """The settings with what the user did not say, and {setting: where its value comes from}.
 
     `family`: the model's type, such as llama or opt.
     """
@@ -175,10 +176,14 @@ def fill_in(config: Config, family: str) -> dict[str, str]:
         found |= {"lr": (lr, source), "eps": (eps, f"MeZO appendix E, {config.adapter}")}
     steps = config.steps or found["steps"][0]
     found["eval_every"] = max(1, steps // 10), "steps / 10"
-    sources = {name: source for name, (_, source) in found.items() if getattr(config, name) is None}
-    for name in sources:
-        setattr(config, name, found[name][0])
-    return sources
+    return filled(config, found)
+
+
+def filled(config, found: dict[str, tuple]) -> tuple:
+    """(config, {setting: source}), where None becomes the value of {setting: (value, source)}."""
+    missing = [name for name in found if getattr(config, name) is None]
+    values = {name: found[name][0] for name in missing}
+    return replace(config, **values), {name: found[name][1] for name in missing}
 
 
 def show(config: Config, sources: dict[str, str], others: str = "you") -> None:
@@ -198,14 +203,14 @@ def complete(config: Settings) -> Settings:
 
     ValueError for a value that cannot work.
     """
-    config = replace(config)
+    task, data_dir = config.task, config.data_dir
     if is_tiny(config.model) and not config.train_file and not config.test_file:
-        config.task = config.task or "rte"
-        config.data_dir = config.data_dir or "tiny/data"
-    if not (config.task or config.train_file):
+        task, data_dir = task or "rte", data_dir or "tiny/data"
+    if not (task or config.train_file):
         raise ValueError("no task: give --task, or --train-file and --test-file")
-    if config.task:
-        config.task = tasks.get_task(config.task).name  # SST-2 is sst2, also in the tables above
+    if task:
+        task = tasks.get_task(task).name  # SST-2 is sst2, also in the tables above
+    config = replace(config, task=task, data_dir=data_dir)
     check_numbers(config)
     if isinstance(config, Config):
         _check_method(config)

@@ -136,19 +136,20 @@ def load_examples(
     return Data(*parts, spec.classification, str(source), odd)
 
 
-def prepare(config) -> tuple:
-    """(tokenizer, model configuration, data) of the settings, without a model.
+def load(config) -> tuple:
+    """(config, tokenizer, model configuration, data) of the settings, without a model.
 
-    max_length becomes at most the number of the model's positions, less those of a prefix.
+    In the config, max_length is at most the number of the model's positions, less a prefix's.
     """
     taken = adapter.TOKENS if getattr(config, "adapter", None) == "prefix" else 0
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
-    config.max_length = loading.usable_length(config.max_length, model_config, taken)
+    longest = loading.usable_length(config.max_length, model_config, taken)
+    config = replace(config, max_length=longest)
     names = set(inspect.signature(load_examples).parameters) - {"seed", "tokenizer"}
     how = {name: getattr(config, name) for name in names}
     how["data_dir"] = config.data_dir and locate(config.data_dir)
     data = load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
-    return tokenizer, model_config, data
+    return config, tokenizer, model_config, data
 
 
 def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]:

@@ -35,7 +35,7 @@ from harness import dataset, loading
 from harness.config import MaskSettings, setting
 
 
-@dataclass
+@dataclass(frozen=True)
 class MaskConfig(MaskSettings):
     """What a mask is made of; the names shared with train.py's Config mean the same."""
 
@@ -99,14 +99,15 @@ def what_is_scored(settings: MaskConfig, tokenizer, model_config, examples) -> t
         chosen = chosen[: settings.samples]
         losses = tasks.task_losses(tokenizer, chosen, scored, settings.max_length)
         return losses, {"source": settings.task or settings.train_file}
-    if settings.text is None and configs.is_tiny(settings.model):
-        settings.text = configs.locate("tiny/data/c4.jsonl")
+    text = settings.text
+    if text is None and configs.is_tiny(settings.model):
+        text = configs.locate("tiny/data/c4.jsonl")
     length = loading.usable_length(settings.length, model_config)
-    texts = dataset.read_texts(settings.text)
+    texts = dataset.read_texts(text)
     windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
     vocabulary = model_config.get_text_config().vocab_size
     tasks.check_tokens(tokenizer, windows.flatten().tolist(), vocabulary)
-    source = dataset.TEXTS.get(settings.text or "c4", [settings.text])[:2]
+    source = dataset.TEXTS.get(text or "c4", [text])[:2]
     return tasks.text_losses(windows), {"source": " ".join(source), "length": length}
 
 
@@ -221,8 +222,7 @@ def main(argv=None) -> None:
             )
         examples = None
         if of_task:
-            config = configs.complete(config)
-            _, _, data = dataset.prepare(config)
+            config, _, _, data = dataset.load(configs.complete(config))
             examples = data.train, data.scored
         index = make(config, config.out, examples)
         print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")

@@ -58,7 +58,7 @@ RATES = {  # method: (rate, its source), and the tiny model's
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config(Settings):
     """Every setting of a run. None is filled in by `fill_in`."""
 
@@ -73,8 +73,8 @@ class Config(Settings):
     out: str | None = setting(None, "run directory; default runs/ and a name")
 
 
-def fill_in(config: Config, examples: int) -> dict[str, str]:
-    """Fill in what the user did not say; {setting: where its value comes from}."""
+def fill_in(config: Config, examples: int) -> tuple[Config, dict[str, str]]:
+    """The settings with what the user did not say, and {setting: where its value comes from}."""
     rate, tiny_rate = RATES[config.method]
     found = {"batch_size": (8, "[S] Table 6, FT with Adam"), "lr": rate}
     found["steps"] = max(1, 5 * examples // (config.batch_size or 8)), "five epochs, as MeZO's FT"
@@ -84,10 +84,7 @@ def fill_in(config: Config, examples: int) -> dict[str, str]:
     if config.method == "sparse-adam":
         found["density"] = 0.25, "[S], reply to a reviewer: sparsity 0.75"
     found["eval_every"] = max(1, (config.steps or found["steps"][0]) // 10), "steps / 10"
-    sources = {name: why for name, (_, why) in found.items() if getattr(config, name) is None}
-    for name in sources:
-        setattr(config, name, found[name][0])
-    return sources
+    return configs.filled(config, found)
 
 
 def complete(config: Config) -> Config:
@@ -174,8 +171,9 @@ def moving(weights: list, h: dict) -> int:
 def run_to_end(config: Config, run: Path) -> None:
     """A new run, to its result.json."""
     began = time.perf_counter()
-    tokenizer, model_config, data = dataset.prepare(config)
-    configs.show(config, fill_in(config, len(data.train)))
+    config, tokenizer, model_config, data = dataset.load(config)
+    config, sources = fill_in(config, len(data.train))
+    configs.show(config, sources)
     train.describe(config, tokenizer, model_config, data)
     configs.write_json(run / "config.json", {"by": "studies/first_order.py"} | asdict(config))
     steps = log.StepLog(run, True, data.metric)

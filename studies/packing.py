@@ -81,7 +81,7 @@ def main(argv=None) -> None:
             loading.keep_freed_memory()  # as for training
         for task in args.tasks:
             config = complete(Settings(args.model, task, args.data_dir, batch_size=args.batch_size))
-            tokenizer, _, data = dataset.prepare(config)
+            config, tokenizer, _, data = dataset.load(config)
             rows[task] = compare(config, patch, tokenizer, data, args.batches)
             title = f"{args.model}, {args.dtype}, batches of {args.batch_size}"
             lines = table(title, rows).splitlines()

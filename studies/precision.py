@@ -37,7 +37,7 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     how = {"method": method, "lr": lr, "dtype": dtype}
     config = configs.complete(configs.Config(**given | how))
     with contextlib.redirect_stdout(io.StringIO()):
-        tokenizer, data = train.prepare(config)
+        config, tokenizer, data = train.prepare(config)
         patch = train.open_model(config, Path(), data)
     changed, inside = torch.zeros(4), torch.zeros(4)
     thetas = [weight.theta.view(-1) for weight in patch.weights]

@@ -175,8 +175,7 @@ def test_a_run_is_its_log_and_what_is_saved_is_what_it_rebuilds(
     eval.main([f"--run={tmp_path}/run", "--step=last", f"--save={tmp_path}/saved"])
     test = json.loads((tmp_path / "run/result.json").read_text())["last"]["value"]
     assert f"test accuracy {test:.3f}" in capsys.readouterr().out
-    config = configs.load(tmp_path / "run", {})
-    tokenizer, _, data = dataset.prepare(config)
+    config, tokenizer, _, data = dataset.load(configs.load(tmp_path / "run", {}))
     steps = train.log.StepLog(tmp_path / "run").steps
     rebuilt = train.rebuild(config, tmp_path / "run", tokenizer, data, steps, 3)
     if kind == "s-mezo-lora":
@@ -223,12 +222,12 @@ def test_weights_under_an_adapter_in_4_bits_are_bitsandbytes(wide):
     assert patch.total == plain.num_parameters() + moving
 
 
-@pytest.mark.parametrize("prepare", [train.prepare, dataset.prepare], ids=["train", "eval"])
+@pytest.mark.parametrize("load", [train.prepare, dataset.load], ids=["train", "eval"])
 @pytest.mark.parametrize("asked", [[], ["--max-length=10000"]])
-def test_a_longest_prompt_leaves_room_for_the_prefix(prepare, asked, folder):
+def test_a_longest_prompt_leaves_room_for_the_prefix(load, asked, folder):
     """Of the positions that a model has, five are the prefix's, in training and evaluation."""
     argv = [f"--model={folder}/model", *files(folder), *KINDS["mezo-prefix"], *asked]
-    prepare(config := Config(**configs.parse(Config, "", argv)))
+    config, *_ = load(Config(**configs.parse(Config, "", argv)))
     assert config.max_length == SIZES["max_position_embeddings"] - 5
 
 
@@ -251,13 +250,14 @@ def test_mezos_values_and_their_sources():
         "mezo-lora": ((1e-4, 5e-5), 1e-2),
         "mezo-prefix": ((1e-2, 1e-3), 1e-1),
     }.items():
-        config = Config(**configs.parse(Config, "", KINDS[kind]), model="x", task="rte")
-        sources = configs.fill_in(config, "llama")
+        said = Config(**configs.parse(Config, "", KINDS[kind]), model="x", task="rte")
+        config, sources = configs.fill_in(said, "llama")
         assert config.lr in rates and config.eps == eps and config.steps == 20_000
         assert "MeZO" in sources["lr"] and "MeZO" in sources["eps"]
     assert (adapter.LORA["r"], adapter.LORA["lora_alpha"], adapter.TOKENS) == (8, 16, 5)
     config = Config(method="s-mezo", adapter="lora", model="x", task="rte")
-    assert configs.fill_in(config, "llama")["density"].startswith("[S] Table 8")
+    _, sources = configs.fill_in(config, "llama")
+    assert sources["density"].startswith("[S] Table 8")
 
 
 BAD = {  # what the user types: what the one line must say

@@ -326,12 +326,10 @@ def test_the_numbers_of_q():
     for name, n in published.items():
         spec = tasks.TASKS[name]
         assert (spec.num_train + spec.num_validation, spec.num_validation) == (n, 200)
-    config = Config(model="x", task="mmlu")
-    sources = configs.fill_in(config, "llama")
+    config, sources = configs.fill_in(Config(model="x", task="mmlu"), "llama")
     assert (config.num_train, config.num_validation, config.batch_size) == (20_000, 200, 16)
-    assert "[Q]" in sources["num_train"] and "num_train" not in configs.fill_in(
-        Config(model="x", task="rte"), "llama"
-    )
+    _, of_rte = configs.fill_in(Config(model="x", task="rte"), "llama")
+    assert "[Q]" in sources["num_train"] and "num_train" not in of_rte
 
 
 def test_official_files_of_other_forms(tmp_path):
@@ -1103,7 +1101,8 @@ def test_the_loss_of_a_text_is_that_of_transformers(llama):
 def test_the_tiny_data_is_found_from_anywhere(tmp_path, monkeypatch):
     """The offline default lies beside the code, not in the working directory."""
     monkeypatch.chdir(tmp_path)
-    _, _, data = dataset.prepare(Config(task="copa", data_dir="tiny/data", num_train=7, num_test=5))
+    few = Config(task="copa", data_dir="tiny/data", num_train=7, num_test=5)
+    *_, data = dataset.load(few)
     assert (len(data.train), len(data.validation), len(data.test)) == (7, 100, 5)
     assert not data.classification and data.scored == "right"
 

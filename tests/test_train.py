@@ -91,8 +91,7 @@ def moving(model):
 
 def rebuilt(directory, steps=None):
     """Those of a run after its first `steps` steps, by its log."""
-    config = configs.load(directory, {})
-    tokenizer, _, data = dataset.prepare(config)
+    config, tokenizer, _, data = dataset.load(configs.load(directory, {}))
     logged = steps_of(directory)
     after = len(logged) if steps is None else steps
     return moving(train.rebuild(config, directory, tokenizer, data, logged, after))
@@ -290,8 +289,7 @@ def test_the_papers_values_and_their_sources(base, folder, capsys, tmp_path):
     """What the user leaves out comes from the papers' tables, and is printed with its source."""
 
     def filled(family, **said):
-        config = train.Config(model="x", **said)
-        return config, configs.fill_in(config, family)
+        return configs.fill_in(train.Config(model="x", **said), family)
 
     config, sources = filled("llama", task="rte")
     assert (config.density, config.steps, config.eps) == (0.25, 20_000, 1e-3)
@@ -451,8 +449,7 @@ def test_another_draw_and_other_labels_are_refused(flag, base, ready, capsys):
 
 def test_other_training_examples_are_refused(folder, ready, tmp_path, capsys):
     """Also where the changed row is not in the batch that --resume takes again."""
-    config, before = configs.load(ready, {}), contents(ready)
-    _, _, data = dataset.prepare(config)
+    (config, _, _, data), before = dataset.load(configs.load(ready, {})), contents(ready)
     last = tasks.minibatch(
         len(data.train), config.batch_size, config.seed, len(steps_of(ready)) - 1
     )

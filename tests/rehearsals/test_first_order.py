@@ -105,11 +105,12 @@ def test_parts_of_a_batch_have_its_loss_and_its_gradient(scored, folder):
     """A batch in parts of three has the loss and the gradient of train.py's whole minibatch."""
     config = Config(model=f"{folder}/model", batch_size=8, train_file=folder / "train.jsonl",
                     test_file=folder / "test.jsonl", seed=3)  # fmt: skip
-    tokenizer, _, data = dataset.prepare(config)
+    config, tokenizer, _, data = dataset.load(config)
     data = replace(data, classification=scored == "all")
     model, found = loading.load_model(config.model), []
-    for config.micro_batch in (None, 3):
-        loss = first_order.backward(config, model, tokenizer, data, 5)
+    for micro_batch in (None, 3):
+        how = replace(config, micro_batch=micro_batch)
+        loss = first_order.backward(how, model, tokenizer, data, 5)
         found.append([torch.tensor(loss), *(w.grad.clone() for w in model.parameters())])
     chosen = [data.train[i] for i in tasks.minibatch(len(data.train), 8, 3, 5)]
     whole = tasks.collate(tokenizer, chosen, scored=scored)
@@ -168,8 +169,7 @@ def test_presets_are_said_with_their_source():
     """Batch and Adam's rate come from Table 6, Sparse Adam's from a reply, steps from the data."""
     found = {}
     for method in METHODS:
-        config = Config(model="x", task="rte", method=method)
-        sources = first_order.fill_in(config, 1000)
+        config, sources = first_order.fill_in(Config(model="x", task="rte", method=method), 1000)
         assert config.batch_size == 8 and "Table 6" in sources["batch_size"]
         assert (config.steps, config.eval_every) == (625, 62)
         found[method] = config.lr, config.density, sources["lr"]
@@ -177,7 +177,8 @@ def test_presets_are_said_with_their_source():
     assert found["sparse-adam"][:2] == (2e-4, 0.25) and "reply" in found["sparse-adam"][2]
     assert all("guess" in found[method][2] for method in ("lora", "sgd"))
     said = Config(method="adam", lr=1.0, steps=5, batch_size=2)
-    assert set(first_order.fill_in(said, 1000)) == {"eval_every"} and said.lr == 1.0
+    config, sources = first_order.fill_in(said, 1000)
+    assert set(sources) == {"eval_every"} and config.lr == 1.0
 
 
 # ------------------------------------------------------------------ bad input

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -154,13 +155,8 @@ def other_weights(rank):
 
 
 def other_data(rank):
-    original = dataset.prepare
-
-    def prepare(config):
-        config.data_seed = rank
-        return original(config)
-
-    dataset.prepare = prepare
+    original = dataset.load
+    dataset.load = lambda config: original(replace(config, data_seed=rank))
 
 
 @pytest.mark.parametrize(
