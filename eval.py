@@ -41,8 +41,8 @@ def of_split(data: dataset.Data, split: str) -> list:
 
 
 def open_model(config: Settings, split: str, shots: int) -> tuple:
-    """(what it is, config, model, tokenizer, data, examples): as it is, zero-shot or in-context."""
-    config, tokenizer, model_config, data = dataset.load(config)
+    """(what it is, config, model, data, examples): as it is, zero-shot or in-context."""
+    config, model_config, data = dataset.load(config)
     usual = tasks.TASKS.get(config.task, tasks.OWN).batch_size
     config = replace(config, batch_size=config.batch_size or usual)
     examples = of_split(data, split)
@@ -54,28 +54,30 @@ def open_model(config: Settings, split: str, shots: int) -> tuple:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"
     vocabulary = model_config.get_text_config().vocab_size
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
+    if cut := tasks.check_examples(
+        data.tokenizer, examples, config.max_length, vocabulary, data.scored
+    ):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
-    return f"{config.model}, {how}", config, model, tokenizer, data, examples
+    return f"{config.model}, {how}", config, model, data, examples
 
 
 def open_run(config: configs.Config, run: Path, step: str, split: str) -> tuple:
-    """(what it is, config, model, tokenizer, data, examples): after its best, last or any step."""
+    """(what it is, config, model, data, examples): after its best, last or any step."""
     log = StepLog(run)
     after = {"best": log.best_step(), "last": len(log.steps)}.get(step)
     if after is None:
         if not step.isdecimal() or int(step) > len(log.steps):
             raise ValueError(f"--step {step}: best, last, or 0 … {len(log.steps)}, as logged")
         after = int(step)
-    config, tokenizer, _, data = dataset.load(config)
+    config, _, data = dataset.load(config)
     examples = of_split(data, split)
-    model = train.rebuild(config, run, tokenizer, data, log.steps, after)
+    model = train.rebuild(config, run, data, log.steps, after)
     what = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
     if step == "best" and data.validation:
         untrained = log.steps and not after
         what += ", best on validation" + ("; --step last is trained" if untrained else "")
-    return what, config, model, tokenizer, data, examples
+    return what, config, model, data, examples
 
 
 def show_continuations(model, tokenizer, examples: list, longest: int, tokens: int = 64) -> None:
@@ -122,17 +124,18 @@ def main(argv=None) -> tasks.Score:
         else:
             config = configs.load(run, settings)
             found = open_run(config, run, step or "best", split)
-        what, config, model, tokenizer, data, examples = found
-        score = train.score(config, model, tokenizer, examples)
+        what, config, model, data, examples = found
+        score = train.score(config, model, data.tokenizer, examples)
         print(f"{what}, {data.source}: {split} {data.metric} {score}")
-        show_continuations(model, tokenizer, examples[: generate or 0], config.max_length)
+        shown = examples[: generate or 0]
+        show_continuations(model, data.tokenizer, shown, config.max_length)
         if save is not None:
             quant.join(model)
             model = adapter.merged(model)  # S-MeZO's LoRA; others as they are
             if getattr(config, "adapter", None) is None:
                 model.cpu()  # of fused experts, saving makes copies that a GPU may not hold
             model.save_pretrained(save)
-            tokenizer.save_pretrained(save)
+            data.tokenizer.save_pretrained(save)
             print(f"{save}/ holds the checkpoint")
         return score
 

@@ -62,13 +62,13 @@ from harness import config as configs
 from harness.config import Config
 
 
-def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepLog) -> None:
+def train(config: Config, patch, data: dataset.Data, steps: log.StepLog) -> None:
     """[S] Algorithm 1, from the step after the log's last to step T."""
     progress = log.Progress(steps, config.steps, quiet=workers.RANK > 0)
     in_a_row = 0
     for t in range(len(steps.steps), config.steps):  # for t ← 1 to T do
         patch.refresh(t)  # h is fixed, unless --refresh-every says otherwise
-        step = measure_step(config, patch, tokenizer, data, t)
+        step = measure_step(config, patch, data, t)
         if math.isfinite(step.a):
             # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
             patch.update(step.seed, step.a)
@@ -80,15 +80,15 @@ def train(config: Config, patch, tokenizer, data: dataset.Data, steps: log.StepL
                 f"{steps.run or '…'} evaluates the best step so far, {steps.best_step()}"
             )
         if step.step % config.eval_every == 0 or step.step == config.steps:
-            step = evaluated(config, patch, tokenizer, data, step)
+            step = evaluated(config, patch, data, step)
         steps.append(step)
         progress.update(step)
 
 
-def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -> log.Step:
+def measure_step(config: Config, patch, data: dataset.Data, t: int) -> log.Step:
     """The log's step t + 1 without its update. The caller makes that, with the answer's `a`."""
     # Sample minibatch B from X and random seed s
-    batches = batches_of_step(config, patch.model, tokenizer, data, t)
+    batches = batches_of_step(config, patch.model, data, t)
     seed = zo.step_seed(config.seed, t)
     # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  in each m ← GetMask(θ_t, h)
     loss_plus, loss_minus = losses(patch, batches, seed)
@@ -99,13 +99,13 @@ def measure_step(config: Config, patch, tokenizer, data: dataset.Data, t: int) -
     return log.Step(t + 1, seed, a, loss_plus, loss_minus)
 
 
-def batches_of_step(config, model, tokenizer, data: dataset.Data, t: int) -> Iterable[tasks.Batch]:
+def batches_of_step(config, model, data: dataset.Data, t: int) -> Iterable[tasks.Batch]:
     """What step t trains on, in parts of at most --micro-batch examples; a worker has its share."""
     chosen = tasks.minibatch(len(data.train), config.batch_size, config.seed, t)
     mine, size = workers.share(chosen), config.micro_batch or config.batch_size
     for start in range(0, len(mine), size):
         yield tasks.collate(
-            tokenizer, [data.train[i] for i in mine[start : start + size]],
+            data.tokenizer, [data.train[i] for i in mine[start : start + size]],
             max_length=config.max_length, scored=data.scored, **tasks.layout(model),
         )  # fmt: skip
 
@@ -176,7 +176,7 @@ def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
     return patch
 
 
-def replay(config: Config, patch, tokenizer, data, logged: list[log.Step], run, after: int) -> None:
+def replay(config: Config, patch, data, logged: list[log.Step], run, after: int) -> None:
     """θ_0 → θ_after, by the log. The last step is taken again and must come out as logged.
 
     Where `after` is 0, the step that is taken again is the first.
@@ -185,7 +185,7 @@ def replay(config: Config, patch, tokenizer, data, logged: list[log.Step], run, 
     for step in tqdm(logged[:checked], "replaying", leave=False, delay=5):
         patch.refresh(step.step - 1)
         if step.step == checked:
-            again = measure_step(config, patch, tokenizer, data, step.step - 1)
+            again = measure_step(config, patch, data, step.step - 1)
             log.compare(step, again, str(patch.model.dtype).removeprefix("torch."), run)
         if step.step <= after and math.isfinite(step.a):
             patch.update(step.seed, step.a)
@@ -210,13 +210,13 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
     return tasks.Score(perplexity, int(n), int(broken), "perplexity")
 
 
-def evaluated(config, patch, tokenizer, data: dataset.Data, step: log.Step) -> log.Step:
+def evaluated(config, patch, data: dataset.Data, step: log.Step) -> log.Step:
     """The step with its validation and active density, of weights that all workers share."""
     if workers.SIZE > 1:  # or nobody asks, and the sum would read every weight
         workers.check_same(patch.checksum(), "weights")
     found = {"active_density": patch.active_density()}
     if data.validation:
-        found["validation"] = score(config, patch.model, tokenizer, data.validation).value
+        found["validation"] = score(config, patch.model, data.tokenizer, data.validation).value
     return step._replace(**found)
 
 
@@ -224,10 +224,10 @@ def evaluated(config, patch, tokenizer, data: dataset.Data, step: log.Step) -> l
 
 
 def prepare(config: Config, run: Path | None = None) -> tuple:
-    """(config, tokenizer, data): the settings are completed and printed."""
+    """(config, data): the settings are completed and printed."""
     loading.choose_device(config.device)
     asked = config.max_length
-    config, tokenizer, model_config, data = dataset.load(config)
+    config, model_config, data = dataset.load(config)
     sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
@@ -250,11 +250,11 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
         )
     resumed = run and (run / "config.json").exists()
     configs.show(config, sources | papers, "you, or the run so far" if resumed else "you")
-    describe(config, tokenizer, model_config, data)
-    return config, tokenizer, data
+    describe(config, model_config, data)
+    return config, data
 
 
-def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
+def describe(config, model_config, data: dataset.Data) -> None:
     """Print data and loss. ValueError for an example that cannot be trained or scored."""
     sizes = f"train {len(data.train)}, validation {len(data.validation)}, test {len(data.test)}"
     print(f"  {'data':<14} {data.source}: {sizes}")
@@ -268,14 +268,16 @@ def describe(config, tokenizer, model_config, data: dataset.Data) -> None:
         print(f"  {both} of the test examples are training examples, too")
     examples = data.train + data.validation + data.test
     vocabulary = model_config.get_text_config().vocab_size
-    if cut := tasks.check_examples(tokenizer, examples, config.max_length, vocabulary, data.scored):
+    if cut := tasks.check_examples(
+        data.tokenizer, examples, config.max_length, vocabulary, data.scored
+    ):
         print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
 
 
-def rebuild(config: Config, run: Path, tokenizer, data, logged: list[log.Step], after: int):
+def rebuild(config: Config, run: Path, data, logged: list[log.Step], after: int):
     """The model after a step of a run: an ordinary one, or [Q]'s in dense and sparse parts."""
     patch = open_model(config, run, data)
-    replay(config, patch, tokenizer, data, logged, run, after)
+    replay(config, patch, data, logged, run, after)
     patch.remove()
     return patch.model
 
@@ -283,7 +285,7 @@ def rebuild(config: Config, run: Path, tokenizer, data, logged: list[log.Step], 
 def run_to_end(config: Config, run: Path) -> None:
     """A new run, or one that was stopped, to its result.json."""
     began = time.perf_counter()
-    config, tokenizer, data = prepare(config, run)
+    config, data = prepare(config, run)
     steps = log.StepLog(run if workers.RANK == 0 else None, True, data.metric)
     steps.start, steps.steps = workers.broadcast((steps.start, steps.steps))
     if len(steps.steps) > config.steps:
@@ -306,25 +308,25 @@ def run_to_end(config: Config, run: Path) -> None:
     # workers share their losses, so nothing else would show that their data differ
     workers.check_same(examples, "data")
     if steps.start is None:
-        measure_step(config, patch, tokenizer, data, 0)  # is every weight that moves read?
-        zero_shot = score(config, model, tokenizer, data.test)
+        measure_step(config, patch, data, 0)  # is every weight that moves read?
+        zero_shot = score(config, model, data.tokenizer, data.test)
         start = "untrained prefix, " if config.adapter == "prefix" else "zero-shot "
         print(f"{start}test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()
         write_result(run, result)
-        steps.append(evaluated(config, patch, tokenizer, data, log.Step(0)))
+        steps.append(evaluated(config, patch, data, log.Step(0)))
     else:
         if result["examples"] != examples:
             print("  the examples are not all those that the run began with")
-        replay(config, patch, tokenizer, data, steps.steps, run, after=len(steps.steps))
+        replay(config, patch, data, steps.steps, run, after=len(steps.steps))
         print(f"  going on after step {len(steps.steps)} of {config.steps}")
     if model.dtype in loading.DTYPES:  # auto's may be another one on another machine
         config = replace(config, dtype=str(model.dtype).removeprefix("torch."))
     if workers.RANK == 0:
         configs.save(run, config)
-    train(config, patch, tokenizer, data, steps)
+    train(config, patch, data, steps)
 
-    last = best = score(config, model, tokenizer, data.test)
+    last = best = score(config, model, data.tokenizer, data.test)
     print(f"test {data.metric}, last weights             {last}")
     device, best_step = patch.device, steps.best_step()  # by validation, never by test
     result |= {"last": last._asdict(), "best_step": best_step, "skipped": steps.skipped()}
@@ -335,8 +337,8 @@ def run_to_end(config: Config, run: Path) -> None:
         patch.remove()
         del model, patch
         gc.collect()  # before the second copy is loaded
-        model = rebuild(config, run, tokenizer, data, steps.steps, best_step)
-        best = score(config, model, tokenizer, data.test)
+        model = rebuild(config, run, data, steps.steps, best_step)
+        best = score(config, model, data.tokenizer, data.test)
     if data.validation:
         print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
     write_result(run, result | {"best": best._asdict()} | loading.machine(device))

@@ -60,6 +60,7 @@ class Data:
     test: list[Example]
     classification: bool
     source: str
+    tokenizer: object = None  # the model's, for all of them
     odd: str | None = None  # of own files: the first row whose options are other than the rest's
 
     @property
@@ -133,11 +134,11 @@ def load_examples(
     if not train:
         raise ValueError(f"{source}: num_validation {num_validation} leaves nothing to train on")
     parts = train, validation, _draw(test, num_test, seed)
-    return Data(*parts, spec.classification, str(source), odd)
+    return Data(*parts, spec.classification, str(source), tokenizer, odd)
 
 
 def load(config) -> tuple:
-    """(config, tokenizer, model configuration, data) of the settings, without a model.
+    """(config, model configuration, data) of the settings, without a model.
 
     In the config, max_length is at most the number of the model's positions, less a prefix's.
     """
@@ -149,7 +150,7 @@ def load(config) -> tuple:
     how = {name: getattr(config, name) for name in names}
     how["data_dir"] = config.data_dir and locate(config.data_dir)
     data = load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
-    return config, tokenizer, model_config, data
+    return config, model_config, data
 
 
 def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]:

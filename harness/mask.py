@@ -222,7 +222,7 @@ def main(argv=None) -> None:
             )
         examples = None
         if of_task:
-            config, _, _, data = dataset.load(configs.complete(config))
+            config, _, data = dataset.load(configs.complete(config))
             examples = data.train, data.scored
         index = make(config, config.out, examples)
         print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")

@@ -26,7 +26,7 @@ from harness.config import Config
 HALF_DECADES = (-4, -3, -2, -1, 0, 1, 2)  # around train.py's own rate, unless --rates says others
 
 
-def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[float]:
+def short_run(config: Config, patch, data, steps: int, bar) -> list[float]:
     """The training losses of a run of some steps; it ends at the first that is not finite.
 
     It also ends, with NaN, once l⁺ and l⁻ were equal in more than half of the steps: broken weights
@@ -35,7 +35,7 @@ def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[f
     losses, flat = [], 0
     for t in range(steps):
         patch.refresh(t)
-        step = train.measure_step(config, patch, tokenizer, data, t)
+        step = train.measure_step(config, patch, data, t)
         losses.append(step.loss)
         bar.update()
         flat += step.a == 0
@@ -47,14 +47,14 @@ def short_run(config: Config, patch, tokenizer, data, steps: int, bar) -> list[f
 
 def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dict[float, float]:
     """{rate: mean loss of the last third of a short run}, from the same weights each time."""
-    config, tokenizer, data = train.prepare(config)
+    config, data = train.prepare(config)
     patch = train.open_model(config, run, data)
     rates = sorted(rates or [config.lr * 10 ** (half / 2) for half in HALF_DECADES])
     start = [theta.to("cpu", copy=True) for theta in patch.moving()]
     found = {}
     with tqdm(total=len(rates) * steps, unit="step", desc="rates") as bar:
         for rate in rates:
-            losses = short_run(replace(config, lr=rate), patch, tokenizer, data, steps, bar)
+            losses = short_run(replace(config, lr=rate), patch, data, steps, bar)
             found[rate] = sum(losses[-max(1, steps // 3) :]) / max(1, steps // 3)
             for theta, kept in zip(patch.moving(), start, strict=True):
                 theta.copy_(kept)

@@ -124,9 +124,9 @@ def masked_step(optimizer, h: dict) -> None:
         w.copy_(torch.where(m, w, theta))
 
 
-def backward(config: Config, model, tokenizer, data: dataset.Data, t: int) -> float:
+def backward(config: Config, model, data: dataset.Data, t: int) -> float:
     """L(θ; B) of the minibatch that train.py's step t has; ∇L is left in the weights' grad."""
-    batches = list(train.batches_of_step(config, model, tokenizer, data, t))
+    batches = list(train.batches_of_step(config, model, data, t))
     count, total = sum(batch.count for batch in batches), 0.0
     model.zero_grad()
     for batch in batches:  # gradients add up over the parts
@@ -137,7 +137,7 @@ def backward(config: Config, model, tokenizer, data: dataset.Data, t: int) -> fl
     return total
 
 
-def fit(config: Config, model, weights: list, h: dict, tokenizer, data, steps: log.StepLog) -> list:
+def fit(config: Config, model, weights: list, h: dict, data, steps: log.StepLog) -> list:
     """θ_0 → θ_T, a line of the log per step. A copy of the weights at the best validation."""
     kind = torch.optim.SGD if config.method == "sgd" else torch.optim.Adam
     optimizer = kind(weights, lr=config.lr, foreach=False)  # foreach: a temporary for all of θ
@@ -145,7 +145,7 @@ def fit(config: Config, model, weights: list, h: dict, tokenizer, data, steps: l
     for t in range(config.steps + 1):
         step = log.Step(0)  # line 0: before training
         if t > 0:
-            loss = backward(config, model, tokenizer, data, t - 1)
+            loss = backward(config, model, data, t - 1)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss of step {t} is {loss}: --lr {config.lr} is too high")
             masked_step(optimizer, h)
@@ -153,7 +153,7 @@ def fit(config: Config, model, weights: list, h: dict, tokenizer, data, steps: l
         if t % config.eval_every == 0 or t == config.steps:
             step = step._replace(active_density=moving(weights, h) / model.num_parameters())
             if data.validation:
-                found = train.score(config, model, tokenizer, data.validation)
+                found = train.score(config, model, data.tokenizer, data.validation)
                 step = step._replace(validation=found.value)
         steps.append(step)
         if step.validation is not None and steps.best_step() == t:
@@ -171,25 +171,25 @@ def moving(weights: list, h: dict) -> int:
 def run_to_end(config: Config, run: Path) -> None:
     """A new run, to its result.json."""
     began = time.perf_counter()
-    config, tokenizer, model_config, data = dataset.load(config)
+    config, model_config, data = dataset.load(config)
     config, sources = fill_in(config, len(data.train))
     configs.show(config, sources)
-    train.describe(config, tokenizer, model_config, data)
+    train.describe(config, model_config, data)
     configs.write_json(run / "config.json", {"by": "studies/first_order.py"} | asdict(config))
     steps = log.StepLog(run, True, data.metric)
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
     weights, h = what_moves(config, model)
     print(f"  {moving(weights, h):,} weights move, in {len(weights)} tensors\n  {run}/")
-    zero_shot = train.score(config, model, tokenizer, data.test)
+    zero_shot = train.score(config, model, data.tokenizer, data.test)
     print(f"zero-shot test {data.metric} {zero_shot}")
-    kept = fit(config, model, weights, h, tokenizer, data, steps)
+    kept = fit(config, model, weights, h, data, steps)
 
-    last = best = train.score(config, model, tokenizer, data.test)
+    last = best = train.score(config, model, data.tokenizer, data.test)
     print(f"test {data.metric}, last weights             {last}")
     if (best_step := steps.best_step()) != config.steps:  # chosen by validation, never by test
         for w, theta in zip(weights, kept, strict=True):
             w.data.copy_(theta)
-        best = train.score(config, model, tokenizer, data.test)
+        best = train.score(config, model, data.tokenizer, data.test)
     if data.validation:
         print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
     result = {"zero_shot": zero_shot._asdict(), "last": last._asdict(), "best": best._asdict()}

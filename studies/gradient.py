@@ -159,7 +159,7 @@ class Study:
     def batches(self, data, count: int):
         """`count` batches, drawn as train.py draws them."""
         for t in range(count):
-            yield from train.batches_of_step(self.how, self.model, self.tokenizer, data, t)
+            yield from train.batches_of_step(self.how, self.model, data, t)
 
     def gradient(self, batch) -> dict:
         """autograd's, of every parameter."""
@@ -242,7 +242,7 @@ class Study:
                     kinds = {"dynamic": now, "static": static.setdefault(density, now)}
                     for name, index in (kinds | {"C4": elsewhere[density]}).items():
                         found[f"step {t}, {density:g}, {name}"] = masks.coverage(mean, index)
-            first_order.backward(self.how, self.model, self.tokenizer, data, t)
+            first_order.backward(self.how, self.model, data, t)
             optimizer.step()
         with torch.no_grad():
             for p, theta in start:

@@ -29,7 +29,7 @@ from studies.slopes import patched
 
 
 @torch.no_grad()
-def compare(config: Settings, patch: Patch, tokenizer, data, count: int) -> dict[str, str]:
+def compare(config: Settings, patch: Patch, data, count: int) -> dict[str, str]:
     """The columns of a task, from its first `count` batches."""
     model, device, found = patch.model, str(patch.device), []
     how = {"scored": data.scored, "max_length": config.max_length} | tasks.layout(model)
@@ -41,8 +41,8 @@ def compare(config: Settings, patch: Patch, tokenizer, data, count: int) -> dict
     for t in tqdm(range(count), "batches", leave=False):
         numbers = tasks.minibatch(len(data.train), config.batch_size, config.data_seed, t)
         chosen = [data.train[i] for i in numbers]
-        packed = tasks.collate(tokenizer, chosen, **how)
-        padded = tasks.collate(tokenizer, chosen, **how | {"pack": 0})
+        packed = tasks.collate(data.tokenizer, chosen, **how)
+        padded = tasks.collate(data.tokenizer, chosen, **how | {"pack": 0})
         losses, forward, whole = [], [], []
         for batch in (padded, packed):
             losses.append(float(tasks.loss(model, batch)))  # also warms up
@@ -81,8 +81,8 @@ def main(argv=None) -> None:
             loading.keep_freed_memory()  # as for training
         for task in args.tasks:
             config = complete(Settings(args.model, task, args.data_dir, batch_size=args.batch_size))
-            config, tokenizer, _, data = dataset.load(config)
-            rows[task] = compare(config, patch, tokenizer, data, args.batches)
+            config, _, data = dataset.load(config)
+            rows[task] = compare(config, patch, data, args.batches)
             title = f"{args.model}, {args.dtype}, batches of {args.batch_size}"
             lines = table(title, rows).splitlines()
             print(*(lines if len(rows) == 1 else lines[-1:]), sep="\n", flush=True)

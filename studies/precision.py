@@ -37,13 +37,13 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     how = {"method": method, "lr": lr, "dtype": dtype}
     config = configs.complete(configs.Config(**given | how))
     with contextlib.redirect_stdout(io.StringIO()):
-        config, tokenizer, data = train.prepare(config)
+        config, data = train.prepare(config)
         patch = train.open_model(config, Path(), data)
     changed, inside = torch.zeros(4), torch.zeros(4)
     thetas = [weight.theta.view(-1) for weight in patch.weights]
     quarters = [t.float().abs().argsort().argsort() * 4 // len(t) for t in thetas]
     for t in range(count):
-        step = train.measure_step(config, patch, tokenizer, data, t)
+        step = train.measure_step(config, patch, data, t)
         if not math.isfinite(step.a):
             raise ValueError(f"--lr {config.lr}: the update of step {t + 1} is not finite")
         before = [(w.theta.flatten().clone(), w.mask().flatten()) for w in patch.weights]

@@ -54,10 +54,10 @@ def report(args) -> None:
     """Print the table, a row for each method and ε."""
     how = {"model": args.model, "task": args.task, "data_dir": args.data_dir}
     settings = Settings(**how, num_train=args.batch_size)
-    settings, tokenizer, _, data = dataset.load(settings)
+    settings, _, data = dataset.load(settings)
     model = loading.load_model(args.model, args.dtype)
     batch = tasks.collate(
-        tokenizer, data.train, max_length=settings.max_length, scored=data.scored,
+        data.tokenizer, data.train, max_length=settings.max_length, scored=data.scored,
         **tasks.layout(model),
     )  # fmt: skip
     tasks.loss(model, batch).backward()

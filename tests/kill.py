@@ -75,8 +75,8 @@ def install(count, die_at: int | None) -> None:
                 self.file.write(part)
             moment()
 
-    def saved_train(config, patch, tokenizer, data, steps):
-        train_loop(config, patch, tokenizer, data, steps)
+    def saved_train(config, patch, data, steps):
+        train_loop(config, patch, data, steps)
         flat = torch.cat([theta.flatten() for theta in patch.moving()])
         Path(f"{steps.run}.weights").write_bytes(flat.cpu().numpy().tobytes())
 

@@ -175,9 +175,9 @@ def test_a_run_is_its_log_and_what_is_saved_is_what_it_rebuilds(
     eval.main([f"--run={tmp_path}/run", "--step=last", f"--save={tmp_path}/saved"])
     test = json.loads((tmp_path / "run/result.json").read_text())["last"]["value"]
     assert f"test accuracy {test:.3f}" in capsys.readouterr().out
-    config, tokenizer, _, data = dataset.load(configs.load(tmp_path / "run", {}))
+    config, _, data = dataset.load(configs.load(tmp_path / "run", {}))
     steps = train.log.StepLog(tmp_path / "run").steps
-    rebuilt = train.rebuild(config, tmp_path / "run", tokenizer, data, steps, 3)
+    rebuilt = train.rebuild(config, tmp_path / "run", data, steps, 3)
     if kind == "s-mezo-lora":
         assert not (tmp_path / "saved/adapter_config.json").exists()
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -188,7 +188,7 @@ def test_a_run_is_its_log_and_what_is_saved_is_what_it_rebuilds(
         model = peft.PeftModel.from_pretrained(base, tmp_path / "saved")
         tensors = [peft.get_peft_model_state_dict(m) for m in (model, rebuilt)]
         same = tensors[0].keys() == tensors[1].keys() and equal(*(t.values() for t in tensors))
-    inputs = tasks.collate(tokenizer, data.test[:4]).inputs(model)
+    inputs = tasks.collate(data.tokenizer, data.test[:4]).inputs(model)
     with torch.no_grad():
         got, want = (m.eval()(**inputs, use_cache=False).logits for m in (model, rebuilt))
     assert same

@@ -1038,11 +1038,11 @@ def test_micro_batches_are_the_whole_batch_to_rounding(scored, micro):
         *(Example(f"{w} dog ?", (" red", " it was so great"), 0) for w in WORDS[:6]),
     ]
 
-    data = dataset.Data(examples, [], [], scored == "all", "")
+    data = dataset.Data(examples, [], [], scored == "all", "", TOKENIZER)
 
     def both(size):
         config = Config(batch_size=7, micro_batch=size, max_length=64)
-        batches = list(train.batches_of_step(config, patch.model, TOKENIZER, data, 0))
+        batches = list(train.batches_of_step(config, patch.model, data, 0))
         assert [len(b.labels) for b in batches] == [size] * (7 // size) + [7 % size] * (
             7 % size > 0
         )

@@ -91,10 +91,10 @@ def moving(model):
 
 def rebuilt(directory, steps=None):
     """Those of a run after its first `steps` steps, by its log."""
-    config, tokenizer, _, data = dataset.load(configs.load(directory, {}))
+    config, _, data = dataset.load(configs.load(directory, {}))
     logged = steps_of(directory)
     after = len(logged) if steps is None else steps
-    return moving(train.rebuild(config, directory, tokenizer, data, logged, after))
+    return moving(train.rebuild(config, directory, data, logged, after))
 
 
 def equal(a, b):
@@ -449,7 +449,7 @@ def test_another_draw_and_other_labels_are_refused(flag, base, ready, capsys):
 
 def test_other_training_examples_are_refused(folder, ready, tmp_path, capsys):
     """Also where the changed row is not in the batch that --resume takes again."""
-    (config, _, _, data), before = dataset.load(configs.load(ready, {})), contents(ready)
+    (config, _, data), before = dataset.load(configs.load(ready, {})), contents(ready)
     last = tasks.minibatch(
         len(data.train), config.batch_size, config.seed, len(steps_of(ready)) - 1
     )

@@ -105,15 +105,15 @@ def test_parts_of_a_batch_have_its_loss_and_its_gradient(scored, folder):
     """A batch in parts of three has the loss and the gradient of train.py's whole minibatch."""
     config = Config(model=f"{folder}/model", batch_size=8, train_file=folder / "train.jsonl",
                     test_file=folder / "test.jsonl", seed=3)  # fmt: skip
-    config, tokenizer, _, data = dataset.load(config)
+    config, _, data = dataset.load(config)
     data = replace(data, classification=scored == "all")
     model, found = loading.load_model(config.model), []
     for micro_batch in (None, 3):
         how = replace(config, micro_batch=micro_batch)
-        loss = first_order.backward(how, model, tokenizer, data, 5)
+        loss = first_order.backward(how, model, data, 5)
         found.append([torch.tensor(loss), *(w.grad.clone() for w in model.parameters())])
     chosen = [data.train[i] for i in tasks.minibatch(len(data.train), 8, 3, 5)]
-    whole = tasks.collate(tokenizer, chosen, scored=scored)
+    whole = tasks.collate(data.tokenizer, chosen, scored=scored)
     assert found[0][0] == tasks.loss(model, whole).item()
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
