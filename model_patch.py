@@ -153,7 +153,7 @@ class Patch:
         """Give every parameter that moves a `MaskedWeight`, and every module that has it, too."""
         found = {}
         for stream, (name, p) in enumerate(self.model.named_parameters()):
-            if not re.search(select, name):
+            if not re.search(select, name) or not p.numel():
                 continue  # the streams of the others stay theirs
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")

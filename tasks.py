@@ -496,13 +496,16 @@ def lm_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def correct(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Two of [B] bool: is the likeliest option the right one, and is every score finite?
+    """Of [B]: 1.0 where the likeliest option is the right one, else 0.0; is every score finite?
 
-    Without finite scores no answer is right: `argmax` takes the first NaN, often one label.
+    Of k options that are equally likely, each is right by 1/k: `argmax` would take the first, often
+    one label. Without finite scores no answer is right.
     """
     scores = option_scores(logits, batch)
     finite = (scores.isfinite() | ~batch.valid).all(1)
-    return (scores.argmax(1) == batch.labels) & finite, finite
+    likeliest = scores == scores.amax(1, keepdim=True)
+    right = likeliest.gather(1, batch.labels[:, None])[:, 0] / likeliest.sum(1)
+    return torch.where(finite, right, 0.0), finite
 
 
 class Score(NamedTuple):
@@ -544,7 +547,7 @@ def tally(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.n
             total += float(loss.sum()), len(loss), broken
         else:
             right, finite = correct(logits, batch)
-            total += int(right.sum()), len(part), int((~finite).sum())
+            total += float(right.sum()), len(part), int((~finite).sum())
     return total
 
 

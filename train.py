@@ -162,7 +162,8 @@ def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
         movable = len(sparse.values)
 
         def split(model, name, weight):
-            mask.check_values(path, matrices, name, weight)
+            stored = model.get_parameter(name)  # not yet in --dtype
+            mask.check_values(path, matrices, name, stored, codebooks is not None)
             sparse.split(model, name, weight)
 
         model = loading.load_model(*how, split=split, index=index)
@@ -324,13 +325,16 @@ def run_to_end(config: Config, run: Path) -> None:
         config = replace(config, dtype=str(model.dtype).removeprefix("torch."))
     if workers.RANK == 0:
         configs.save(run, config)
-    train(config, patch, data, steps)
+    try:
+        train(config, patch, data, steps)
+    finally:  # also of a session that is stopped
+        result["seconds"] += time.perf_counter() - began
+        write_result(run, result)
 
     last = best = score(config, model, data.tokenizer, data.test)
     print(f"test {data.metric}, last weights             {last}")
     device, best_step = patch.device, steps.best_step()  # by validation, never by test
     result |= {"last": last._asdict(), "best_step": best_step, "skipped": steps.skipped()}
-    result |= {"seconds": result["seconds"] + time.perf_counter() - began}
     result |= {"workers": workers.SIZE} | loading.machine(device)
     write_result(run, result)
     if best_step != config.steps:
@@ -396,7 +400,7 @@ def main(argv=None) -> None:
         finally:
             workers.leave()
             if made is not None:
-                log.forget_unbegun(made)
+                log.forget_unbegun(made, copied=config.mask is not None)
 
 
 if __name__ == "__main__":

@@ -308,11 +308,18 @@ def parse(kind: type, description: str, argv=None, **more) -> dict:
     return vars(parser.parse_args(argv))
 
 
-def positive(text: str) -> int:
-    """For argparse: a whole number from 1 on."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return int(text)
+def at_least(low: int):
+    """For argparse: a whole number from `low` on."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}: at least {low}")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)
 
 
 def rate(text: str) -> float:

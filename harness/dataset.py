@@ -161,6 +161,8 @@ def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]
     if _kind(examples[0]) != "texts":
         return examples
     ids = tokenizer("\n\n".join(e.options[0] for e in examples), verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError("the texts have one token in all, and none after it to predict")
     starts = range(0, max(1, len(ids) - length + 1), length)
     return [Example(tuple(ids[i : i + 1]), (tuple(ids[i + 1 : i + length]),), 0) for i in starts]
 
@@ -179,8 +181,10 @@ def _own_example(tokenizer, row: dict) -> list[Example]:
     if not isinstance(row, dict):
         raise ValueError(f"{row!r} has no fields")
     kind = next((k for k in ("options", "completion", "messages", "text") if k in row), "options")
+    if kind != "options" and "label" in row:
+        raise ValueError(f"a label belongs to options, and this row has {kind}")
     if kind == "messages":
-        return _replies(tokenizer, row["messages"])
+        return _replies(tokenizer, row["messages"], row.get("tools"))
     if kind == "text":
         return _document(row)
     for name in ("prompt", "completion") if kind == "completion" else ("prompt",):
@@ -206,7 +210,7 @@ _DATE = """{%- macro strftime_now(format) -%}{{
 }}{%- endmacro +%}"""
 
 
-def _replies(tokenizer, messages: list[dict]) -> list[Example]:
+def _replies(tokenizer, messages: list[dict], tools: list | None) -> list[Example]:
     """A completion per turn of the assistant, as the tokenizer's chat template writes it.
 
     The prompt is all before it, up to the template's generation prompt; the completion is the reply
@@ -214,7 +218,8 @@ def _replies(tokenizer, messages: list[dict]) -> list[Example]:
     """
     if not tokenizer.chat_template:
         raise ValueError('the tokenizer has no chat template; use {"prompt", "completion"} lines')
-    how = {"tokenize": False, "chat_template": _DATE + tokenizer.get_chat_template()}
+    template = _DATE + tokenizer.get_chat_template(tools=tools)
+    how = {"tokenize": False, "chat_template": template, "tools": tools}
 
     def text(count: int, **more) -> str:
         try:

@@ -149,12 +149,16 @@ def lock(file) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def forget_unbegun(run: Path) -> None:
-    """Remove a run that failed before its line 0, unless [Q]'s mask was made already."""
-    if (run / "mask.safetensors").exists() or StepLog(run).start is not None:
+def forget_unbegun(run: Path, copied: bool = False) -> None:
+    """Remove a run that failed before its line 0, unless [Q]'s mask was made for it already.
+
+    `copied`: the mask is the user's, who has the file.
+    """
+    mask = run / "mask.safetensors"
+    if mask.exists() and not copied or StepLog(run).start is not None:
         return
     with contextlib.suppress(OSError):  # something of the user's is in it; Windows holds open files
-        for name in ("config.json", "result.json", "steps.csv"):
+        for name in ("config.json", "result.json", "steps.csv", mask.name):
             (run / name).unlink(missing_ok=True)
         run.rmdir()
 

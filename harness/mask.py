@@ -120,6 +120,11 @@ def _sample(weight: Tensor) -> list[float]:
     return [float(f"{v:.6g}") for v in flat[:: max(1, flat.numel() // 8)][:8].float().tolist()]
 
 
+def _bits(weight: Tensor) -> int:
+    """The sum of all weights' bits in bfloat16, which fp32 and 16-bit copies of a model share."""
+    return int(weight.detach().bfloat16().view(torch.int16).sum(dtype=torch.int64))
+
+
 def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | None = None) -> None:
     """Write {name: positions}, which weights they are of, and where they come from (JSON values).
 
@@ -129,6 +134,9 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
     from safetensors.torch import save_file
 
     matrices = {n: {"shape": list(weights[n].shape), "sample": _sample(weights[n])} for n in index}
+    if codebooks:
+        for name in index:
+            matrices[name]["bits"] = _bits(weights[name])
     about = {"provenance": provenance, "matrices": matrices}
     tensors = index | (codebooks or {})
     new = Path(f"{path}.tmp")
@@ -181,13 +189,15 @@ def check_shapes(path, matrices: dict, weights: dict[str, Tensor]) -> None:
             )
 
 
-def check_values(path, matrices: dict, name: str, weight: Tensor) -> None:
+def check_values(path, matrices: dict, name: str, weight: Tensor, codebooks: bool) -> None:
     """ValueError unless `weight` has the values that the mask file remembers, to 16-bit rounding.
 
-    So a mask of the fp32 model fits the same model in 16 bits, on any device.
+    So a mask of the fp32 model fits the same model in 16 bits, on any device. Eight values per
+    matrix are compared. `codebooks` stand for all weights of a matrix, so they want all the same.
     """
     theirs = torch.tensor(matrices[name]["sample"])
-    if not torch.allclose(torch.tensor(_sample(weight)), theirs, rtol=2**-7, atol=1e-6):
+    same = torch.allclose(torch.tensor(_sample(weight)), theirs, rtol=2**-7, atol=1e-6)
+    if not same or (codebooks and matrices[name].get("bits") != _bits(weight)):
         raise ValueError(
             f"{path} is a mask of another model: {name} has other values here; "
             "make one with python -m harness.mask"

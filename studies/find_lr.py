@@ -84,7 +84,7 @@ def advice(found: dict[float, float]) -> tuple[float, float]:
 def main(argv=None) -> None:
     with configs.one_line_errors():
         more = {"rates": (configs.rates, "instead of seven, half a decade apart: 1e-7,1e-6"),
-                "short": (configs.positive, "steps of each run; default 100")}  # fmt: skip
+                "short": (configs.at_least(3), "steps of each run; default 100")}  # fmt: skip
         given = configs.parse(Config, __doc__.split("\n")[0], argv, **more)
         rates, short = given.pop("rates", ()), given.pop("short", 100)
         workers.check_alone()

@@ -20,7 +20,7 @@ import masks
 import quant
 import tasks
 from harness import dataset, loading
-from harness.config import one_line_errors, positive, study_parser, write_json
+from harness.config import at_least, one_line_errors, study_parser, write_json
 
 
 def windows(tokenizer, file: str | None, args):
@@ -78,8 +78,8 @@ def main(argv=None) -> None:
     parser.add_argument("--other", required=True, help="another text, .txt or .jsonl")
     parser.add_argument("--out", type=Path, default=Path("runs/quantisers.json"))
     parser.add_argument("--density", type=float, default=0.001)
-    parser.add_argument("--samples", type=positive, default=32, help="windows to fit; as many read")
-    parser.add_argument("--length", type=positive, default=256, help="tokens of a window")
+    parser.add_argument("--samples", type=at_least(2), default=32, help="to fit; as many are read")
+    parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a window")
     args = parser.parse_args(argv)
     with one_line_errors():
         found = measure(args)

@@ -14,7 +14,7 @@ import masks
 import tasks
 import zo
 from harness import dataset, loading
-from harness.config import Settings, one_line_errors, positive, rate, study_parser
+from harness.config import Settings, at_least, one_line_errors, positive, rate, study_parser
 from model_patch import Patch
 
 
@@ -44,7 +44,7 @@ def main(argv=None) -> None:
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--eps", type=rate, nargs="+", default=[1e-3])
     parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--seeds", type=positive, default=12)
+    parser.add_argument("--seeds", type=at_least(2), default=12)
     args = parser.parse_args(argv)
     with one_line_errors():
         report(args)

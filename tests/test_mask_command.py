@@ -186,9 +186,27 @@ def test_a_mask_file_comes_back_and_fits_its_model_in_every_dtype(saved, dtype):
     weights = masks.decoder_linears(model.to(dtype))
     mask.check_shapes(path, matrices, {name: w.to("meta") for name, w in weights.items()})
     for name, w in weights.items():
-        mask.check_values(path, matrices, name, w)
+        mask.check_values(path, matrices, name, w, False)
         with pytest.raises(ValueError, match=f"another model: {name} has other values"):
-            mask.check_values(path, matrices, name, w + 0.01)
+            mask.check_values(path, matrices, name, w + 0.01, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codebooks_are_of_every_weight(saved, dtype):
+    """One weight that is another one is refused where codebooks stand for it, and only there."""
+    model, index, path = saved
+    weights = masks.decoder_linears(model)
+    scores = {name: torch.ones_like(w) for name, w in weights.items()}
+    mask.save(path, index, weights, {}, quant.fit_codebooks(weights, scores, index))
+    _, _, matrices, codebooks = mask.load(path, "kmeans")
+    assert codebooks
+    for name, w in masks.decoder_linears(model.to(dtype)).items():
+        mask.check_values(path, matrices, name, w, True)
+        other = w.detach().clone()
+        other.view(-1)[1] += 0.5
+        mask.check_values(path, matrices, name, other, False)
+        with pytest.raises(ValueError, match=f"another model: {name} has other values"):
+            mask.check_values(path, matrices, name, other, True)
 
 
 def test_a_mask_of_ones_own_trains(folder, tmp_path):

@@ -757,6 +757,16 @@ def test_a_score_that_is_not_finite_is_no_right_answer():
     assert finite.tolist() == [True, False, True] and not right[1]
 
 
+def test_options_that_are_equally_likely_share_an_answer():
+    """Of k options with the highest score each is right by 1/k, so that none gains by its place."""
+    examples = [Example("it", (" was", " ran", " red"), label) for label in (0, 1, 2)]
+    batch = collate(TOKENIZER, examples)
+    logits = torch.zeros(len(batch.input_ids), batch.keep, VOCAB)
+    torch.testing.assert_close(tasks.correct(logits, batch)[0], torch.full((3,), 1 / 3))
+    logits[batch.row, batch.kept, batch.token] = (batch.slot % 3 != 1).float()
+    assert tasks.correct(logits, batch)[0].tolist() == [0.5, 0, 0.5]
+
+
 def test_examples_are_checked_before_training():
     """Prompts that lose their beginning are counted, an option without room is an error."""
     short, long = Example("a b", (" red", " blue"), 0), Example("a b c a b c", (" red", " blue"), 0)
@@ -1235,6 +1245,16 @@ def test_only_the_assistants_tokens_have_a_loss(tmp_path):
     assert marked == whole["assistant_masks"] and sum(marked) == 7  # two ends of turn among them
 
 
+def test_the_tools_of_a_row_are_in_its_prompt(tmp_path):
+    """A template that writes the row's tools gets them."""
+    tokenizer = chat_tokenizer("{% for tool in tools %}{{ tool.name }} {% endfor %}" + CHAT)
+    tools = [{"name": "great"}, {"name": "red"}]
+    path = write(tmp_path / "talk.jsonl", [{"messages": TALK, "tools": tools}])
+    data = load_examples(train_file=path, test_file=path, tokenizer=tokenizer, num_validation=0)
+    for example in data.test:
+        assert tokenizer.decode(example.prompt).startswith("greatreddogisitred?")
+
+
 def test_a_chat_template_knows_no_date(tmp_path):
     """A template that asks for today's date gets one that never changes, or a run would change."""
     dates = "strftime_now('%d %b %Y') + strftime_now('%Y-%m-%d')"
@@ -1292,6 +1312,8 @@ BAD_COMPLETIONS = {
     "other": ({"messages": TALK}, chat_tokenizer("{{ messages | length }}"),
               "reply does not follow its generation prompt"),
     "text": ({"text": 3}, TOKENIZER, "is no text"),
+    "a label": ({"prompt": "a", "completion": "b", "label": False}, TOKENIZER,
+                "a label belongs to options, and this row has completion"),
 }  # fmt: skip
 
 

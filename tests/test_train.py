@@ -486,7 +486,10 @@ def test_ctrl_c_says_how_to_go_on(folder, ready, tmp_path, monkeypatch, capsys):
     assert said.endswith(f"stopped; python train.py --resume {tmp_path}/run goes on")
     monkeypatch.undo()
     assert len(steps_of(tmp_path / "run")) == 5
+    result = tmp_path / "run/result.json"
+    before = json.loads(result.read_text())["seconds"]
     train.main([f"--resume={tmp_path}/run"])
+    assert json.loads(result.read_text())["seconds"] > before > 0
     assert (tmp_path / "run/steps.csv").read_bytes() == (ready / "steps.csv").read_bytes()
 
 
@@ -550,6 +553,17 @@ def test_a_start_that_fails_keeps_the_mask(folder, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(mask, "make", lambda *_: pytest.fail("the mask was made again"))
     train.main([f"--resume={tmp_path}/run"])
     assert len(steps_of(tmp_path / "run")) == 8
+
+
+def test_a_start_with_another_models_mask_leaves_nothing(folder, tmp_path, capsys):
+    """The user has the mask's file, so no run is kept, and none is said to go on."""
+    weights = masks.decoder_linears(loading.load_model(f"{folder}/model"))
+    others = {name: w + 0.01 for name, w in weights.items()}
+    mask.save(tmp_path / "of", masks.largest(others, 0.01), others, {})
+    flags = ["--method=senszoq", "--bits=16", f"--mask={tmp_path}/of"]
+    error = refused(train.main, arguments(folder, tmp_path / "run", *flags), capsys)
+    assert "has other values here" in error and "--resume" not in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_kill_9_at_random_moments(folder, tmp_path):

@@ -47,7 +47,7 @@ def test_advice_is_about_numbers(folder, tmp_path, capsys):
     assert find_lr.advice(broken) == (1e-3, 1e-3)
     with pytest.raises(ValueError, match="lower --rates"):
         find_lr.advice({1.0: float("nan")})
-    for bad in ("--rates=a", "--rates=0", "--short=0", "--short=3 --steps=9"):
+    for bad in ("--rates=a", "--rates=0", "--short=0", "--short=2", "--short=3 --steps=9"):
         assert bad.split("=")[0] in refused(
             find_lr.main, arguments(folder, tmp_path / "r", *bad.split()), capsys
         )
