@@ -6,8 +6,8 @@
     fill_in      what the user did not say: from the papers' tables, else from the defaults
 
 A setting is one field: the command line's flag, the line in config.json, the attribute in the code.
-Settings are frozen. What completes them returns a copy.
 `transformers.HfArgumentParser` makes the flags; both --batch-size and --batch_size are understood.
+Settings are frozen. What completes them returns a copy.
 """
 
 import argparse
@@ -396,8 +396,10 @@ def one_line_errors(hint=lambda: ""):
         elif "--traceback" in sys.argv:
             raise
         if isinstance(e, torch.OutOfMemoryError):
-            line += "; try a smaller --micro-batch, --batch-size or --max-length"
-            line += ", and --groups 8 where a mask is made"
+            line += (
+                "; try a smaller --micro-batch, --batch-size or --max-length, and --groups 8 where "
+                "a mask is made"
+            )
         for bar in list(tqdm._instances):  # so that what is said has a line of its own
             bar.close()
         print(f"{Path(sys.argv[0]).name}: {line}{hint()}", file=sys.stderr)

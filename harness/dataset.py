@@ -214,7 +214,8 @@ def _replies(tokenizer, messages: list[dict], tools: list | None) -> list[Exampl
     """A completion per turn of the assistant, as the tokenizer's chat template writes it.
 
     The prompt is all before it, up to the template's generation prompt; the completion is the reply
-    with its end of turn. So no other token than the assistant's has a loss.
+    with its end of turn. So no other token than the assistant's has a loss. The template gets the
+    row's `tools`, too.
     """
     if not tokenizer.chat_template:
         raise ValueError('the tokenizer has no chat template; use {"prompt", "completion"} lines')

@@ -98,7 +98,7 @@ def main(argv=None) -> None:
             kept = {str(rate): loss for rate, loss in found.items()}
             configs.write_json(run / "rates.json", kept)
         finally:
-            log.forget_unbegun(run)
+            log.forget_unbegun(run, copied=config.mask is not None)
         for rate, loss in found.items():
             said = ["best"] * (rate == best) + ["largest safe one"] * (rate == safe)
             print(f"  --lr {rate:<9.2g} loss {loss:.4f}  {', '.join(said)}")

@@ -561,9 +561,12 @@ def test_a_start_with_another_models_mask_leaves_nothing(folder, tmp_path, capsy
     others = {name: w + 0.01 for name, w in weights.items()}
     mask.save(tmp_path / "of", masks.largest(others, 0.01), others, {})
     flags = ["--method=senszoq", "--bits=16", f"--mask={tmp_path}/of"]
-    error = refused(train.main, arguments(folder, tmp_path / "run", *flags), capsys)
-    assert "has other values here" in error and "--resume" not in error
-    assert not (tmp_path / "run").exists()
+    argv = arguments(folder, tmp_path / "run", *flags)
+    short = [word for word in argv if not word.startswith(("--steps", "--eval-every"))]
+    for main, words in ((train.main, argv), (find_lr.main, short)):
+        error = refused(main, words, capsys)
+        assert "has other values here" in error and "--resume" not in error
+        assert not (tmp_path / "run").exists()
 
 
 def test_kill_9_at_random_moments(folder, tmp_path):
