@@ -32,6 +32,7 @@ What differs from the papers
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -336,18 +337,23 @@ class Study:
         return self.short(task, rows, "SensZOQ, 16 bits", tune=True)
 
     def drop(self, task: str) -> dict:
-        """MeZO at the largest rate of its grid; then from the first fall of its validation on."""
+        """MeZO at the largest rate of its grid; then on from the largest fall of its validation."""
         lr = max(self.grid("MeZO"))
         fallen = Run(task, ROWS["MeZO"][0], lr, 0, self.args.short)
         (known,) = self.take([fallen])
         taken = {int(step): value for step, value in known["validation"].items()}
-        best = (max if known["metric"] == "accuracy" else min)(taken, key=taken.get)
-        worse = (step for step, value in taken.items() if step > best and value != taken[best])
-        point = min(worse, default=None)
-        table = {f"MeZO, {lr:g}": {"lr": lr, "validation": taken[best], "after": best}}
-        if point is None:
-            return table
-        table["drop"] = {"lr": lr, "validation": taken[point], "after": point}
+        better = 1 if known["metric"] == "accuracy" else -1
+        falls = {
+            (before, after): better * (taken[before] - taken[after])
+            for before, after in itertools.pairwise(sorted(taken))
+        }
+        before, point = max(falls, key=falls.get)
+        if not falls[before, point] > 0:
+            return {f"MeZO, {lr:g}, has no drop": {"lr": lr}}
+        table = {
+            name: {"lr": lr, "validation": taken[step], "after": step}
+            for name, step in (("before the drop", before), ("drop", point))
+        }
         saved = self.args.out / "dropped" / f"{fallen.name}-{point}"
         if not saved.exists():
             folder = self.args.out / "runs" / fallen.name

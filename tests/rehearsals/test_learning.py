@@ -1,11 +1,13 @@
 """studies/learning.py: its runs on the tiny model, and that what is known is not done again."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -122,13 +124,29 @@ def test_what_goes_on_from_a_drop_begins_at_its_weights(tmp_path):
     assert drop["validation"] < start
 
 
-def test_a_plateau_is_no_drop(monkeypatch):
-    """Where validation stays at its best nothing goes on from it; the rate is the largest."""
+def fallen(monkeypatch, metric: str, validation: dict) -> dict:
+    """What the part gives where MeZO's validation is this; nothing is trained or saved."""
     study = object.__new__(learning.Study)
-    study.args = SimpleNamespace(short=2, model=TINY, grid={"MeZO": (1e-2, 1e-3)})
-    known = {"metric": "accuracy", "validation": {0: 0.5, 1: 0.9, 2: 0.9}}
-    study.take = lambda runs: [known]
-    assert study.drop("rte") == {"MeZO, 0.01": {"lr": 0.01, "validation": 0.9, "after": 1}}
+    study.args = SimpleNamespace(short=2, model=TINY, grid={"MeZO": (1e-2, 1e-3)}, out=Path())
+    study.take = lambda runs: [{"metric": metric, "validation": validation}]
+    study.short = lambda task, rows: {}
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    return study.drop("rte")
+
+
+def test_a_plateau_is_no_drop(monkeypatch):
+    """Where validation never falls nothing goes on from it; the rate is the largest."""
+    found = fallen(monkeypatch, "accuracy", {0: 0.5, 1: 0.9, 2: 0.9})
+    assert found == {"MeZO, 0.01, has no drop": {"lr": 0.01}}
+
+
+@pytest.mark.parametrize("metric, values", [
+    ("accuracy", (0.5, 0.7, 0.69, 0.4, 0.3)), ("perplexity", (9.0, 5.0, 5.1, math.inf, math.inf)),
+])  # fmt: skip
+def test_the_drop_is_the_largest_fall(metric, values, monkeypatch):
+    """A small dip before the drop is none, nor is what comes after it; perplexity drops upwards."""
+    found = fallen(monkeypatch, metric, dict(enumerate(values)))
+    assert [row["after"] for row in found.values()] == [2, 3]
 
 
 def test_a_mask_of_the_task_is_of_its_examples(tmp_path):
