@@ -268,6 +268,10 @@ def _compiled():
         "assume_aligned_inputs": True,  # those that are not are copied for the call
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
         "cpp.dynamic_threads": True,  # a kernel first compiled for a small tensor is not serial
+        # by default 30 operations are traced anew wherever they are read, which takes most of the
+        # time. Keeping shorter ones makes more nodes; they stay one loop
+        "realize_opcount_threshold": 16,
+        "max_fusion_size": 1000,
         "cpp.simdlen": vectors,
     }
     return torch.compile(_apply, dynamic=True, fullgraph=True, options=options)
