@@ -10,9 +10,8 @@ An example counts as right when the right option has the highest mean log-probab
 Accuracies come with their standard error, √(p (1 − p) / n), and n. Completions are scored by their
 perplexity.
 
-A run is its log: θ_T follows from the original weights and one (seed, a) per step. To rebuild θ_T
-needs no forward pass. Only the last step is taken again, as a check. If it does not come out as it
-was logged, the model, the data or a setting has changed, and eval.py ends with an error.
+A run is rebuilt from its log as train.py --resume rebuilds it (harness/log.py), without a forward
+pass but for the last step, which is taken again as a check.
 
 For a run with --adapter, --save writes the adapter, which peft.PeftModel.from_pretrained reads. For
 S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold the mask.
@@ -33,19 +32,8 @@ from harness.config import Settings
 from harness.log import StepLog
 
 
-def of_split(data: dataset.Data, split: str) -> list:
-    """The examples of "test" or "validation". ValueError where there are none."""
-    if not (examples := getattr(data, split)):
-        raise ValueError(f"--split {split}: there are no {split} examples; see --num-{split}")
-    return examples
-
-
-def open_model(config: Settings, split: str, shots: int) -> tuple:
-    """(what it is, config, model, data, examples): as it is, zero-shot or in-context."""
-    config, model_config, data = dataset.load(config)
-    usual = tasks.TASKS.get(config.task, tasks.OWN).batch_size
-    config = replace(config, batch_size=config.batch_size or usual)
-    examples = of_split(data, split)
+def open_model(config: Settings, model_config, data, examples: list, shots: int) -> tuple:
+    """(what it is, model, examples): as it is, zero-shot or in-context."""
     if not 0 <= shots <= len(data.train):
         raise ValueError(f"--shots {shots}: from 0 to {len(data.train)}, the training examples")
     if shots and len(examples[0].options) == 1:
@@ -54,30 +42,26 @@ def open_model(config: Settings, split: str, shots: int) -> tuple:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"
     vocabulary = model_config.get_text_config().vocab_size
-    if cut := tasks.check_examples(
-        data.tokenizer, examples, config.max_length, vocabulary, data.scored
-    ):
+    if cut := tasks.check_examples(data, examples, config.max_length, vocabulary):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
-    return f"{config.model}, {how}", config, model, data, examples
+    return f"{config.model}, {how}", model, examples
 
 
-def open_run(config: configs.Config, run: Path, step: str, split: str) -> tuple:
-    """(what it is, config, model, data, examples): after its best, last or any step."""
+def open_run(config: configs.Config, run: Path, data, step: str) -> tuple:
+    """(what it is, model): after its best, last or any step."""
     log = StepLog(run)
     after = {"best": log.best_step(), "last": len(log.steps)}.get(step)
     if after is None:
         if not step.isdecimal() or int(step) > len(log.steps):
             raise ValueError(f"--step {step}: best, last, or 0 … {len(log.steps)}, as logged")
         after = int(step)
-    config, _, data = dataset.load(config)
-    examples = of_split(data, split)
     model = train.rebuild(config, run, data, log.steps, after)
     what = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
     if step == "best" and data.validation:
         untrained = log.steps and not after
         what += ", best on validation" + ("; --step last is trained" if untrained else "")
-    return what, config, model, data, examples
+    return what, model
 
 
 def show_continuations(model, tokenizer, examples: list, longest: int, tokens: int = 64) -> None:
@@ -118,13 +102,16 @@ def main(argv=None) -> tasks.Score:
             raise ValueError("--shots: a run has none; --save it and use --model")
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)  # or it is said before the work
+        kept = configs.load(run, settings) if run else configs.complete(Settings(**settings))
+        config, model_config, data = dataset.load(kept)
+        usual = tasks.TASKS.get(config.task, tasks.OWN).batch_size
+        config = replace(config, batch_size=config.batch_size or usual)
+        if not (examples := getattr(data, split)):
+            raise ValueError(f"--split {split}: there are no {split} examples; see --num-{split}")
         if run is None:
-            config = configs.complete(Settings(**settings))
-            found = open_model(config, split, shots or 0)
+            what, model, examples = open_model(config, model_config, data, examples, shots or 0)
         else:
-            config = configs.load(run, settings)
-            found = open_run(config, run, step or "best", split)
-        what, config, model, data, examples = found
+            what, model = open_run(config, run, data, step or "best")
         score = train.score(config, model, data.tokenizer, examples)
         print(f"{what}, {data.source}: {split} {data.metric} {score}")
         shown = examples[: generate or 0]

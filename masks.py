@@ -206,7 +206,7 @@ class ConstantMask(Rule):
     """[S] §3.2 "constant mask": the small weights of before training, stored as booleans.
 
     `refresh_every=k` takes it again every k steps, and h with it. The authors asked how often that
-    is due: on average 79.0 at every step, 76.3 at every fifth. They do not say what became of h.
+    is due: on average 79.0 at every step, 76.3 at every fifth. It seems that their h stayed.
     """
 
     def prepare(self, weight, stream):
@@ -258,18 +258,6 @@ class RandomMask(Rule):
         return zo.threefry(element, stream, seed, stream)[0] < bound
 
 
-@torch.no_grad()
-def active_count(rule: Rule, flat: Tensor, state: Tensor) -> int:
-    """How many elements of a flattened weight are inside the mask now."""
-    chunk = 1 << 22  # bounds the temporaries
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, flat.numel(), chunk):
-        theta = flat[start : start + chunk]
-        element = torch.arange(theta.numel(), dtype=torch.int32, device=flat.device) + start
-        total += torch.count_nonzero(rule.mask(theta, element, state))
-    return int(total)
-
-
 # ------------------------------------------------------------------ [Q]: scores and the top k
 
 
@@ -299,7 +287,7 @@ def decoder_linears(model) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _only_gradients_of(wanted: dict[str, Tensor], model, receive):
-    """Inside, backward passes call `receive(name, gradient)` and keep no gradient themselves.
+    """Inside, backward passes call `receive(name, weight)`, which takes the gradient out of it.
 
     Each block is checkpointed: its activations are computed again when its gradients are due.
     Hugging Face's own switch works in train mode only, where OPT would drop out a tenth; wrapping
@@ -309,18 +297,13 @@ def _only_gradients_of(wanted: dict[str, Tensor], model, receive):
     modes = [(module, module.training) for module in model.modules()]
     blocks = [(block, vars(block).get("forward")) for block in decoder_blocks(model)]
     hooks = []
-
-    def hand_over(name, parameter):
-        receive(name, parameter.grad)
-        parameter.grad = None
-
     try:
         model.eval()
         for p, _ in parameters:
             p.requires_grad_(False)
         for name, p in wanted.items():
             p.requires_grad_(True)
-            hooks.append(p.register_post_accumulate_grad_hook(partial(hand_over, name)))
+            hooks.append(p.register_post_accumulate_grad_hook(partial(receive, name)))
         for block, _ in blocks:
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
@@ -356,13 +339,11 @@ def fisher(model, losses, *, statistic="per-sample", weights=None) -> dict:
     if statistic not in ("per-sample", "of-mean"):
         raise ValueError(f"statistic {statistic!r}: per-sample or of-mean")
     weights = decoder_linears(model) if weights is None else weights
-    scores = {
-        name: torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-        for name, w in weights.items()
-    }
+    scores = {name: torch.zeros(w.shape, device=w.device) for name, w in weights.items()}
     samples = 0
 
-    def receive(name, gradient):
+    def receive(name, weight):
+        gradient, weight.grad = weight.grad, None
         if not torch.isfinite(gradient).all():
             raise ValueError(f"the gradient of {name} is not finite; use float32 or bfloat16")
         g = gradient.to(scores[name].device, torch.float32)

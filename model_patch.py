@@ -68,8 +68,12 @@ class MaskedWeight(nn.Module):
 
     def mask(self) -> Tensor:
         """m(θ) as it is now, boolean, θ's shape."""
-        element = torch.arange(self.theta.numel(), dtype=torch.int32, device=self.theta.device)
-        return self.patch.rule.mask(self.theta.view(-1), element, self.state).view_as(self.theta)
+        rule, parts, start = self.patch.rule, [], 0
+        for theta in self.theta.view(-1).split(1 << 22):  # bounds the temporaries
+            element = torch.arange(theta.numel(), dtype=torch.int32, device=theta.device) + start
+            parts.append(rule.mask(theta, element, self.state))
+            start += theta.numel()
+        return torch.cat(parts).view_as(self.theta)
 
     def forward(self, theta: Tensor) -> Tensor:
         """What a layer gets when it asks for its weight."""
@@ -254,7 +258,7 @@ class Patch:
         if self.sparse:
             whole = sum(part.shape.numel() for part in self.sparse.parts.values())
             return self.sparse.values.numel() / whole
-        inside = sum(masks.active_count(self.rule, w.theta.view(-1), w.state) for w in self.weights)
+        inside = sum(int(weight.mask().count_nonzero()) for weight in self.weights)
         return inside / sum(theta.numel() for theta in self.moving())
 
     @torch.no_grad()

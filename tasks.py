@@ -64,8 +64,7 @@ from tqdm import tqdm
 class Example:
     """The model reads prompt + options[c]; an option brings the space that precedes it.
 
-    With ONE option it is a completion, and its score is perplexity: a reply, or a block of text
-    after its first token. Prompt and option may be token ids, where text alone would be ambiguous.
+    Prompt and option may be token ids, where text alone would be ambiguous.
     """
 
     prompt: str | tuple[int, ...]
@@ -551,7 +550,7 @@ def tally(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.n
     return total
 
 
-def check_examples(tokenizer, examples, max_length: int, vocabulary: int, scored="all") -> int:
+def check_examples(data, examples, max_length: int, vocabulary: int) -> int:
     """How many prompts lose their beginning. ValueError for what would spoil a run later.
 
     Which is: an option that `encode` refuses, a token that the model's vocabulary lacks, and two
@@ -559,12 +558,12 @@ def check_examples(tokenizer, examples, max_length: int, vocabulary: int, scored
     """
     cut = 0
     for example in examples:
-        whole = encode(tokenizer, example, 1 << 30)
-        check_tokens(tokenizer, [token for ids, _ in whole for token in ids], vocabulary)
-        if scored == "all" and len({tuple(ids) for ids, _ in whole}) < len(whole):
+        whole = encode(data.tokenizer, example, 1 << 30)
+        check_tokens(data.tokenizer, [token for ids, _ in whole for token in ids], vocabulary)
+        if data.scored == "all" and len({tuple(ids) for ids, _ in whole}) < len(whole):
             raise ValueError(f"two of the options {example.options} are the same to this tokenizer")
         if any(length >= max_length for _, length in whole):
-            encode(tokenizer, example, max_length)  # raises
+            encode(data.tokenizer, example, max_length)  # raises
         cut += any(len(ids) > max_length for ids, _ in whole)
     return cut
 
@@ -623,11 +622,11 @@ def text_losses(windows: Tensor) -> list:
     return [partial(loss_of, row) for row in windows]
 
 
-def task_losses(tokenizer, examples, scored: str, max_length: int = 2048) -> list:
-    """Per example a function of the model, the loss that train.py would train it with."""
+def task_losses(data, samples: int, max_length: int = 2048) -> list:
+    """Of the first training examples, each: a function of the model, train.py's loss of it."""
 
     def loss_of(example, model):
-        how = {"scored": scored, "max_length": max_length} | layout(model)
-        return loss(model, collate(tokenizer, [example], **how))
+        how = {"scored": data.scored, "max_length": max_length} | layout(model)
+        return loss(model, collate(data.tokenizer, [example], **how))
 
-    return [partial(loss_of, example) for example in examples]
+    return [partial(loss_of, example) for example in data.train[:samples]]

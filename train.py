@@ -28,10 +28,9 @@ One step, from the loop down:
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues
 a run that was stopped by Ctrl-C, kill -9 or a power failure. The result has the same bits on the
-same machine, and agrees up to rounding elsewhere. --resume rebuilds the weights from the log and
-takes the last logged step again. If that step does not come out as it was logged, the model, the
-data or a setting has changed, and the run ends with an error. So it does if the training examples
-are other ones. Another change that does not touch this step is not found.
+same machine, and agrees up to rounding elsewhere. It ends with an error if the last logged step,
+taken again, does not come out as it was logged, or if the training examples are other ones. Another
+change that does not touch this step is not found.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
@@ -140,7 +139,7 @@ def own_mask(config: Config, run: Path, data: dataset.Data) -> tuple:
         if config.mask is not None:  # an own copy: the run is whole without the file
             os.replace(shutil.copy(config.mask, f"{path}.tmp"), path)
         else:
-            mask.make(config, path, (data.train, data.scored))
+            mask.make(config, path, data)
             gc.collect()  # the model that was scored, before another is loaded
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
@@ -148,18 +147,16 @@ def own_mask(config: Config, run: Path, data: dataset.Data) -> tuple:
 def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Patch:
     """The patched model before training, at θ_0."""
     how = (config.model, config.dtype, config.device, config.trust_remote_code)
-    device = loading.choose_device(config.device)
+    device = loading.take_device(config.device)
     if config.method != "senszoq":
         moves = rule(config)
         model = loading.load_model(*how, nf4=config.bits == 4)
         if config.adapter:
             model = adapter.attach(model, config)
-        movable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     else:
         index, _, matrices, codebooks = own_mask(config, run, data)
         path = run / "mask.safetensors"
         moves = sparse = quant.DenseSparse(index, config.bits, device, codebooks)
-        movable = len(sparse.values)
 
         def split(model, name, weight):
             stored = model.get_parameter(name)  # not yet in --dtype
@@ -167,13 +164,11 @@ def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
             sparse.split(model, name, weight)
 
         model = loading.load_model(*how, split=split, index=index)
-    fused = loading.compiles(config.compile, movable, device)
     select = adapter.MOVES if config.adapter else config.select
-    patch = model_patch.Patch(
-        model, moves, eps=config.eps, select=select, rounding=config.rounding, fused=fused
-    )
-    if device == "cpu":
-        loading.keep_freed_memory()
+    patch = model_patch.Patch(model, moves, eps=config.eps, select=select, rounding=config.rounding)
+    moving = sum(theta.numel() for theta in patch.moving())
+    patch.fused = loading.compiles(config.compile, moving, device)
+    loading.keep_freed_memory()
     return patch
 
 
@@ -226,7 +221,7 @@ def evaluated(config, patch, data: dataset.Data, step: log.Step) -> log.Step:
 
 def prepare(config: Config, run: Path | None = None) -> tuple:
     """(config, data): the settings are completed and printed."""
-    loading.choose_device(config.device)
+    loading.take_device(config.device)
     asked = config.max_length
     config, model_config, data = dataset.load(config)
     sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
@@ -269,9 +264,7 @@ def describe(config, model_config, data: dataset.Data) -> None:
         print(f"  {both} of the test examples are training examples, too")
     examples = data.train + data.validation + data.test
     vocabulary = model_config.get_text_config().vocab_size
-    if cut := tasks.check_examples(
-        data.tokenizer, examples, config.max_length, vocabulary, data.scored
-    ):
+    if cut := tasks.check_examples(data, examples, config.max_length, vocabulary):
         print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
 
 
@@ -362,7 +355,7 @@ def advise(config: Config, steps: log.StepLog) -> None:
         print(f"the training loss rose from {rise[0]:.3g} to {rise[1]:.3g}: try a lower --lr")
     if skipped := steps.skipped():
         print(f"{skipped} steps moved nothing, as a loss was not finite: try a lower --lr")
-    if flat := steps.flat():
+    if flat := sum(step.a == 0 for step in steps.steps):
         print(
             f"{flat} steps moved nothing, as l⁺ and l⁻ were the same number: --eps {config.eps} is "
             "too small for this dtype, or too high a rate broke the weights (try a lower --lr)"

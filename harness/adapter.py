@@ -52,7 +52,12 @@ def attach(model, config):
         torch.manual_seed(config.seed)
         if config.adapter == "lora":
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
-            return (_masked(model, config.density) if config.method == "s-mezo" else model).eval()
+            layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+            for layer in layers if config.method == "s-mezo" else ():  # m on the product A B
+                m = MaskedProduct(layer, config.density)
+                parametrize.register_parametrization(layer.base_layer, "weight", m, unsafe=True)
+                layer.merged_adapters.append("default")  # so peft adds nothing itself
+            return model.eval()
         tokens = torch.randint(model.get_input_embeddings().num_embeddings, (1, TOKENS))
         settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS)
         with reworded(f"--adapter prefix: {config.model} cannot take one"):
@@ -61,15 +66,6 @@ def attach(model, config):
             initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
     loading.check_model(model, f"{config.model} with a prefix")
     model.pack = loading.shared_row(model)
-    return model
-
-
-def _masked(model, density: float):
-    """S-MeZO's mask on the product of every LoRA layer."""
-    for layer in [module for module in model.modules() if hasattr(module, "lora_A")]:
-        product = MaskedProduct(layer, density)
-        parametrize.register_parametrization(layer.base_layer, "weight", product, unsafe=True)
-        layer.merged_adapters.append("default")  # so peft adds nothing itself
     return model
 
 

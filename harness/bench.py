@@ -2,7 +2,7 @@
 
 R is the time of one training step over the time of two plain forward passes of the same model on
 the same batch, timed in turn in one process. Two losses need two passes, so the floor is 1; only a
-batch too small to fill the cores can go below. Published: MeZO 3.3, Sparse-MeZO in place 4.35
+batch too small to fill the cores can go below. Published: MeZO 3.3, Sparse-MeZO in place 4.37
 (GRZO's profile of Llama-3-8B on A100s). Weights are random: their values cost nothing.
 
     row                     one step is
@@ -81,7 +81,6 @@ def build(shape: str, dtype: torch.dtype, device: str, sparse: quant.DenseSparse
     )
     with torch.device(device), init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # on the meta device each use had a tensor of its own
 
     @torch.no_grad()
     def draw(like):
@@ -90,13 +89,11 @@ def build(shape: str, dtype: torch.dtype, device: str, sparse: quant.DenseSparse
 
     for name in sparse.index if sparse else ():
         sparse.split(model, name, draw(model.get_parameter(name)))
-    made = {}  # tied weights once
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                if parameter not in made:
-                    made[parameter] = nn.Parameter(draw(parameter), requires_grad=False)
-                module._parameters[name] = made[parameter]
+                module._parameters[name] = nn.Parameter(draw(parameter), requires_grad=False)
+    model.tie_weights()  # each use had a tensor of its own
     return model.eval()
 
 
@@ -286,8 +283,7 @@ def timed(function, device: str) -> float:
 def measure(row, subject: Subject, peak: Peak, args) -> dict:
     """One row, its steps in turn with two plain forwards of the same model."""
     with row(subject) as step:
-        if args.device == "cpu":
-            loading.keep_freed_memory()  # as for training
+        loading.keep_freed_memory()  # as for training
         timed(lambda: step(0), args.device)  # compiles, allocates
         timed(subject.two_forwards, args.device)
         ratios, seconds = [], []

@@ -43,10 +43,7 @@ class Settings:
     """Which model, on which examples."""
 
     model: str = setting(TINY, "hub name or local folder")
-    task: str | None = setting(
-        None, "sst2, rte, cb, boolq, wsc, wic, multirc, copa, winogrande, arc-e, arc-c, hellaswag, "
-        "piqa, obqa, siqa, mmlu, aqua, wikitext2",
-    )  # fmt: skip
+    task: str | None = setting(None, ", ".join(tasks.TASKS))
     data_dir: str | None = setting(None, "folder with RTE/train.jsonl, …; default the hub")
     train_file: str | None = setting(
         None, 'own JSONL of {"prompt", "options", "label"}, {"prompt", "completion"}, {"messages"} '
@@ -249,10 +246,8 @@ def _check_method(config: Config) -> None:
     """ValueError for a setting that the method has no use for: it would be ignored in silence."""
     if config.density is not None:
         masks.check_density(config.density)
-    try:
+    with reworded(f"--select {config.select} is no regular expression"):
         re.compile(config.select)
-    except re.error as error:
-        raise ValueError(f"--select {config.select}: no regular expression: {error}") from error
     if config.method == "mezo" and config.density not in (None, 1):
         raise ValueError(f"--density {config.density}: mezo moves all weights; use --method s-mezo")
     if config.adapter and find_spec("peft") is None:
@@ -453,14 +448,12 @@ def save(run: Path, config: Config) -> None:
 
 def load(run: Path, changes: dict) -> Config:
     """The settings of a run, with what the command line says now over them."""
-    try:
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} is no run directory: it has no config.json")
+    with reworded(f"{run}/config.json is torn or of another version"):
         kept = json.loads((run / "config.json").read_text())
         config = Config(**kept | changes)
         check_types(config)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"{run} is no run directory: it has no config.json") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{run}/config.json is torn or of another version: {error}") from error
     fixed = {*KEPT, "out"}
     if (run / "mask.safetensors").exists():
         fixed |= {"mask", "mask_from", "text", "groups", "quantiser"}  # what it was made from

@@ -16,7 +16,6 @@ kept: equal seeds draw MeZO's examples (`load_examples`).
 """
 
 import csv
-import inspect
 import io
 import json
 import re
@@ -30,7 +29,7 @@ from unicodedata import normalize
 import numpy as np
 
 from harness import adapter, loading
-from harness.config import locate, reworded
+from harness.config import Settings, filled, locate, reworded
 from tasks import OWN, Example, Task, get_task, option_tokens
 
 _COMMITS = {  # parquet, no script to run; pinned: a seed means the same examples for good
@@ -74,13 +73,7 @@ class Data:
         return "all" if self.classification else "right"
 
 
-def load_examples(
-    task: str | None = None, *, data_dir: str | Path | None = None,
-    train_file: str | Path | None = None, test_file: str | Path | None = None,
-    validation_file: str | Path | None = None, num_train: int | None = None,
-    num_validation: int | None = None, num_test: int | None = None, seed: int = 0,
-    tokenizer=None, max_length: int = 2048,
-) -> Data:  # fmt: skip
+def load_examples(config: Settings, tokenizer=None) -> Data:
     """A task of `TASKS`, from the hub or from official files in data_dir; or the user's own files.
 
     MeZO's split (run.py, `sample_subset`): permute the training split under the seed, take the
@@ -93,20 +86,22 @@ def load_examples(
     same options. All other kinds need the tokenizer. Without validation_file, validation comes out
     of train_file by the same rule, by default 500 but at most a third of it. Raises ValueError.
     """
-    odd = None
-    if task is not None and not (train_file or test_file or validation_file):
+    task, data_dir, odd = config.task, config.data_dir, None
+    own = config.train_file, config.test_file, config.validation_file
+    if task is not None and not any(own):
         spec, source = get_task(task), get_task(task).hub
         if data_dir is None:
             parts = [_from_hub(spec, split) for split in spec.splits]
         else:
-            source = Path(data_dir, spec.folder)
-            if not source.is_dir() and any(Path(data_dir).glob(spec.files[0])):
-                source = Path(data_dir)  # given the task's own folder
+            folder = Path(locate(data_dir))
+            source = folder / spec.folder
+            if not source.is_dir() and any(folder.glob(spec.files[0])):
+                source = folder  # given the task's own folder
             what = f"a labelled {spec.name} row"
             paths = [sorted(source.glob(f)) or [source / f] for f in spec.files]
             parts = [sum((_from_file(f, spec.to_examples, what) for f in fs), []) for fs in paths]
-    elif task is None and train_file and test_file and data_dir is None:
-        files = [Path(f) for f in (train_file, test_file, validation_file) if f]
+    elif task is None and all(own[:2]) and data_dir is None:
+        files = [Path(f) for f in own if f]
         what = 'a line {"prompt", "options", "label"}, {"prompt", "completion"} or {"messages"}'
         parts = [_from_file(f, partial(_own_example, tokenizer), what) for f in files]
         everything, source = sum(parts, []), ", ".join(dict.fromkeys(map(str, files)))
@@ -119,12 +114,13 @@ def load_examples(
     else:
         raise ValueError("give a task (--task, --data-dir), or --train-file and --test-file")
 
-    train, test, *held = (_in_blocks(part, tokenizer, max_length) for part in parts)
+    train, test, *held = (_in_blocks(part, tokenizer, config.max_length) for part in parts)
     if not (task or held):  # validation out of the own training file: at most a third
         spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
-    num_train = spec.num_train if num_train is None else num_train
-    num_validation = spec.num_validation if num_validation is None else num_validation
-    num_test = spec.num_test if num_test is None else num_test
+    sizes = "num_train", "num_validation", "num_test"
+    config, _ = filled(config, {name: (getattr(spec, name), "the task's") for name in sizes})
+    num_train, num_validation, num_test = (getattr(config, name) for name in sizes)
+    seed = config.data_seed
     if held:
         train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
     else:
@@ -146,11 +142,7 @@ def load(config) -> tuple:
     tokenizer, model_config = loading.load_tokenizer(config.model, config.trust_remote_code)
     longest = loading.usable_length(config.max_length, model_config, taken)
     config = replace(config, max_length=longest)
-    names = set(inspect.signature(load_examples).parameters) - {"seed", "tokenizer"}
-    how = {name: getattr(config, name) for name in names}
-    how["data_dir"] = config.data_dir and locate(config.data_dir)
-    data = load_examples(**how, seed=config.data_seed, tokenizer=tokenizer)
-    return config, model_config, data
+    return config, model_config, load_examples(config, tokenizer)
 
 
 def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]:
@@ -223,10 +215,8 @@ def _replies(tokenizer, messages: list[dict], tools: list | None) -> list[Exampl
     how = {"tokenize": False, "chat_template": template, "tools": tools}
 
     def text(count: int, **more) -> str:
-        try:
+        with reworded("the chat template refuses it"):
             return tokenizer.apply_chat_template(messages[:count], **how, **more)
-        except Exception as e:  # whatever Jinja or the template raises
-            raise ValueError(f"the chat template refuses it: {e}".splitlines()[0]) from e
 
     examples = []
     for i, message in enumerate(messages):

@@ -32,10 +32,14 @@ UNPACKED = ("fp8", "mxfp4")  # quantised formats that transformers makes plain a
 HARMLESS = re.compile(r"rotary_emb|(attn|attention)\.(masked_)?bias|position_ids|^v_head|\bmtp\b")
 
 
-def choose_device(device: str) -> str:
-    """A device that is there. ValueError where there is none.
+def take_device(device: str) -> str:
+    """A device that is there, and torch is set to it. ValueError where there is none.
 
-    auto is the GPU if torch sees one. Of several workers on a machine, each takes the next GPU.
+    auto is the GPU if torch sees one. Of several workers on a machine, each takes the next GPU, and
+    nothing of ours is on another's.
+
+    Attention does without cuDNN. On an H100, torch 2.13 takes cuDNN's kernels first. Their backward
+    pass gives NaN under a mask at some lengths (pytorch#196678), and each new shape costs a plan.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: auto, cpu, cuda or cuda:N")
@@ -44,23 +48,12 @@ def choose_device(device: str) -> str:
         return "cpu"
     if not found:
         raise ValueError(f"--device {device}: this torch sees no GPU; use --device cpu")
-    if ":" in device:
-        if int(device[5:]) >= found:
-            raise ValueError(f"--device {device}: this torch sees {found} GPUs, from cuda:0 on")
-        return device
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % found}"  # torchrun's
-
-
-def take_device(device: str) -> str:
-    """`choose_device`, with torch set to it: nothing of ours is on another worker's GPU.
-
-    Attention does without cuDNN. On an H100, torch 2.13 takes cuDNN's kernels first. Their backward
-    pass gives NaN under a mask at some lengths (pytorch#196678), and each new shape costs a plan.
-    """
-    device = choose_device(device)
-    if device != "cpu":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    if ":" not in device:
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % found}"  # torchrun's
+    elif int(device[5:]) >= found:
+        raise ValueError(f"--device {device}: this torch sees {found} GPUs, from cuda:0 on")
+    torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

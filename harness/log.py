@@ -8,8 +8,7 @@ The original weights and one (seed, a) per step rebuild the weights. A run of 20
 megabytes.
 
 A line is appended when everything of its step is done, so `kill -9` leaves at worst a torn last
-line, which does not count. --resume takes the last logged step again and compares it with its line
-(`compare`). A difference beyond rounding means that the model, the data or a setting has changed.
+line, which does not count. `compare` finds that the model, the data or a setting has changed.
 """
 
 import contextlib
@@ -122,10 +121,6 @@ class StepLog:
     def skipped(self) -> int:
         """How many steps moved nothing, as a loss was not finite."""
         return sum(not math.isfinite(step.a) for step in self.steps)
-
-    def flat(self) -> int:
-        """How many steps moved nothing, as both losses were the same."""
-        return sum(step.a == 0 for step in self.steps)
 
     def rise(self) -> tuple[float, float] | None:
         """The first loss and the mean of the last tenth, if that is 1.5 times as high, or None."""

@@ -6,9 +6,8 @@
 Scoring 7B takes 40 GB where training takes 5, so it is often done on another machine. train.py
 calls `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
 
-With --quantiser kmeans the file also holds the weights in 4 bits, half a byte each. k-means needs
-the squared gradients, which exist only while the mask is made, so it runs here. Its result stays in
-host memory until the file is written.
+With --quantiser kmeans the file also holds the weights in 4 bits, as quant.py says. They stay in
+host memory until it is written.
 
 The file is in safetensors format. Under each matrix's name it holds the flat positions of the
 weights that move, as int32. It holds no values of these weights, because a run's log rebuilds them.
@@ -32,7 +31,7 @@ import tasks
 import zo
 from harness import config as configs
 from harness import dataset, loading
-from harness.config import MaskSettings, setting
+from harness.config import MaskSettings, reworded, setting
 
 
 @dataclass(frozen=True)
@@ -48,22 +47,22 @@ class MaskConfig(MaskSettings):
     seed: int = setting(0, "of the texts drawn and of --kind random")
 
 
-def make(config, path, examples=None) -> dict[str, Tensor]:
+def make(config, path, data=None) -> dict[str, Tensor]:
     """The mask of `config` (a MaskConfig, or a run's Config), which is also in the file `path`.
 
-    `examples`: the training examples of a run, for --mask-from task.
+    `data`: a run's dataset.Data, for --mask-from task.
     """
     settings = MaskConfig(**{
         name: getattr(config, name) for name in MaskConfig.__dataclass_fields__
         if hasattr(config, name) and name != "out"
     })  # fmt: skip
-    device, sensitive = loading.choose_device(settings.device), settings.kind == "sensitive"
+    device, sensitive = loading.take_device(settings.device), settings.kind == "sensitive"
     about = {name: getattr(settings, name) for name in ("model", "kind", "density", "seed")}
     tokenizer, model_config = loading.load_tokenizer(settings.model, settings.trust_remote_code)
     shapes = masks.decoder_linears(loading.skeleton(model_config, settings.trust_remote_code))
     masks.how_many(shapes, settings.density)  # what cannot be is said before a model is loaded
     if sensitive:
-        losses, source = what_is_scored(settings, tokenizer, model_config, examples)
+        losses, source = what_is_scored(settings, tokenizer, model_config, data)
         about |= source | {"statistic": settings.statistic, "samples": len(losses)}
         about |= {"quantiser": settings.quantiser}
     dtype = settings.dtype
@@ -92,12 +91,10 @@ def make(config, path, examples=None) -> dict[str, Tensor]:
     return index
 
 
-def what_is_scored(settings: MaskConfig, tokenizer, model_config, examples) -> tuple[list, dict]:
+def what_is_scored(settings: MaskConfig, tokenizer, model_config, data) -> tuple[list, dict]:
     """(losses, what they are of): windows of a text, or a task's examples."""
     if settings.mask_from == "task":
-        chosen, scored = examples
-        chosen = chosen[: settings.samples]
-        losses = tasks.task_losses(tokenizer, chosen, scored, settings.max_length)
+        losses = tasks.task_losses(data, settings.samples, settings.max_length)
         return losses, {"source": settings.task or settings.train_file}
     text = settings.text
     if text is None and configs.is_tiny(settings.model):
@@ -153,9 +150,11 @@ def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, d
     `matrices` has shapes and values of the model that the mask was made for. `codebooks`: for
     the quantiser kmeans. ValueError where the file is none, or was made without them.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    if not Path(path).exists():
+        raise ValueError(f"no mask file {path}; python -m harness.mask makes one")
+    with reworded(f"{path} is no complete mask file", "; make it again"):
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}  # not read yet
@@ -164,10 +163,6 @@ def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, d
         fitted = {f"{name}.{kind}" for name in index for kind in quant.FITTED}
         if set(tensors) not in (set(), fitted):
             raise ValueError("its matrices are not those it speaks of")
-    except FileNotFoundError as error:
-        raise ValueError(f"no mask file {path}; python -m harness.mask makes one") from error
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no complete mask file ({error}); make it again") from error
     for name, places in index.items():
         masks.check_places(places, zo.MAX_ELEMENTS, f"{path}: {name}")
     if quantiser == "kmeans" and not tensors:
@@ -230,11 +225,10 @@ def main(argv=None) -> None:
                 f"--kind {config.kind} scores nothing: leave out --text, --mask-from, --quantiser, "
                 "--statistic"
             )
-        examples = None
+        data = None
         if of_task:
             config, _, data = dataset.load(configs.complete(config))
-            examples = data.train, data.scored
-        index = make(config, config.out, examples)
+        index = make(config, config.out, data)
         print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")
 
 

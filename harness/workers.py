@@ -19,16 +19,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from harness.config import reworded
+
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join() -> None:
     """Meet the workers that torchrun started. Only worker 0 prints."""
     if SIZE > 1:
-        try:  # the longest wait is for worker 0, which makes [Q]'s mask
+        with reworded(f"worker {RANK} cannot reach the others"):
+            # the longest wait is for worker 0, which makes [Q]'s mask
             dist.init_process_group("gloo", timeout=timedelta(hours=3))
-        except RuntimeError as error:  # one of them has ended already, or the address is wrong
-            raise ConnectionError(f"worker {RANK} cannot reach the others: {error}") from error
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")
 
 
@@ -58,10 +59,8 @@ def gather(numbers: np.ndarray) -> np.ndarray:
     """(SIZE, n) float64: the numbers of every worker, by rank."""
     mine = torch.tensor(numbers, dtype=torch.float64)
     found = [torch.empty_like(mine) for _ in range(SIZE)]
-    try:
+    with reworded(f"worker {RANK} lost another worker"):
         dist.all_gather(found, mine)
-    except RuntimeError as error:  # the connection of a process that is gone
-        raise ConnectionError(f"worker {RANK} lost another worker") from error
     return torch.stack(found).numpy()
 
 
@@ -69,10 +68,8 @@ def broadcast(value):
     """Worker 0's value, on all workers."""
     box = [value]
     if SIZE > 1:
-        try:
+        with reworded(f"worker {RANK} lost worker 0"):
             dist.broadcast_object_list(box, src=0)
-        except RuntimeError as error:
-            raise ConnectionError(f"worker {RANK} lost worker 0") from error
     return box[0]
 
 

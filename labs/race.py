@@ -22,7 +22,7 @@ class Tiny:
         self.tokenizer, _ = loading.load_tokenizer(config.TINY)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             self.model = loading.load_model(config.TINY, device="cpu")
-        self.data = dataset.load_examples("rte", data_dir=config.ROOT / "tiny/data")
+        self.data = dataset.load_examples(config.Settings(task="rte", data_dir="tiny/data"))
         self.names = [name for name, _ in self.model.named_parameters()]
         self.gradients = torch.autograd.grad(self.loss(range(16))(), self.model.parameters())
 

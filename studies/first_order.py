@@ -90,7 +90,7 @@ def fill_in(config: Config, examples: int) -> tuple[Config, dict[str, str]]:
 def complete(config: Config) -> Config:
     """As of train.py. ValueError for what cannot work, before anything is loaded."""
     config = configs.complete(config)
-    loading.choose_device(config.device)
+    loading.take_device(config.device)
     if config.density is not None:
         masks.check_density(config.density)
         if config.method != "sparse-adam":

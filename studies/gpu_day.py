@@ -189,7 +189,7 @@ def main(argv=None) -> None:
     for name in args.parts:
         day = Day(args)
         PARTS[name](day)
-        machine = loading.machine(torch.device(loading.choose_device("auto")))
+        machine = loading.machine(torch.device(loading.take_device("auto")))
         write_json(args.out / f"{name}.json", {"table": day.lines, "machine": machine})
         print(f"{name}: {machine['hardware']}, torch {machine['torch']}", *day.lines, sep="\n")
 

@@ -97,10 +97,8 @@ class Study:
         missing = [part for part in self.args.parts if part not in known]
         if not missing:
             return
-        data = dataset.load_examples(
-            task, data_dir=self.args.data_dir, tokenizer=self.tokenizer,
-            max_length=self.args.max_length,
-        )  # fmt: skip
+        how = {name: getattr(self.args, name) for name in ("data_dir", "max_length")}
+        data = dataset.load_examples(configs.Settings(task=task, **how), self.tokenizer)
         for part in missing:
             answer = getattr(self, part)(data)
             for name, rows in (answer if part == "scores" else {part: answer}).items():
@@ -131,9 +129,7 @@ class Study:
 
     def scores(self, data) -> dict[str, dict]:
         """Concentration, coverage, overlap and magnitude: all follow from a task's scores."""
-        losses = tasks.task_losses(
-            self.tokenizer, data.train[: self.args.samples], data.scored, self.args.max_length
-        )
+        losses = tasks.task_losses(data, self.args.samples, self.args.max_length)
         own = self.fisher(losses, "the task")
         mean = self.fisher(losses, "the task", statistic="of-mean")
         kinds = self.masks_of_texts
@@ -227,9 +223,7 @@ class Study:
         elsewhere = {density: kinds["C4"] for density, kinds in self.masks_of_texts.items()}
         start = [(p, p.detach().clone()) for p in self.model.parameters()]
         optimizer = torch.optim.Adam(self.model.parameters(), lr=args.adam, foreach=False)
-        losses = tasks.task_losses(
-            self.tokenizer, data.train[: args.samples], data.scored, args.max_length
-        )
+        losses = tasks.task_losses(data, args.samples, args.max_length)
         static = {}
         for t in tqdm(range(args.tuning + 1), "tuning", leave=False):
             if t in (0, args.tuning // 10, args.tuning):
@@ -318,9 +312,9 @@ def main(argv=None) -> None:
     args.rates = dict(args.rates)
     with one_line_errors():
         if is_tiny(args.model):
-            tiny = ROOT / "tiny/data"
-            args.data_dir, args.text = args.data_dir or tiny, args.text or tiny / "c4.jsonl"
-            args.other = args.other or tiny / "other.jsonl"
+            tiny = f"{ROOT}/tiny/data"
+            args.data_dir, args.text = args.data_dir or tiny, args.text or f"{tiny}/c4.jsonl"
+            args.other = args.other or f"{tiny}/other.jsonl"
         if args.other is None:
             raise ValueError("--other: another text, .txt or .jsonl, such as WikiText-2")
         args.out.mkdir(parents=True, exist_ok=True)

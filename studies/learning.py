@@ -94,13 +94,11 @@ class Run(NamedTuple):
         return "-".join([self.task, *map(os.path.basename, words), f"{self.lr:g}", f"{self.seed}"])
 
 
-def carry_out(run: Run, folder: Path, every: int, common: list[str], threads: int | None) -> dict:
+def carry_out(run: Run, folder: Path, every: int, common: list[str]) -> dict:
     """Begin a run, or go on with it, and say what the tables need of it.
 
     Losses are means over windows of `every` steps; validation and active share have their step.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     program, *flags = shlex.split(run.flags)
     main = {"train": train.main, "first_order": first_order.main}[program]
     result, steps = folder / "result.json", run.steps
@@ -142,8 +140,6 @@ class Study:
         self.given = configs.parse(configs.Config, "", common)  # for every run
         for name in RUNS_OWN & self.given.keys():
             raise ValueError(f"{configs.flag(name)}: the study gives each run its own; see --help")
-        if args.data_dir:
-            self.given["data_dir"] = args.data_dir
         self.found = json.loads(self.file.read_text()) if self.file.exists() else {}
         named = ("every", "short", "model", "text", "samples", "length")
         settings = {name: getattr(args, name) for name in named} | {"flags": self.given}
@@ -194,14 +190,14 @@ class Study:
             run = run._replace(flags=self.with_mask(run.flags, run.task))
             folder = (self.args.out / "runs" / run.name).absolute()
             kind = configs.Config if run.flags.startswith("train") else first_order.Config
-            common = self.common(kind)
-            ways.append((run, folder, self.args.every, common, 1 if jobs > 1 else None))
+            ways.append((run, folder, self.args.every, self.common(kind)))
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=total, unit="step", disable=not missing))
             pool = None
             if jobs > 1 and missing:
                 spawn = multiprocessing.get_context("spawn")  # as CUDA bears no fork
-                pool = stack.enter_context(ProcessPoolExecutor(jobs, spawn))
+                executor = ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,))
+                pool = stack.enter_context(executor)
             done = [pool.submit(carry_out, *way) for way in ways] if pool else ways
             try:
                 for run, way in zip(missing, done, strict=True):
@@ -433,7 +429,6 @@ def main(argv=None) -> None:
     parser = study_parser(__doc__)
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--tasks", nargs="+", default=["rte", "copa"])
-    parser.add_argument("--data-dir", help="as for train.py; the tiny model brings its own")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rates", "methods"])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--steps", type=positive, default=300)

@@ -86,7 +86,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))
     args = parser.parse_args(argv)
     with one_line_errors():
-        args.device = loading.choose_device(args.device)
+        args.device = loading.take_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         model = bench.build(args.shape, getattr(torch, args.dtype), "meta")
         weights = sum(p.numel() * p.itemsize for p in model.parameters()) / 1e9

@@ -77,8 +77,7 @@ def main(argv=None) -> None:
     with one_line_errors():
         model, rows = loading.load_model(args.model, args.dtype), {}
         patch = patched(model, masks.SmallWeights(0.25))
-        if model.device.type == "cpu":
-            loading.keep_freed_memory()  # as for training
+        loading.keep_freed_memory()  # as for training
         for task in args.tasks:
             config = complete(Settings(args.model, task, args.data_dir, batch_size=args.batch_size))
             config, _, data = dataset.load(config)

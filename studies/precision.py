@@ -74,7 +74,7 @@ def main(argv=None) -> None:
                 shares = found["arrive"][row] = arrive(method, lr, dtype, flags, args.count)
                 cells = ["–" if share is None else f"{share:.1%}" for share in shares]
                 print(f"| {row} | {' | '.join(cells)} |", flush=True)
-                found["machine"] = loading.machine(torch.device(loading.choose_device("auto")))
+                found["machine"] = loading.machine(torch.device(loading.take_device("auto")))
                 configs.write_json(args.out / "precision.json", found)
 
 

@@ -81,9 +81,9 @@ def test_a_mask_of_a_task_is_of_its_training_loss(folder, tmp_path):
     files = [f"--train-file={folder}/train.jsonl", f"--test-file={folder}/test.jsonl"]
     index, made = command(folder, tmp_path / "a", "--mask-from=task", "--samples=5", *files)
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
-    names = {"train_file": folder / "train.jsonl", "test_file": folder / "test.jsonl"}
-    data = dataset.load_examples(**names)
-    losses = tasks.task_losses(tokenizer, data.train[:5], data.scored)
+    names = {f"{part}_file": f"{folder}/{part}.jsonl" for part in ("train", "test")}
+    data = dataset.load_examples(configs.Settings(**names), tokenizer)
+    losses = tasks.task_losses(data, 5)
     model = loading.load_model(f"{folder}/model")
     assert equal(index, masks.sensitive_index(model, losses, 0.01)) and made["samples"] == 5
 

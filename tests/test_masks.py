@@ -215,15 +215,6 @@ def test_one_compilation_serves_every_density_seed_and_tensor():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
 
 
-def test_active_count_counts_over_chunks():
-    """The count over chunks is the count of the whole mask, whatever the rule."""
-    w = weight((1 << 22) + 5)
-    for rule in (masks.SmallWeights(0.3), masks.PackedMask(0.3), masks.Everything()):
-        state = rule.prepare(w, 2)
-        whole = rule.mask(w, torch.arange(w.numel(), dtype=torch.int32), state).sum()
-        assert masks.active_count(rule, w, state) == whole
-
-
 # ------------------------------------------------------------------ which matrices
 
 

@@ -181,6 +181,19 @@ def test_probe_and_update_use_the_same_noise_and_mask():
     assert loss_of(model, inputs) == plus
 
 
+def test_a_mask_in_parts_is_the_whole_mask():
+    """Of a weight that is larger than a part, each element has its own m, whatever the rule."""
+    layer = torch.nn.Linear(1, (1 << 22) + 5, bias=False).eval()
+    element = torch.arange(layer.weight.numel(), dtype=torch.int32)
+    for rule in (masks.SmallWeights(0.3), masks.PackedMask(0.3), masks.RandomMask(0.3)):
+        patch = Patch(layer, rule)
+        (weight,) = patch.weights
+        whole = rule.mask(weight.theta.view(-1), element, weight.state)
+        assert torch.equal(weight.mask().view(-1), whole)
+        assert patch.active_density() == int(whole.sum()) / whole.numel()
+        patch.remove()
+
+
 def test_tied_weights_move_once_and_stay_tied():
     """A tied head and embedding are one parameter: alike in a probe, updated once, and tied."""
     model = build("llama-tied")

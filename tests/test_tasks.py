@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +29,6 @@ import train
 from harness import config as configs
 from harness import dataset, loading
 from harness.config import Config
-from harness.dataset import load_examples
 from tasks import Example, collate, encode
 
 WORDS = (
@@ -42,6 +41,12 @@ def shared(*parts):
     if not path.exists():
         pytest.skip(f"{path} is not here")
     return path
+
+
+def load_examples(task=None, tokenizer=None, **said):
+    """harness/dataset.py's, of settings that are said by name."""
+    said = {name: str(x) if isinstance(x, Path) else x for name, x in said.items()}
+    return dataset.load_examples(configs.Settings(task=task, **said), tokenizer)
 
 
 def word_tokenizer(pattern=r"\n|\w+|[^\w\s]", extra=(), bos=True, eos=False):
@@ -302,11 +307,11 @@ def test_split_is_mezos(tmp_path):
     torch.manual_seed(1), np.random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     sizes = {"num_train": 40, "num_validation": 20, "num_test": 30}
-    data = load_examples("wic", data_dir=tmp_path, **sizes, seed=7)
+    data = load_examples("wic", data_dir=tmp_path, **sizes, data_seed=7)
     assert data.train == drawn[:-20] and data.validation == drawn[-20:] and data.test == test
     assert torch.equal(before[0], torch.get_rng_state())  # the global generators are left alone
     assert (before[1] == np.random.get_state()[1]).all()
-    other = load_examples("wic", data_dir=tmp_path, **sizes, seed=8)
+    other = load_examples("wic", data_dir=tmp_path, **sizes, data_seed=8)
     assert other.train != data.train
 
 
@@ -390,8 +395,8 @@ def test_real_files_of_piqa_and_aqua(tmp_path, llama2):
         key = f"Question: {row['goal']}\nAnswer:", (f" {row['sol1']}", f" {row['sol2']}")
         assert found[key] == int(label)
     for data in (aqua, piqa):
-        examples = data.test[:100]
-        assert tasks.check_examples(llama2, examples, 2048, len(llama2), data.scored) == 0
+        data = replace(data, tokenizer=llama2)
+        assert tasks.check_examples(data, data.test[:100], 2048, len(llama2)) == 0
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -771,14 +776,13 @@ def test_examples_are_checked_before_training():
     """Prompts that lose their beginning are counted, an option without room is an error."""
     short, long = Example("a b", (" red", " blue"), 0), Example("a b c a b c", (" red", " blue"), 0)
     length = max(len(ids) for ids, _ in tasks.encode(TOKENIZER, short))
-    assert tasks.check_examples(TOKENIZER, [short, long, long], length, 99) == 2
-    assert tasks.check_examples(TOKENIZER, [short, long], 100, 99) == 0
+    data = dataset.Data([], [], [], True, "", TOKENIZER)
+    assert tasks.check_examples(data, [short, long, long], length, 99) == 2
+    assert tasks.check_examples(data, [short, long], 100, 99) == 0
     with pytest.raises(ValueError, match="it needs 1, and 1 before it"):
-        tasks.check_examples(
-            TOKENIZER, [short, Example("a", (" b", " a b c a b c"), 0)], length, 99
-        )
+        tasks.check_examples(data, [short, Example("a", (" b", " a b c a b c"), 0)], length, 99)
     with pytest.raises(ValueError, match="the same to this tokenizer"):
-        tasks.check_examples(TOKENIZER, [Example("a", (" quokka", " wombat"), 0)], length, 99)
+        tasks.check_examples(data, [Example("a", (" quokka", " wombat"), 0)], length, 99)
 
 
 def test_the_score_is_a_mean_not_a_sum():
@@ -1091,9 +1095,9 @@ def test_accuracy_counts_every_example_once(llama):
 @pytest.mark.parametrize("classification", [True, False])
 def test_the_loss_that_scores_weights_is_that_of_training(llama, classification):
     """task_losses gives each example the very loss that a step of train.py gives it."""
-    data = dataset.Data(YES_NO + MULTI, [], [], classification, "")
+    data = dataset.Data(YES_NO + MULTI, [], [], classification, "", TOKENIZER)
     patch = model_patch.Patch(build("llama"), masks.Everything(), eps=1e-9)
-    losses = tasks.task_losses(TOKENIZER, data.train, data.scored)
+    losses = tasks.task_losses(data, len(data.train))
     for loss, example in zip(losses, data.train, strict=True):
         batch = collate(TOKENIZER, [example], scored=data.scored, max_length=64)
         want, _ = train.losses(patch, [batch], 0)
@@ -1307,8 +1311,8 @@ BAD_COMPLETIONS = {
     "no role": ({"messages": [{"content": "a"}]}, chat_tokenizer(), "no field 'role'"),
     "no messages": ({"messages": 3}, chat_tokenizer(), "int"),
     "refused": ({"messages": TALK}, chat_tokenizer("{{ raise_exception('no\\nway') }}"),
-                "the chat template refuses it: no"),
-    "broken": ({"messages": TALK}, chat_tokenizer("{% if %}"), "the chat template refuses it: "),
+                r"the chat template refuses it \(.*: no"),
+    "broken": ({"messages": TALK}, chat_tokenizer("{% if %}"), "the chat template refuses it "),
     "other": ({"messages": TALK}, chat_tokenizer("{{ messages | length }}"),
               "reply does not follow its generation prompt"),
     "text": ({"text": 3}, TOKENIZER, "is no text"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harness import config as configs
 from harness import dataset
 from model_patch import MaskedWeight
 
@@ -43,8 +44,9 @@ def splits():
     """{task: {split: examples}}, as the project reads the committed files."""
     found = {}
     for task in TASKS:
-        sizes = {"num_train": 1500, "num_validation": 0, "num_test": 1000}
-        data = dataset.load_examples(task, data_dir=TINY / "data", **sizes)
+        how = {"task": task, "data_dir": str(TINY / "data")}
+        how |= {"num_train": 1500, "num_validation": 0, "num_test": 1000}
+        data = dataset.load_examples(configs.Settings(**how))
         parts = {"train": data.train, "val": data.test}
         found[task] = {s: [dataclasses.asdict(e) for e in part] for s, part in parts.items()}
     return found

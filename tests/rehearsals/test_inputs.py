@@ -24,6 +24,7 @@ import tasks
 import train
 import zo
 from harness import dataset, loading, log
+from harness.config import Settings
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4], "fmt": "e4m3"}
 
@@ -300,9 +301,8 @@ def test_a_trailing_space_in_one_row_changes_nothing(option, folder, tmp_path):
     """Options are compared as they are scored, without trailing spaces."""
     usual = [("red a", [" red", " blue"], 0), ("blue a", [" red", " blue"], 1)]
     train_file = rows(tmp_path / "t.jsonl", *usual * 10, ("blue b", [" red", option], 1))
-    data = dataset.load_examples(
-        train_file=train_file, test_file=rows(tmp_path / "u.jsonl", *usual)
-    )
+    test_file = rows(tmp_path / "u.jsonl", *usual)
+    data = dataset.load_examples(Settings(train_file=str(train_file), test_file=str(test_file)))
     assert data.classification and data.odd is None
 
 
@@ -726,8 +726,8 @@ def test_options_in_another_normal_form_are_the_same(tmp_path):
     """An accent in one code point or in two is one option, as is a tab at its end."""
     usual = ("a", [" né", " blue"], 0)
     odd = ("b", [" ne\u0301\t", " blue"], 0)
-    file = rows(tmp_path / "t.jsonl", *[usual] * 5, odd)
-    assert dataset.load_examples(train_file=file, test_file=file).classification
+    file = str(rows(tmp_path / "t.jsonl", *[usual] * 5, odd))
+    assert dataset.load_examples(Settings(train_file=file, test_file=file)).classification
 
 
 # ------------------------------------------------------------------ completions and texts

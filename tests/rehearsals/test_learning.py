@@ -50,8 +50,8 @@ def test_a_run_that_is_longer_than_asked_for_is_whole(tmp_path):
     """Where a longer part was stopped on its way, a shorter one takes the run and not as broken."""
     common = [f"--model={TINY}", "--num-validation=4", "--num-test=4"]
     run = learning.Run("rte", "train --method=mezo", 1e-3, 0, 5)
-    learning.carry_out(run, tmp_path / "run", 2, common, None)
-    found = learning.carry_out(run._replace(steps=2), tmp_path / "run", 2, common, None)
+    learning.carry_out(run, tmp_path / "run", 2, common)
+    found = learning.carry_out(run._replace(steps=2), tmp_path / "run", 2, common)
     assert found["stopped"] is None and found["steps"] == 6 and len(found["loss"]) == 3
     assert found["test"] is not None and {2, 4, 6} <= set(found["validation"])
 

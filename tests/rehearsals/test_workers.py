@@ -196,7 +196,7 @@ def test_workers_that_cannot_meet_say_so(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(command(folder, tmp_path / "run"))
     said = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and said.endswith("failed: closed by peer"), said
+    assert stop.value.code == 2 and said.endswith("failed: closed by peer)"), said
 
 
 def test_torchrun_starts_it(folder, tmp_path):
@@ -216,17 +216,16 @@ def test_workers_of_a_machine_take_a_gpu_each(monkeypatch):
     """The workers of torchrun share the GPUs out; a GPU that the user names is taken."""
     monkeypatch.setattr(loading.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading.torch.cuda, "device_count", lambda: 2)
-    assert loading.choose_device("auto") == "cuda:0"
-    for worker, device in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
-        monkeypatch.setenv("LOCAL_RANK", str(worker))
-        assert loading.choose_device("auto") == loading.choose_device("cuda") == device
-        assert loading.choose_device("cuda:1") == "cuda:1"
-    with pytest.raises(ValueError, match="sees 2 GPUs"):
-        loading.choose_device("cuda:2")
     taken = []
     monkeypatch.setattr(loading.torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(loading.torch.backends.cuda, "enable_cudnn_sdp", taken.append)
-    assert loading.take_device("cuda:1") == "cuda:1" and taken == ["cuda:1", False]
+    assert loading.take_device("auto") == "cuda:0" and taken == ["cuda:0", False]
+    for worker, device in enumerate(["cuda:0", "cuda:1", "cuda:0"]):
+        monkeypatch.setenv("LOCAL_RANK", str(worker))
+        assert loading.take_device("auto") == loading.take_device("cuda") == device
+        assert loading.take_device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="sees 2 GPUs"):
+        loading.take_device("cuda:2")
 
 
 def test_shares_are_every_nth(monkeypatch):
