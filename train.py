@@ -166,8 +166,7 @@ def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
         model = loading.load_model(*how, split=split, index=index)
     select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(model, moves, eps=config.eps, select=select, rounding=config.rounding)
-    moving = sum(theta.numel() for theta in patch.moving())
-    patch.fused = loading.compiles(config.compile, moving, device)
+    patch.fused = loading.compiles(config.compile, patch)
     loading.keep_freed_memory()
     return patch
 

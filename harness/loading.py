@@ -274,16 +274,18 @@ def usable_length(max_length: int, model_config, taken: int = 0) -> int:
     return min(max_length, positions - taken) if positions else max_length
 
 
-def compiles(setting: str, weights: int, device: str) -> bool:
-    """--compile: auto is on a GPU, and on a CPU for 10 million moving weights; it takes seconds.
+def compiles(setting: str, patch) -> bool:
+    """--compile: auto is on a GPU, and on a CPU for 10 million moving weights.
 
-    False, with a line, where this machine has no compiler.
+    The loop of a probe is made here, which takes seconds. False, with a line, where this machine
+    has no compiler.
     """
-    if setting == "no" or setting == "auto" and device == "cpu" and weights < 10e6:
+    sizes = [theta.numel() for theta in patch.moving()]
+    if setting == "no" or setting == "auto" and patch.device.type == "cpu" and sum(sizes) < 10e6:
         return False
-    theta, every = torch.zeros(256, device=device), masks.Everything.mask
+    weight, nowhere = patch.weights[sizes.index(max(sizes))], zo.Shift.of(0.0, 0)
     try:
-        zo.apply(theta, zo.Shift.of(0.0, 0), zo.word(0), every, theta[:0], fused=True)
+        zo.apply(weight.theta, nowhere, weight.stream, patch.rule.mask, weight.state, fused=True)
         return True
     except torch.OutOfMemoryError:
         raise

@@ -20,8 +20,9 @@ from model_patch import Patch
 
 def patched(model, rule: masks.Rule) -> Patch:
     """The patch of train.py, compiled where it would be."""
-    fused = loading.compiles("auto", model.num_parameters(), str(model.device))
-    return Patch(model, rule, fused=fused)
+    patch = Patch(model, rule)
+    patch.fused = loading.compiles("auto", patch)
+    return patch
 
 
 def slope(patch: Patch, gradients: dict, seed: int) -> float:

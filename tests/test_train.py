@@ -794,6 +794,26 @@ def test_a_model_with_nan_is_refused(flags, base, folder, tmp_path, capsys):
     assert "model.norm.weight holds NaN" in refused(train.main, argv, capsys)
 
 
+def test_without_a_compiler_a_run_goes_on(monkeypatch, capsys):
+    """Where the loop cannot be made, one line says so; where memory is short, that is the error."""
+    patch = model_patch.Patch(build("llama"), masks.SmallWeights(0.3))
+    assert not loading.compiles("auto", patch) and not loading.compiles("no", patch)
+
+    def fail(error):
+        def compiled():
+            raise error
+
+        monkeypatch.setattr(zo, "_compiled", compiled)
+
+    fail(RuntimeError("no C++ compiler\nand more"))
+    assert loading.compiles("yes", patch) is False
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "torch.compile fails" in line and line.endswith("no C++ compiler")
+    fail(torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        loading.compiles("yes", patch)
+
+
 def test_runs_have_names_of_their_own(tmp_path, monkeypatch):
     """Without --out runs are numbered, never overwritten."""
     monkeypatch.chdir(tmp_path)
