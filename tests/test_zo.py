@@ -283,14 +283,17 @@ def test_a_tensor_on_another_device_takes_its_numbers_from_the_cpu():
     assert not any(number.device.type != "cpu" or number.dim() for number in shift)
 
 
-def test_a_loop_compiled_for_few_weights_runs_on_all_threads(monkeypatch):
-    """A tiny tensor's loop is parallel too: from the compiler's cache a large tensor gets it."""
-    monkeypatch.setattr(zo, "threefry", lambda draw, *_: (draw, draw))  # or it compiles for long
-    monkeypatch.setattr(zo, "normal_pair", lambda *words: [word.float() for word in words])
+def test_the_fused_loop_is_one_on_all_threads():
+    """The longest, R-MeZO's, stores nothing between; a tiny tensor's is parallel for large ones."""
+    theta, rule = weight(64, torch.bfloat16), masks.RandomMask(0.5)
     torch.compiler.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
-        _, code = run_and_get_code(move, weight(64), fused=True)
-    assert code and all("#pragma omp parallel" in source for source in code)
+        _, (code,) = run_and_get_code(
+            zo.apply, theta, zo.Shift.of(1.0, LAST), zo.word(1), rule.mask, rule.prepare(theta, 1),
+            out=theta, stochastic=True, fused=True,
+        )  # fmt: skip
+    assert code.count("#pragma omp parallel") == code.count("#pragma omp for") == 1
+    assert "= empty_strided_cpu(" not in code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
