@@ -6,7 +6,7 @@ NUMERICAL = tests/test_zo.py tests/test_masks.py tests/test_quant.py
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt
-	$(RUN) -m compileall -qq -j 0 -x /tests/ .venv/lib || true  # on all cores; a file may need a newer Python
+	$(RUN) -m compileall -qq -j 0 -x /tests/ .venv/lib || true  # some need a newer Python
 	touch $@
 
 demo: .venv/ready

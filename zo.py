@@ -268,10 +268,10 @@ def _compiled():
         "assume_aligned_inputs": True,  # those that are not are copied for the call
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
         "cpp.dynamic_threads": True,  # a kernel first compiled for a small tensor is not serial
-        # by default 30 operations are traced anew wherever they are read, which takes most of the
-        # time. Keeping shorter ones makes more nodes; they stay one loop
+        # the compiler traces an expression anew wherever it is read, unless it has so many
+        # operations; by default 30, which takes four times as long
         "realize_opcount_threshold": 16,
-        "max_fusion_size": 1000,
+        "max_fusion_size": 1000,  # by default 64, which would split R-MeZO's loop
         "cpp.simdlen": vectors,
     }
     return torch.compile(_apply, dynamic=True, fullgraph=True, options=options)

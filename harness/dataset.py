@@ -29,7 +29,7 @@ from unicodedata import normalize
 import numpy as np
 
 from harness import adapter, loading
-from harness.config import Settings, filled, locate, reworded
+from harness.config import Settings, locate, reworded
 from tasks import OWN, Example, Task, get_task, option_tokens
 
 _COMMITS = {  # parquet, no script to run; pinned: a seed means the same examples for good
@@ -117,10 +117,11 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
     train, test, *held = (_in_blocks(part, tokenizer, config.max_length) for part in parts)
     if not (task or held):  # validation out of the own training file: at most a third
         spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
-    sizes = "num_train", "num_validation", "num_test"
-    config, _ = filled(config, {name: (getattr(spec, name), "the task's") for name in sizes})
-    num_train, num_validation, num_test = (getattr(config, name) for name in sizes)
-    seed = config.data_seed
+    num_train, num_test, seed = config.num_train, config.num_test, config.data_seed
+    num_train = spec.num_train if num_train is None else num_train
+    num_test = spec.num_test if num_test is None else num_test
+    num_validation = config.num_validation
+    num_validation = spec.num_validation if num_validation is None else num_validation
     if held:
         train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
     else:
