@@ -50,16 +50,16 @@ def open_model(config: Settings, model_config, data, examples: list, shots: int)
 
 def open_run(config: configs.Config, run: Path, data, step: str) -> tuple:
     """(what it is, model): after its best, last or any step."""
-    log = StepLog(run)
-    after = {"best": log.best_step(), "last": len(log.steps)}.get(step)
+    record = StepLog(run)
+    after = {"best": record.best_step(), "last": len(record.steps)}.get(step)
     if after is None:
-        if not step.isdecimal() or int(step) > len(log.steps):
-            raise ValueError(f"--step {step}: best, last, or 0 … {len(log.steps)}, as logged")
+        if not step.isdecimal() or int(step) > len(record.steps):
+            raise ValueError(f"--step {step}: best, last, or 0 … {len(record.steps)}, as logged")
         after = int(step)
-    model = train.rebuild(config, run, data, log.steps, after)
-    what = f"{run} after {after} of {len(log.steps)} logged steps (--steps {config.steps})"
+    model = train.rebuild(config, run, data, record.steps, after)
+    what = f"{run} after {after} of {len(record.steps)} logged steps (--steps {config.steps})"
     if step == "best" and data.validation:
-        untrained = log.steps and not after
+        untrained = record.steps and not after
         what += ", best on validation" + ("; --step last is trained" if untrained else "")
     return what, model
 

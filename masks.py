@@ -13,11 +13,11 @@
     index         [Q]'s m as data: {name of a matrix: flat positions of its moving weights}
 
 How it works
-    A rule has two methods. `prepare` looks at a weight before training, and returns what must be
-    kept for it. `mask` answers for any element of the weight, from the unperturbed θ and from what
-    was kept. It becomes a part of zo.apply's compiled loop. YOUR_OWN.md has a rule of six lines.
+    A rule has two methods. `prepare` looks at a weight before training, and returns its state.
+    `mask` says which elements of the weight move, from the unperturbed θ and this state. zo.apply
+    calls it in its loop. YOUR_OWN.md has a rule of six lines.
 
-    rule             the mask is                                    kept
+    rule             the mask is                                    state
     Everything       all ones: MeZO                                 nothing
     SmallWeights     taken in every probe: S-MeZO, "dynamic mask"   h, one number per tensor
     MagnitudeGroup   the same of other groups by magnitude          two numbers per tensor
@@ -32,11 +32,10 @@ How it works
 
 What differs from the papers
     Algorithm 3 is printed with two slips, see `get_mask`. [S]'s "layer" is read as one parameter
-    tensor, norms and biases included. [S]'s appendix C.2 puts "sparsity 80 %" at the 80th
-    percentile of the values, and one reply puts 0.75 at the 75th of |θ|. Then the smallest 75 %
-    would move. [S]'s scores on RTE contradict that: sparsity 0.75 has 80.7 ± 1.6, the smallest
-    quarter alone 82.7, the smallest three quarters 72.3, all weights 71.7. So here sparsity 0.75
-    means density 0.25.
+    tensor, norms and biases included. [S]'s appendix C.2 and a reply put h for sparsity 0.75 at the
+    75th percentile. Then the smallest 75 % would move. [S]'s scores on RTE contradict that:
+    sparsity 0.75 has 80.7 ± 1.6, the smallest quarter alone 82.7, the smallest three quarters 72.3.
+    So here sparsity 0.75 means density 0.25.
 
     We had [Q]'s summary, reviews and replies, not its full text or code. [Q] defines the score as a
     mean of squares. A code base close to [Q] squares the mean gradient (statistic="of-mean"). From
@@ -145,7 +144,7 @@ class Rule:
         self.refresh_every = refresh_every  # steps after which `prepare` is called again; 0: never
 
     def prepare(self, weight: Tensor, stream: int) -> Tensor:
-        """What must be kept for `weight`, on its device; called before training."""
+        """The state of `weight`, a tensor on its device; called before training."""
         return torch.empty(0, device=weight.device)
 
     @staticmethod
@@ -205,8 +204,8 @@ class MagnitudeGroup(SmallWeights):
 class ConstantMask(Rule):
     """[S] §3.2 "constant mask": the small weights of before training, stored as booleans.
 
-    `refresh_every=k` takes it again every k steps, and h with it. The authors asked how often that
-    is due: on average 79.0 at every step, 76.3 at every fifth. It seems that their h stayed.
+    `refresh_every=k` takes mask and h again every k steps. In a reply of [S], whose h stays, a mask
+    of every step has 79.0 on average, and one of every fifth 76.3.
     """
 
     def prepare(self, weight, stream):
@@ -262,7 +261,7 @@ class RandomMask(Rule):
 
 
 def decoder_blocks(model) -> list[nn.Module]:
-    """The text decoder's repeated layers: those of its heaviest ModuleList, and their like."""
+    """The text decoder's repeated blocks: those of its heaviest ModuleList, and their like."""
     decoder = getattr(model, "get_decoder", lambda: None)() or model  # not of the image encoder
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     heaviest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
@@ -326,7 +325,7 @@ def _only_gradients_of(wanted: dict[str, Tensor], model, receive):
 def fisher(model, losses, *, statistic="per-sample", weights=None) -> dict:
     """[Q]'s score of every decoder linear, {name: fp32 tensor}: the empirical Fisher diagonal.
 
-    `losses`: an iterable of functions, loss(model) → scalar, one per sample; use_cache=False.
+    `losses`: a function for each sample, loss(model) → scalar, which calls it with use_cache=False.
     per-sample: the mean of the samples' squared gradients. of-mean: the square of their mean.
     Squares are taken in fp32: in fp16 a gradient of 1e-4 squares to zero. `weights` restricts it to
     some of `decoder_linears`.
@@ -389,27 +388,23 @@ def check_places(places: Tensor, numel: int, name: str) -> None:
         raise ValueError(f"{name}: an index is k > 0 places in ascending order, below {numel}")
 
 
-def sensitive(scores: dict[str, Tensor], density: float) -> dict[str, Tensor]:
-    """[Q]'s mask: per matrix the k highest scores, as `top` gives them.
+def sensitive(scores: dict[str, Tensor], density: float, ks: dict | None = None) -> dict:
+    """[Q]'s mask, {name: places}: per matrix the k highest scores, as `top` gives them.
 
     Left out are a matrix too small for one place, and one that no gradient reaches, such as an
-    expert that no token was routed to.
+    expert that no token was routed to. `ks`: k by name, where `scores` has a part of the matrices.
     """
-    return _highest(scores, how_many(scores, density))
-
-
-def _highest(scores: dict[str, Tensor], ks: dict[str, int]) -> dict[str, Tensor]:
-    """`sensitive`, where k is known of more matrices than there are scores of."""
+    ks = how_many(scores, density) if ks is None else ks
     return {name: top(s, ks[name]) for name, s in scores.items() if name in ks and s.any()}
 
 
 def sensitive_index(
     model, losses, density: float, *, groups: int = 1, then=lambda *_: None, **how
 ) -> dict[str, Tensor]:
-    """`sensitive(fisher(model, losses, **how), density)`, with one of `groups` parts of the scores
-    in memory at a time, for as many passes over `losses`, a list.
+    """[Q]'s mask of a model, made in `groups` passes over the list `losses`.
 
-    `then(scores, index)` is called of each part, for what else needs the scores.
+    Each pass scores one group of matrices, so that only its scores are in memory. `then(scores,
+    index)` is called after each pass, before these are dropped. `how`: what `fisher` takes.
     """
     weights, index = decoder_linears(model), {}
     ks = how_many(weights, density)  # of all, as one part alone may have no place
@@ -417,7 +412,7 @@ def sensitive_index(
     for first in range(0, len(names), size):
         part = {name: weights[name] for name in names[first : first + size]}
         scores = fisher(model, losses, weights=part, **how)
-        found = _highest(scores, ks)
+        found = sensitive(scores, density, ks)
         then(scores, found)
         index |= found
         del scores  # before the next are made

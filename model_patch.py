@@ -15,10 +15,10 @@ How it works
 
     So the mask of S-MeZO is made anew in every probe, from the θ_t that no probe touches, and again
     in the update. It is not stored, and cannot come from a perturbed weight.
-    θ + ε ẑ exists for one layer at a time, from the moment that the layer reads its weight until
-    the next layer reads its own. Tied weights agree: they are one parameter and one noise stream.
-    Their copy stays for the whole probe, as it is often the largest, and would be drawn twice.
-    Nothing here depends on the architecture, LLaMA or OPT.
+    A layer is a module with weights of its own here, such as a linear layer or a norm. θ + ε ẑ
+    exists for one layer at a time, from the moment that the layer reads its weight until the next
+    layer reads its own. Tied weights are one parameter with one noise stream. Their copy stays for
+    the whole probe, so that it is drawn once. Nothing here depends on the architecture.
 
     [Q] is the same on one vector that moves as a whole: the k values of quant.DenseSparse. A probe
     makes values ± ε z once, when it opens, and the layers read them from there.
@@ -28,8 +28,8 @@ What differs from Algorithm 1
 
 What it costs
     Memory: the model, the batch, and a copy of the weights of one layer and of tied ones. Time: the
-    noise of every weight is drawn three times a step, for l⁺, l⁻ and the update. Each further
-    forward pass of a probe draws it again; that of [Q]'s values is drawn once a probe.
+    noise of every weight is drawn three times a step, for l⁺, l⁻ and the update. A probe with
+    several forward passes draws it in each, but that of [Q]'s values once.
 """
 
 import re
@@ -49,11 +49,11 @@ class MaskedWeight(nn.Module):
 
     def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int):
         super().__init__()
-        self.patch, self.name, self.number = patch, name, stream
-        self.layer = name.rpartition(".")[0]  # of a tied weight, its first
+        self.patch, self.name, self.stream = patch, name, stream
+        self.layer = name.rpartition(".")[0]  # the one that reads it, of a tied weight the first
         self.uses = 0  # of a tied weight, more than one
-        self.held = (theta,)  # in a tuple: a parameter is registered already, under `original`
-        self.stream = zo.word(stream)
+        self.held = (theta,)  # in a tuple, or nn.Module would register it once more
+        self.word = zo.word(stream)
         self.was_read = False
         self.prepare()
 
@@ -64,7 +64,7 @@ class MaskedWeight(nn.Module):
 
     def prepare(self) -> None:
         """What the rule keeps of θ, such as [S]'s threshold h."""
-        self.state = self.patch.rule.prepare(self.theta, self.number)
+        self.state = self.patch.rule.prepare(self.theta, self.stream)
 
     def mask(self) -> Tensor:
         """m(θ) as it is now, boolean, θ's shape."""
@@ -81,7 +81,7 @@ class MaskedWeight(nn.Module):
         if patch.shift is None:
             return theta
         self.was_read = True
-        if self.layer != patch.reading:  # the layer before has used its copies, but for tied ones
+        if self.layer != patch.reading:  # a new layer reads: all copies go, but for tied ones
             patch.copies = {w: copy for w, copy in patch.copies.items() if w.uses > 1}
             patch.reading = self.layer
         if self not in patch.copies:  # a layer may ask several times, for a dtype or an expert
@@ -91,7 +91,7 @@ class MaskedWeight(nn.Module):
     def plus(self, shift: zo.Shift, out: Tensor | None = None, stochastic: bool = False) -> Tensor:
         """θ + a m(θ)⊙z, into `out` or a new tensor."""
         return zo.apply(
-            self.theta, shift, self.stream, self.patch.rule.mask, self.state,
+            self.theta, shift, self.word, self.patch.rule.mask, self.state,
             out=out, stochastic=stochastic, fused=self.patch.fused,
         )  # fmt: skip
 
@@ -103,8 +103,8 @@ class Patch:
     loss_plus, loss_minus = patch.losses(batch, loss_fn, seed)
     patch.update(seed, float(-lr * zo.projected_grad(loss_plus, loss_minus, patch.eps)))
 
-    what_moves: a rule of masks.py ([S], MeZO), or a quant.DenseSparse ([Q]). eps: ε, 1e-3 in both
-    papers. fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
+    what_moves: a rule of masks.py ([S], MeZO), or a quant.DenseSparse ([Q]). eps: ε, 1e-3 in [S].
+    fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
     For a rule only: select, a regular expression, and only parameters whose name matches move;
     rounding, of updates to 16-bit weights, "stochastic" or "nearest".
     """
@@ -147,11 +147,6 @@ class Patch:
         else:
             self._parametrize(select)
         self.device = self.weights[0].theta.device
-        # bitsandbytes packs two of 4 bits into a byte
-        shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]
-        parts = self.sparse.parts.values() if self.sparse else ()
-        shapes += [part.shape for part in parts if part.packed is not None]
-        self.total = sum(shape.numel() for shape in shapes)
 
     def _parametrize(self, select: str) -> None:
         """Give every parameter that moves a `MaskedWeight`, and every module that has it, too."""
@@ -180,8 +175,8 @@ class Patch:
     def scratch(self, like: Tensor) -> Tensor:
         """Memory for a perturbed copy of `like`: that of an earlier copy which nobody holds now.
 
-        Fresh memory would cost as much time as the noise, in page faults. Whether anybody holds a
-        copy, or a view of one, is what torch counts.
+        Fresh memory costs page faults, as much time as the noise. torch counts who still holds a
+        copy or a view of one.
         """
         for buffer, alone in self.buffers:
             fits = buffer.dtype == like.dtype and buffer.numel() >= like.numel()
@@ -266,6 +261,14 @@ class Patch:
         """A number that tells whether two workers' weights have come apart."""
         parts = (part for theta in self.moving() for part in theta.view(-1).split(1 << 22))
         return sum(float(part.sum(dtype=torch.float64)) for part in parts)  # copied as float64
+
+    @property
+    def total(self) -> int:
+        """How many weights the model has. bitsandbytes packs two of 4 bits into a byte."""
+        parts = self.sparse.parts.values() if self.sparse else ()
+        shapes = [getattr(p, "quant_state", p).shape for p in self.model.parameters()]
+        shapes += [part.shape for part in parts if part.packed is not None]
+        return sum(shape.numel() for shape in shapes)
 
     def __str__(self):
         if self.sparse:

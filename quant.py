@@ -18,9 +18,9 @@ How it works
     it is a copy of the parameter as it was loaded. That is the only difference between the two.
     Embeddings, head, norms, biases, and matrices that the index lacks stay as they were loaded.
 
-    The k values are taken out before quantisation. NF4 gets a 0 in their places, which it
-    represents exactly. k-means counts them for nothing. So in these places dense + sparse is w bit
-    for bit, and a large value no longer stretches its block's scale or takes a level of its row.
+    The k values are taken out before quantisation. NF4 sees a 0 in their places, and k-means gives
+    them weight 0. So a large value neither stretches its block's scale nor takes a level of its
+    row. `Parts` writes the k values over the dense matrix, so there a layer reads w bit for bit.
 
     NF4 (Dettmers et al., 2023) is a table of 16 levels, the quantiles of a normal distribution
     scaled to [−1, 1]. A block of 64 weights is divided by its largest magnitude, and each goes to
@@ -28,9 +28,8 @@ How it works
     and a test holds the two equal.
 
     k-means chooses a row's 16 levels so that Σ F (w − level)² is small. F are the mask's squared
-    gradients, which exist only while the mask is made. So levels and codes are fitted then, matrix
-    by matrix, and kept in the mask's file. They take half a byte per weight, where F takes four. No
-    run fits them again.
+    gradients, and are not kept. So harness/mask.py fits levels and codes when it makes the mask,
+    matrix by matrix, and keeps them in the mask's file. They take half a byte per weight.
 
 What differs from the paper
     NF4 is the default: it needs no fitting and has kernels for CPU and CUDA. k-means has the lower

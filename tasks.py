@@ -10,7 +10,7 @@
 
     [S]   Sparse-MeZO: appendix B, Table 5 (prompts); 1,000 training and 1,000 test examples
     MeZO  princeton-nlp/MeZO, large_models/{templates,tasks,run,utils}.py, which [S] builds on
-    [Q]   SensZOQ: tables 7 to 9 have ARC to AQuA, and how many examples of each
+    [Q]   SensZOQ: its appendix has ARC to AQuA, and how many examples of each
     [H]   EleutherAI/lm-evaluation-harness, lm_eval/tasks: their prompts, as [Q]'s are unknown
 
 How it works
@@ -23,7 +23,7 @@ How it works
 
     A task whose answers are the same in every row is classification. Where rows bring options of
     their own, it is trained with `lm_loss` on the right one, as MeZO trains COPA. Which loss [Q]
-    takes for the tasks of its tables 7 to 9 is unknown; here they follow that rule.
+    takes for ARC to AQuA is unknown; here they follow that rule.
 
 What differs from MeZO
     BoolQ is SuperGLUE's, whose passages begin with a title that google/boolq's lack. WinoGrande is
@@ -272,8 +272,8 @@ def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[li
     """Per option: (token ids of prompt + option, how many at the end are the option's).
 
     As MeZO's `encode_prompt`, outer spaces are stripped, and too long a prompt loses its beginning
-    but keeps BOS. The option's tokens are the pieces that begin in it, and one that begins before
-    but reaches beyond its leading space: "was " stays with the prompt, "?Yes" goes with the option.
+    but keeps BOS. The option's tokens are those that begin in it. A token across its start counts
+    if it has a letter of it: "was " is the prompt's, "?Yes" the option's.
     ValueError where an option has no token or no room, or the tokenizer has no spans.
     """
     out = []
@@ -306,7 +306,7 @@ def option_tokens(tokenizer, full: str, option: str, special: bool = True) -> tu
     tokenize = partial(tokenizer, add_special_tokens=special, verbose=False)
     encoded = tokenize(text, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-    length = sum(end > (word if begin < first else first) for begin, end in spans)
+    length = sum(end > (first if begin >= first else word) for begin, end in spans)
     if max((end for _, end in spans), default=0) < len(text.rstrip()):
         # The vocabulary lacks a character and dropped it (BPE without <unk> or bytes), which
         # shifts later spans: here an option token is one that the prompt does not begin with.
@@ -437,8 +437,11 @@ def collate(
             if scored == "right" and c != example.label:
                 continue
             valid[b, c] = True
-            text = shared.setdefault(tuple(ids[:-1]), len(texts))
-            texts += [ids[:-1]] if text == len(texts) else []
+            inputs = tuple(ids[:-1])
+            if inputs not in shared:
+                shared[inputs] = len(texts)
+                texts.append(ids[:-1])
+            text = shared[inputs]
             for back, token in zip(range(length, 0, -1), ids[-length:], strict=True):
                 reads.append((text, back, token, b * C + c, length))
     T = -(-max(map(len, texts)) // 8) * 8

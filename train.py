@@ -1,11 +1,12 @@
-"""Fine-tune a language model with forward passes only.
+"""Fine-tune a language model by two forward passes per step.
 
     python train.py --model meta-llama/Llama-2-7b-hf --task rte
     python train.py --model meta-llama/Llama-2-7b-hf --task rte --method senszoq
     python train.py --resume runs/…
 
     code            [S] Algorithm 1
-    rule, own_mask  m: which weights move. That is what tells the four methods apart
+    rule            m: which weights move. That is what tells three of the methods apart
+    sensitive_mask  m of [Q], found once; the run keeps it in a file
     losses          l⁺ and l⁻ of one minibatch, with mask and noise inside forward (§3.3)
     measure_step    proj_grad of one step, and −η · proj_grad
     train           the loop, in the order of the printed algorithm
@@ -27,10 +28,9 @@ One step, from the loop down:
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues
-a run that was stopped by Ctrl-C, kill -9 or a power failure. The result has the same bits on the
-same machine, and agrees up to rounding elsewhere. It ends with an error if the last logged step,
-taken again, does not come out as it was logged, or if the training examples are other ones. Another
-change that does not touch this step is not found.
+a run that was stopped by Ctrl-C, kill -9 or a power failure. The weights are the same to the bit on
+the same machine, and up to rounding elsewhere. --resume takes the last logged step again. If that
+or the training examples differ, it ends with an error. Other changes go unnoticed.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
@@ -61,11 +61,11 @@ from harness import config as configs
 from harness.config import Config
 
 
-def train(config: Config, patch, data: dataset.Data, steps: log.StepLog) -> None:
+def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> None:
     """[S] Algorithm 1, from the step after the log's last to step T."""
-    progress = log.Progress(steps, config.steps, quiet=workers.RANK > 0)
+    progress = log.Progress(record, config.steps, quiet=workers.RANK > 0)
     in_a_row = 0
-    for t in range(len(steps.steps), config.steps):  # for t ← 1 to T do
+    for t in range(len(record.steps), config.steps):  # for t ← 1 to T do
         patch.refresh(t)  # h is fixed, unless --refresh-every says otherwise
         step = measure_step(config, patch, data, t)
         if math.isfinite(step.a):
@@ -76,16 +76,16 @@ def train(config: Config, patch, data: dataset.Data, steps: log.StepLog) -> None
             raise ValueError(
                 f"20 losses in a row were not finite: --lr {config.lr} or --eps {config.eps} is "
                 "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run "
-                f"{steps.run or '…'} evaluates the best step so far, {steps.best_step()}"
+                f"{record.run or '…'} evaluates the best step so far, {record.best_step()}"
             )
         if step.step % config.eval_every == 0 or step.step == config.steps:
             step = evaluated(config, patch, data, step)
-        steps.append(step)
+        record.append(step)
         progress.update(step)
 
 
 def measure_step(config: Config, patch, data: dataset.Data, t: int) -> log.Step:
-    """The log's step t + 1 without its update. The caller makes that, with the answer's `a`."""
+    """Seed, losses and a = −η · proj_grad of one step, t from 0. The caller updates θ."""
     # Sample minibatch B from X and random seed s
     batches = batches_of_step(config, patch.model, data, t)
     seed = zo.step_seed(config.seed, t)
@@ -127,13 +127,13 @@ def rule(config: Config) -> masks.Rule:
         return masks.RandomMask(config.density, config.seed)
     if config.above:
         return masks.MagnitudeGroup(config.density, config.above, config.refresh_every)
-    kinds = {"constant": masks.ConstantMask, "packed": masks.PackedMask}
-    kind = kinds.get(config.mask_kind, masks.SmallWeights)
-    return kind(config.density, config.refresh_every)
+    dynamic, constant, packed = masks.SmallWeights, masks.ConstantMask, masks.PackedMask
+    kinds = {"dynamic": dynamic, "constant": constant, "packed": packed}
+    return kinds[config.mask_kind](config.density, config.refresh_every)
 
 
-def own_mask(config: Config, run: Path, data: dataset.Data) -> tuple:
-    """[Q]'s mask in the run's directory, made if it is not there; what mask.load gives of it."""
+def sensitive_mask(config: Config, run: Path, data: dataset.Data) -> mask.MaskFile:
+    """[Q]'s mask in the run's directory, made if it is not there."""
     path = run / "mask.safetensors"
     if workers.RANK == 0 and not path.exists():
         if config.mask is not None:  # an own copy: the run is whole without the file
@@ -154,16 +154,15 @@ def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
         if config.adapter:
             model = adapter.attach(model, config)
     else:
-        index, _, matrices, codebooks = own_mask(config, run, data)
-        path = run / "mask.safetensors"
-        moves = sparse = quant.DenseSparse(index, config.bits, device, codebooks)
+        found = sensitive_mask(config, run, data)
+        moves = sparse = quant.DenseSparse(found.index, config.bits, device, found.codebooks)
 
         def split(model, name, weight):
             stored = model.get_parameter(name)  # not yet in --dtype
-            mask.check_values(path, matrices, name, stored, codebooks is not None)
+            mask.check_values(found, name, stored)
             sparse.split(model, name, weight)
 
-        model = loading.load_model(*how, split=split, index=index)
+        model = loading.load_model(*how, split=split, index=found.index)
     select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(model, moves, eps=config.eps, select=select, rounding=config.rounding)
     patch.fused = loading.compiles(config.compile, patch)
@@ -229,11 +228,11 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     own = run and run / "mask.safetensors"
     path = own if own and own.exists() else config.mask  # a run needs the user's file no longer
     if path:  # a mask of another model is found before this one is loaded
-        index, provenance, matrices, _ = mask.load(path, config.quantiser)
+        found = mask.load(path, config.quantiser)
         shapes = loading.skeleton(model_config, config.trust_remote_code)
-        mask.check_shapes(path, matrices, masks.decoder_linears(shapes))
-        whole = sum(math.prod(matrix["shape"]) for matrix in matrices.values())
-        density = provenance.get("density", sum(map(len, index.values())) / whole)
+        mask.check_shapes(found, masks.decoder_linears(shapes))
+        whole = sum(math.prod(matrix["shape"]) for matrix in found.matrices.values())
+        density = found.provenance.get("density", sum(map(len, found.index.values())) / whole)
         if config.density not in (None, density):
             raise ValueError(f"--density {config.density}: that of the mask {path} is {density}")
         config, sources["density"] = replace(config, density=density), "that of the mask"
@@ -279,16 +278,16 @@ def run_to_end(config: Config, run: Path) -> None:
     """A new run, or one that was stopped, to its result.json."""
     began = time.perf_counter()
     config, data = prepare(config, run)
-    steps = log.StepLog(run if workers.RANK == 0 else None, True, data.metric)
-    steps.start, steps.steps = workers.broadcast((steps.start, steps.steps))
-    if len(steps.steps) > config.steps:
-        raise ValueError(f"{run} has {len(steps.steps)} steps already; --steps N adds to them")
-    if steps.start is None and workers.RANK == 0:
+    record = log.StepLog(run if workers.RANK == 0 else None, True, data.metric)
+    record.start, record.steps = workers.broadcast((record.start, record.steps))
+    if len(record.steps) > config.steps:
+        raise ValueError(f"{run} has {len(record.steps)} steps already; --steps N adds to them")
+    if record.start is None and workers.RANK == 0:
         configs.save(run, config)  # from here on the run can be resumed
     examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
     trained = zlib.crc32(repr(data.train).encode())
     result = {"zero_shot": None, "examples": examples, "train": trained, "seconds": 0}
-    if steps.start is not None and (run / "result.json").exists():
+    if record.start is not None and (run / "result.json").exists():
         result |= json.loads((run / "result.json").read_text())
     if result["train"] != trained:
         raise ValueError(
@@ -300,61 +299,61 @@ def run_to_end(config: Config, run: Path) -> None:
     print(f"  {patch}\n  {run}/")
     # workers share their losses, so nothing else would show that their data differ
     workers.check_same(examples, "data")
-    if steps.start is None:
+    if record.start is None:
         measure_step(config, patch, data, 0)  # is every weight that moves read?
         zero_shot = score(config, model, data.tokenizer, data.test)
         start = "untrained prefix, " if config.adapter == "prefix" else "zero-shot "
         print(f"{start}test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()
         write_result(run, result)
-        steps.append(evaluated(config, patch, data, log.Step(0)))
+        record.append(evaluated(config, patch, data, log.Step(0)))
     else:
         if result["examples"] != examples:
             print("  the examples are not all those that the run began with")
-        replay(config, patch, data, steps.steps, run, after=len(steps.steps))
-        print(f"  going on after step {len(steps.steps)} of {config.steps}")
+        replay(config, patch, data, record.steps, run, after=len(record.steps))
+        print(f"  going on after step {len(record.steps)} of {config.steps}")
     if model.dtype in loading.DTYPES:  # auto's may be another one on another machine
         config = replace(config, dtype=str(model.dtype).removeprefix("torch."))
     if workers.RANK == 0:
         configs.save(run, config)
     try:
-        train(config, patch, data, steps)
+        train(config, patch, data, record)
     finally:  # also of a session that is stopped
         result["seconds"] += time.perf_counter() - began
         write_result(run, result)
 
     last = best = score(config, model, data.tokenizer, data.test)
     print(f"test {data.metric}, last weights             {last}")
-    device, best_step = patch.device, steps.best_step()  # by validation, never by test
-    result |= {"last": last._asdict(), "best_step": best_step, "skipped": steps.skipped()}
+    device, best_step = patch.device, record.best_step()  # by validation, never by test
+    result |= {"last": last._asdict(), "best_step": best_step, "skipped": record.skipped()}
     result |= {"workers": workers.SIZE} | loading.machine(device)
     write_result(run, result)
     if best_step != config.steps:
         patch.remove()
         del model, patch
         gc.collect()  # before the second copy is loaded
-        model = rebuild(config, run, data, steps.steps, best_step)
+        model = rebuild(config, run, data, record.steps, best_step)
         best = score(config, model, data.tokenizer, data.test)
     if data.validation:
         print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
     write_result(run, result | {"best": best._asdict()} | loading.machine(device))
-    advise(config, steps)
+    advise(config, record)
     print(f"{run}/ holds the run")
     if workers.RANK == 0:
         zero_shot = (result["zero_shot"] or {}).get("value")
         try:
-            log.draw_curve(steps, f"{config.model}, {config.method}", zero_shot)
+            log.draw_curve(record, f"{config.model}, {config.method}", zero_shot)
         except Exception as error:  # the run is whole without its picture
             print(f"  no curve.png: {type(error).__name__}: {error}")
 
 
-def advise(config: Config, steps: log.StepLog) -> None:
+def advise(config: Config, record: log.StepLog) -> None:
     """Say what in the log asks for another rate or ε."""
-    if rise := steps.rise():
+    if rise := record.rise():
         print(f"the training loss rose from {rise[0]:.3g} to {rise[1]:.3g}: try a lower --lr")
-    if skipped := steps.skipped():
+    if skipped := record.skipped():
         print(f"{skipped} steps moved nothing, as a loss was not finite: try a lower --lr")
-    if flat := sum(step.a == 0 for step in steps.steps):
+    if flat := sum(step.a == 0 for step in record.steps):
         print(
             f"{flat} steps moved nothing, as l⁺ and l⁻ were the same number: --eps {config.eps} is "
             "too small for this dtype, or too high a rate broke the weights (try a lower --lr)"

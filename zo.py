@@ -13,9 +13,9 @@
     eps, lr            ε, η              seed             s, fresh for every step
 
 How it works
-    Everything here is one primitive, θ + a·m⊙z, with a different a each time. The file has three
-    parts. The first has the step as the papers print it. `gaussian` has its noise as a function
-    of a seed. `apply` has the primitive as one fused loop, which is what training runs.
+    Everything here is one primitive, θ + a·m⊙z, with a different a each time. First comes the step
+    as the papers print it, then its noise, `gaussian`, as a function of a seed. Training runs
+    `apply`, the primitive as one loop, which is compiled where that pays.
 
     `sparse_mezo_step` is [S]'s step. MeZO's step is the same with masks of ones. [Q]'s step is the
     same on one vector of k values. No function here sees a model: parameters are plain tensors and
@@ -107,7 +107,7 @@ ROTATIONS, PARITY = (13, 15, 26, 6, 17, 29, 16, 24), 0x1BD11BDA  # Threefry-2x32
 
 
 def step_seed(run_seed: int, step: int) -> int:
-    """The seed of one training step. It is one-to-one: no two steps of any two runs share noise."""
+    """The seed of one training step: one-to-one, so equal noise needs equal run seed and step."""
     assert 0 <= run_seed < MAX_RUN_SEED, f"run seed {run_seed} is not in [0, 2^31)"
     assert 0 <= step < MAX_STEP, f"step {step} is not in [0, 2^31)"
     return int(run_seed) << 32 | int(step)
@@ -189,10 +189,14 @@ def word(number: int) -> Tensor:
     return torch.full((), low, dtype=torch.int32)
 
 
+def keys(seed: int) -> tuple[Tensor, Tensor]:
+    """The two words of a seed: the run's, and the step."""
+    assert 0 <= seed < MAX_RUN_SEED << 32, f"seed {seed} does not fit: use step_seed"
+    return word(seed >> 32), word(seed)
+
+
 class Shift(NamedTuple):
-    """How far, and along which z. These are tensors on the CPU, as the compiler would make a loop
-    for each Python number.
-    """
+    """a and the two words of z's seed. As Python numbers each would get a loop of its own."""
 
     a: Tensor  # 0-dim fp32
     key0: Tensor  # 0-dim int32: the run's seed
@@ -200,16 +204,14 @@ class Shift(NamedTuple):
 
     @classmethod
     def of(cls, a: float, seed: int) -> "Shift":
-        assert 0 <= seed < MAX_RUN_SEED << 32, f"seed {seed} does not fit: use step_seed"
-        return cls(torch.full((), a, dtype=torch.float32), word(seed >> 32), word(seed))
+        return cls(torch.full((), a, dtype=torch.float32), *keys(seed))
 
 
 def gaussian(seed: int, stream: int, shape, *, device="cpu") -> Tensor:
     """The noise z of one tensor, fp32 of `shape`: a pure function of (seed, stream, shape)."""
-    n, shift = math.prod(shape), Shift.of(0.0, seed)
+    n = math.prod(shape)
     draw = torch.arange((n + 1) // 2, dtype=torch.int32, device=device)
-    words = threefry(draw, word(stream), shift.key0, shift.key1)
-    cosine, sine = normal_pair(*words)
+    cosine, sine = normal_pair(*threefry(draw, word(stream), *keys(seed)))
     return torch.cat([cosine, sine[: n // 2]]).view(shape)
 
 
@@ -219,10 +221,9 @@ def gaussian(seed: int, stream: int, shape, *, device="cpu") -> Tensor:
 def round_stochastically(value: Tensor, dtype: torch.dtype, word0: Tensor, word1: Tensor) -> Tensor:
     """fp32 `value` to a neighbour in fp16 or bf16, up or down, so that the mean is `value`.
 
-    Rounding to nearest loses an update far below the spacing of θ's dtype, every time. This way it
-    arrives on average. Uniform bits are added below `dtype`'s last place, and the sum is cut there:
-    it carries with the right probability. The bits are the low bytes of z's own words. z hardly
-    depends on them, so rounding is all but independent of z and needs no second draw.
+    Rounding to nearest loses an update far below the spacing of θ's dtype, every time. Here it
+    arrives on average: random bits are added below `dtype`'s last place, and the sum is cut there.
+    They are the low bytes of z's own words, which hardly affect z. So no second draw is needed.
     """
     info = torch.finfo(dtype)
     cut = 23 + int(math.log2(info.eps))  # fp32 has 23 bits behind the point, bf16 7, fp16 10
@@ -243,7 +244,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
     if thetas[0].numel() % 16 == 0:
-        pass  # the compiler makes these lengths a loop of their own: a GPU moves 16 bytes at once
+        pass  # for this test the compiler makes such lengths a loop: a GPU moves 16 bytes at once
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):

@@ -144,9 +144,9 @@ def fill_in(config: Config, family: str) -> tuple[Config, dict[str, str]]:
     source, rates = GRIDS.get(family, ("as LLaMA's, [S] Table 6", GRIDS["llama"][1]))
     spec = tasks.TASKS.get(config.task, tasks.OWN)
     found = {
-        "batch_size": (spec.batch_size, spec.sizes or "both papers"),
+        "batch_size": (spec.batch_size, "both papers" if spec.batch_size == 16 else spec.sizes),
         "lr": (rates.get(config.method), f"{source}: of the grid for {config.method}; tune it"),
-        "eps": (1e-3, "both papers"),
+        "eps": (1e-3, "[S], and a code base close to [Q]"),
         "steps": (20_000, "both papers"),
         "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
     }

@@ -285,7 +285,7 @@ def compiles(setting: str, patch) -> bool:
         return False
     weight, nowhere = patch.weights[sizes.index(max(sizes))], zo.Shift.of(0.0, 0)
     try:
-        zo.apply(weight.theta, nowhere, weight.stream, patch.rule.mask, weight.state, fused=True)
+        zo.apply(weight.theta, nowhere, weight.word, patch.rule.mask, weight.state, fused=True)
         return True
     except torch.OutOfMemoryError:
         raise

@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """The mean of both probes' losses: that of θ_t, but for the curvature."""
+        """(l⁺ + l⁻) / 2, which is L(θ_t) but for a term in ε²."""
         return (self.loss_plus + self.loss_minus) / 2
 
     def line(self) -> str:

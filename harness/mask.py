@@ -19,7 +19,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,12 +144,18 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
     os.replace(new, path)
 
 
-def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, dict | None]:
-    """(index, provenance, matrices, codebooks) of a mask file, without a model.
+class MaskFile(NamedTuple):
+    """What `load` finds in a mask file."""
 
-    `matrices` has shapes and values of the model that the mask was made for. `codebooks`: for
-    the quantiser kmeans. ValueError where the file is none, or was made without them.
-    """
+    path: Path
+    index: dict[str, Tensor]
+    provenance: dict
+    matrices: dict[str, dict]  # shapes and values of the model that the mask was made for
+    codebooks: dict[str, Tensor] | None  # for the quantiser kmeans
+
+
+def load(path: Path, quantiser: str = "nf4") -> MaskFile:
+    """A mask file, without a model. ValueError where it is none, or lacks codebooks for kmeans."""
     from safetensors import safe_open
 
     if not Path(path).exists():
@@ -170,31 +176,33 @@ def load(path, quantiser: str = "nf4") -> tuple[dict[str, Tensor], dict, dict, d
             f"{path} has no codebooks, which are fitted while a mask is made; make one with "
             "python -m harness.mask --quantiser kmeans"
         )
-    return index, provenance, matrices, tensors if quantiser == "kmeans" else None
+    codebooks = tensors if quantiser == "kmeans" else None
+    return MaskFile(path, index, provenance, matrices, codebooks)
 
 
-def check_shapes(path, matrices: dict, weights: dict[str, Tensor]) -> None:
+def check_shapes(file: MaskFile, weights: dict[str, Tensor]) -> None:
     """ValueError unless a mask's names and shapes are among `weights`, the `decoder_linears`."""
     here = {name: list(w.shape) for name, w in weights.items()}
-    for name, about in matrices.items():
+    for name, about in file.matrices.items():
         if about["shape"] != here.get(name):
             raise ValueError(
-                f"{path} is a mask of another model: {name} is {about['shape']} there and "
+                f"{file.path} is a mask of another model: {name} is {about['shape']} there and "
                 f"{here.get(name, 'missing')} here; make one with python -m harness.mask"
             )
 
 
-def check_values(path, matrices: dict, name: str, weight: Tensor, codebooks: bool) -> None:
-    """ValueError unless `weight` has the values that the mask file remembers, to 16-bit rounding.
+def check_values(file: MaskFile, name: str, weight: Tensor) -> None:
+    """ValueError unless `weight` has the values that the file remembers, to 16-bit rounding.
 
     So a mask of the fp32 model fits the same model in 16 bits, on any device. Eight values per
-    matrix are compared. `codebooks` stand for all weights of a matrix, so they want all the same.
+    matrix are compared. Codebooks stand for all weights of a matrix, so they want all the same.
     """
-    theirs = torch.tensor(matrices[name]["sample"])
+    about = file.matrices[name]
+    theirs = torch.tensor(about["sample"])
     same = torch.allclose(torch.tensor(_sample(weight)), theirs, rtol=2**-7, atol=1e-6)
-    if not same or (codebooks and matrices[name].get("bits") != _bits(weight)):
+    if not same or (file.codebooks and about.get("bits") != _bits(weight)):
         raise ValueError(
-            f"{path} is a mask of another model: {name} has other values here; "
+            f"{file.path} is a mask of another model: {name} has other values here; "
             "make one with python -m harness.mask"
         )
 

@@ -5,8 +5,8 @@ Zeroth-order training has no gradient. It draws a direction z and computes the l
 slope times z ([S] §2.2.1, and eq. 2 without its mask).
 
 How much of the gradient does the estimate see? The measure is the cosine between the estimate and
-the true gradient. For d weights it is √(2/πd) on average. At d = 10 that is 0.25. For a model of
-seven billion weights it is 0.00001. But the cosine is never negative. So a step against the
+the true gradient. For d weights it is about √(2/πd) on average. At d = 10 that is 0.25. For a model
+of seven billion weights it is 0.00001. But the cosine is never negative. So a step against the
 estimate begins downhill.
 
 Write the estimate. The check takes the true gradient from autograd.
@@ -70,7 +70,9 @@ def numbers(found):
         listed.append(lab.near(name, float(cosine.mean()), target, 0.1 * target, hint))
     _, seen, true, _ = found[SIZES[0]]
     ratio = float((seen @ true) / (true @ true))  # least squares
-    length = "The direction is right and the length is not. θ + ε z and θ − ε z are 2ε apart."
+    length = "The direction is right and the length is not. The factor before z is the slope."
+    if min(abs(ratio - 2), abs(ratio - 0.5)) < 0.01:
+        length = "The slope is double or half. θ + ε z and θ − ε z are 2ε apart."
     below = sum(int((cosine < 0).sum()) for cosine, *_ in found.values())
     bend = "From θ to one side, the loss also bends. Go to both sides: a bend is the same on both."
     return [

@@ -40,7 +40,7 @@ def measure():
     meant[order[: int(DENSITY * N)]] = True
     mask = get_mask(theta, theta.abs()[order[int(DENSITY * N) - 1]])
     lab.tensor("get_mask", mask, theta.shape, torch.bool)
-    packed = pack(meant).flatten()
+    packed = lab.tensor("pack", pack(meant)).flatten()
     element = torch.arange(min(N, 8 * packed.numel()), dtype=torch.int32)
     read = masks.PackedMask.mask(theta, element, packed.to(torch.uint8))
     return theta, mask, meant, read, packed
@@ -73,7 +73,7 @@ def picture(found, figure):
         left.hist(values.numpy(), bins=80, range=(-0.08, 0.08), color=grey, label=label)
     left.set(xlabel="θ", ylabel="weights", title=f"{float(mask.float().mean()):.1%} move")
     left.legend()
-    bits = torch.stack([packed[:32] >> bit & 1 for bit in range(8)], dim=1)
+    bits = torch.stack([packed[:32].to(torch.uint8) >> bit & 1 for bit in range(8)], dim=1)
     right.imshow(bits.flip(1).numpy(), aspect="auto", cmap="gray_r", vmin=0, vmax=1)
     right.set(xlabel="bit", ylabel="byte", title="the first 32 bytes: black is 1", xticks=range(8))
     right.set_xticklabels(range(7, -1, -1))

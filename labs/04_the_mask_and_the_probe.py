@@ -38,7 +38,7 @@ def left_by_theory():
     """The share of the mask that one probe pushes over the threshold, by calculus.
 
     The density of weights at h is φ(h/σ)/σ. A weight leaves on one side if it is within ε z of h,
-    and z is 1/√2π on average where it points outwards. There are two sides.
+    and the outward part of z, max(z, 0), is 1/√2π on average. There are two sides.
     """
     normal = torch.distributions.Normal(0.0, 1.0)
     h = float(normal.icdf(torch.tensor(0.625)))  # in units of σ: a quarter lies within ± h
@@ -71,6 +71,8 @@ def numbers(found):
     if wrong <= 1e-6:
         hint = "Both points are right. The third step is not: it adds ε ẑ, with the same mask."
     there = "The points are not θ + ε ẑ and θ − ε ẑ. In ẑ = m ⊙ z, m is the mask of θ itself."
+    if torch.equal(plus, minus):
+        there = "`probe` must return three tensors, not one that is written three times."
     return [
         lab.fact("share of the mask that +ε ẑ pushes out", left),
         lab.fact("the same by calculus", left_by_theory()),

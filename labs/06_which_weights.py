@@ -2,7 +2,7 @@
 
 [S] moves the small weights (§3.2). Its control, R-MeZO, moves random ones (Table 1). [Q] moves the
 thousandth of each matrix that has the largest squared gradient of a text (§3.1). Here they race for
-40 steps on the tiny model and RTE. Each gets the best of three learning rates.
+40 steps on the tiny model and RTE. Each gets the best of four learning rates.
 
 Write a rule of your own. `prepare` sees each tensor of the model once, flat, before training. It
 returns one boolean for each weight: does it move? `gradient` has the same shape. It is that of the
@@ -87,6 +87,8 @@ def numbers(found):
         listed.append(lab.fact(what, float(run[20:].mean())))
     k, c = masks_of["yours"]
     hint = f"Your mask holds {c:.2f} of the squared gradient. Let the size of `gradient` choose."
+    if c > 0.3:
+        hint = f"Your mask holds {c:.2f} of the squared gradient. Try another density."
     if c > 0.3 and k < 2000:
         hint = f"{k} of the steepest weights are too few. Let more of them move."
     listed[-1] = lab.at_most(what, listed[-1].yours, 0.1, hint)

@@ -72,6 +72,7 @@ def measure():
     leaf = meant.double().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(leaf), leaf)
     codes, scales, values = split(weight.clone(), places)
+    got = lab.tensor("read", read(codes, scales, places, values), weight.shape)
 
     ways = {
         "values": (lambda dv: loss(read(codes, scales, places, values + dv)), gradient[places]),
@@ -81,14 +82,15 @@ def measure():
     update = 1e-5 * zo.gaussian(7, 4, weight.shape)
     heard = (quant.nf4_encode(dense + update)[0] != quant.nf4_encode(dense)[0]).float().mean()
     size = codes.numel() / 2 + scales.nbytes + values.nbytes + 4 * K  # two codes to a byte
-    return weight, places, values, read(codes, scales, places, values), meant, curves, heard, size
+    return weight, places, values, got, meant, curves, heard, size
 
 
 def numbers(found):
     weight, places, values, got, meant, curves, heard, size = found
     rest = torch.ones_like(weight).index_fill(0, places, 0).bool()
     error, least = (float((w - weight)[rest].square().mean().sqrt()) / 0.02 for w in (got, meant))
-    kept = "`values` are not the weights at `places`, in fp32. Take them before the 0 is there."
+    kept = "`values` are not the weights at `places`, in fp32."
+    kept += " Take them before the 0 is there." if not values.any() else ""
     back = "The weights that move come out of the codes, rounded. `read` must put `values` back."
     first = "A large weight that moves stretches its block's scale. Put a 0 there, then encode."
     return [

@@ -85,10 +85,10 @@ def measure():
 
 def numbers(found):
     log, path, rebuilt, apart, error = found
-    replay = f"`rebuild` has made {len(rebuilt) - 1} updates, and the log has {STEPS}."
+    replay = f"Updates that `rebuild` has made: {len(rebuilt) - 1}. The log has {STEPS}."
     if len(rebuilt) == len(path):
         right = sum(map(torch.equal, rebuilt, path)) - 1
-        replay = f"The first {right} updates are right. Each takes its own seed and a, in order."
+        replay = f"Updates that are right: {right}. Each takes its own seed and a, in order."
     agree = "The workers' losses differ, so they part. Each must add up all messages, not its own."
     whole = "The workers agree, but not on the whole batch. Divide the sums by the sum of counts."
     return [

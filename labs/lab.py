@@ -53,12 +53,13 @@ def fact(what: str, value: float) -> Number:
     return Number(what, "", value, True, "")
 
 
-def tensor(name: str, found, shape, dtype=None) -> torch.Tensor:
+def tensor(name: str, found, shape=None, dtype=None) -> torch.Tensor:
     """What the student's function `name` returned. SystemExit, with what is wrong, if unfit."""
-    wanted = f"a tensor of shape {tuple(shape)}" + (f" and of {dtype}" if dtype else "")
+    wanted = "a tensor" + (f" of shape {tuple(shape)}" if shape else "")
+    wanted += f" and of {dtype}" if dtype else ""
     if not isinstance(found, torch.Tensor):
         sys.exit(f"Not yet. {name} must return {wanted}. It returned {found!r}.")
-    if found.shape != shape or found.dtype != (dtype or found.dtype):
+    if found.shape != (shape or found.shape) or found.dtype != (dtype or found.dtype):
         yours = f"shape {tuple(found.shape)} and {found.dtype}"
         sys.exit(f"Not yet. {name} must return {wanted}. It returned {yours}.")
     return found

@@ -1,4 +1,4 @@
-"""The race of lab 6: rules of masks.py on the tiny model and RTE, each with three rates."""
+"""The race of lab 6: rules of masks.py on the tiny model and RTE, each with four rates."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import tasks
 import zo
 from harness import config, dataset, loading
 
-STEPS, SEEDS, RATES, EPS = 40, (1, 3), (30, 100, 300), 1e-3  # RATES are r = η (k + 2)
+STEPS, SEEDS, RATES, EPS = 40, (1, 3), (30, 60, 100, 300), 1e-3  # RATES are r = η (k + 2)
 
 
 class Tiny:

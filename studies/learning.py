@@ -430,7 +430,8 @@ def main(argv=None) -> None:
     parser.add_argument("--model", default=TINY)
     parser.add_argument("--tasks", nargs="+", default=["rte", "copa"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["rates", "methods"])
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS),
+                        metavar="ROW", help='such as S-MeZO "SensZOQ, 4 bits"')  # fmt: skip
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--short", type=positive, help="of all parts but methods; like --steps")
     parser.add_argument("--every", type=positive, default=50, help="steps between validations")

@@ -31,7 +31,8 @@ def text(tmp_path):
 def command(folder, out, *flags):
     """The command on the model in `folder`; (index, provenance)."""
     mask.main([f"--model={folder}/model", f"--out={out}", "--density=0.01", *map(str, flags)])
-    return mask.load(out)[:2]
+    file = mask.load(out)
+    return file.index, file.provenance
 
 
 def equal(a, b):
@@ -52,8 +53,8 @@ def test_a_mask_of_a_text_is_what_the_functions_compute(folder, text, tmp_path, 
     facts = {"kind": "sensitive", "statistic": "per-sample", "samples": 7, "length": 16, "seed": 3}
     facts |= {"density": 0.01, "source": str(text), "model": f"{folder}/model"}
     assert made.items() >= facts.items()
-    matrices = mask.load(tmp_path / "a")[2]
-    mask.check_shapes("a", matrices, masks.decoder_linears(model))
+    file = mask.load(tmp_path / "a")
+    mask.check_shapes(file, masks.decoder_linears(model))
     assert equal(index, command(folder, tmp_path / "b", *flags, "--groups=4")[0])
     assert not equal(index, command(folder, tmp_path / "c", *flags, "--statistic=of-mean")[0])
 
@@ -64,7 +65,7 @@ def test_codebooks_are_those_of_the_scores(folder, text, tmp_path):
     index, made = command(folder, tmp_path / "a", *flags, "--groups=3")
     assert made["quantiser"] == "kmeans"
     assert equal(index, command(folder, tmp_path / "b", *flags[:-1])[0])
-    *_, found = mask.load(tmp_path / "a", "kmeans")
+    found = mask.load(tmp_path / "a", "kmeans").codebooks
     tokenizer, _ = loading.load_tokenizer(f"{folder}/model")
     model = loading.load_model(f"{folder}/model")
     windows = tasks.text_windows(tokenizer, dataset.read_texts(str(text)), 5, 16, 0)
@@ -103,7 +104,7 @@ def test_the_offline_default_makes_masks_of_text_and_of_a_task(tmp_path):
     for flags in (["--length=64"], ["--mask-from=task"], ["--mask-from=task", "--task=copa"]):
         out = tmp_path / f"{len(found)}.safetensors"
         mask.main([f"--out={out}", "--density=0.01", "--samples=4", *flags])
-        found.append(mask.load(out)[0])
+        found.append(mask.load(out).index)
         assert len(found[-1]) == 21
     assert not any(equal(a, b) for a, b in zip(found, found[1:], strict=False))
 
@@ -118,7 +119,7 @@ def test_real_weights_and_real_text(shared, tmp_path):
     texts = dataset.read_texts(str(shared / "data/text/tinystories_sample.txt"))
     losses = tasks.text_losses(tasks.text_windows(tokenizer, texts, 6, 128, 0))
     scores = masks.fisher(model, losses, statistic="of-mean")
-    assert masks.coverage(scores, mask.load(out)[0]) > 5 * 0.001
+    assert masks.coverage(scores, mask.load(out).index) > 5 * 0.001
 
 
 @pytest.mark.parametrize(
@@ -180,15 +181,15 @@ def test_a_mask_file_comes_back_and_fits_its_model_in_every_dtype(saved, dtype):
     (beside := path.with_name("beside")).touch()
     assert path.stat().st_mode == beside.stat().st_mode  # others may read it where they may
     beside.unlink()
-    found, provenance, matrices, _ = mask.load(path)
-    assert equal(found, index) and provenance == {"model": "some/llama"}
+    file = mask.load(path)
+    assert equal(file.index, index) and file.provenance == {"model": "some/llama"}
     assert all(i.dtype == torch.int32 for i in load_file(path).values())
     weights = masks.decoder_linears(model.to(dtype))
-    mask.check_shapes(path, matrices, {name: w.to("meta") for name, w in weights.items()})
+    mask.check_shapes(file, {name: w.to("meta") for name, w in weights.items()})
     for name, w in weights.items():
-        mask.check_values(path, matrices, name, w, False)
+        mask.check_values(file, name, w)
         with pytest.raises(ValueError, match=f"another model: {name} has other values"):
-            mask.check_values(path, matrices, name, w + 0.01, False)
+            mask.check_values(file, name, w + 0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,15 +199,15 @@ def test_codebooks_are_of_every_weight(saved, dtype):
     weights = masks.decoder_linears(model)
     scores = {name: torch.ones_like(w) for name, w in weights.items()}
     mask.save(path, index, weights, {}, quant.fit_codebooks(weights, scores, index))
-    _, _, matrices, codebooks = mask.load(path, "kmeans")
-    assert codebooks
+    file = mask.load(path, "kmeans")
+    assert file.codebooks
     for name, w in masks.decoder_linears(model.to(dtype)).items():
-        mask.check_values(path, matrices, name, w, True)
+        mask.check_values(file, name, w)
         other = w.detach().clone()
         other.view(-1)[1] += 0.5
-        mask.check_values(path, matrices, name, other, False)
+        mask.check_values(mask.load(path), name, other)
         with pytest.raises(ValueError, match=f"another model: {name} has other values"):
-            mask.check_values(path, matrices, name, other, True)
+            mask.check_values(file, name, other)
 
 
 def test_a_mask_of_ones_own_trains(folder, tmp_path):
@@ -227,13 +228,13 @@ def test_a_mask_of_another_model_is_refused(saved, other):
     """Other names, another shape, a matrix that the model lacks: one line names the matrix."""
     model, _, path = saved
     weights = masks.decoder_linears(build("opt") if other == "opt" else model)
-    name = next(iter(mask.load(path)[2]))
+    name = next(iter(mask.load(path).matrices))
     if other == "shape":
         weights[name] = weights[name].view(16, 64)
     elif other == "fewer":
         del weights[name]
     with pytest.raises(ValueError, match=f"^{path} is a mask of another model: {name} is .*$"):
-        mask.check_shapes(path, mask.load(path)[2], weights)
+        mask.check_shapes(mask.load(path), weights)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "missing", "folder",

@@ -380,7 +380,7 @@ def test_no_read_ever_overwrites_what_somebody_holds(data):
     model = nn.ModuleList(layers).eval()
     patch = Patch(model, masks.Everything())
     names = [(layer, n) for layer in layers for n in ("weight", "bias")] + [(layers[1], "tied")]
-    streams = {id(w.held[0]): (w.held[0].detach(), w.number) for w in patch.weights}
+    streams = {id(w.held[0]): (w.held[0].detach(), w.stream) for w in patch.weights}
     originals = [streams[id(layer.parametrizations[n].original)] for layer, n in names]
     held = []
     for a in data.draw(st.lists(st.sampled_from([EPS, -EPS]), min_size=1, max_size=3)):

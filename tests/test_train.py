@@ -598,7 +598,7 @@ def test_a_run_brings_its_own_mask(folder, tmp_path, capsys):
     made = [f"--text={text}", "--density=0.02"]
     run(folder, tmp_path / "a", "--method=senszoq", "--lr=0.3", *made)
     mask.main([f"--model={folder}/model", *made, f"--out={file}"])
-    index, again = (mask.load(path)[0] for path in (tmp_path / "a/mask.safetensors", file))
+    index, again = (mask.load(path).index for path in (tmp_path / "a/mask.safetensors", file))
     assert equal(index.values(), again.values())
     run(folder, tmp_path / "b", "--method=senszoq", "--lr=0.3", f"--mask={file}")
     assert (tmp_path / "b/mask.safetensors").read_bytes() == file.read_bytes()
@@ -638,7 +638,7 @@ def test_eval_gives_the_numbers_of_the_run(flags, folder, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(saved)
     if not flags:
         assert equal(moving(model), rebuilt(out))
-    for name, places in mask.load(out / "mask.safetensors")[0].items() if flags else ():
+    for name, places in mask.load(out / "mask.safetensors").index.items() if flags else ():
         theirs = model.get_parameter(name).detach().flatten()[places.long()]
         assert torch.isin(theirs, rebuilt(out)[0]).all()
 

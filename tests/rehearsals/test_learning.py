@@ -154,6 +154,6 @@ def test_a_mask_of_the_task_is_of_its_examples(tmp_path):
     argv = ["--tasks=copa", "--parts=masks", "--grid", "SensZOQ, 16 bits=0.1", *FEW]
     argv += ["--steps=2", "--densities=0.01", "--samples=4", f"--out={tmp_path}/my study"]
     learning.main(argv)
-    made = {path.stem: mask.load(path)[1] for path in tmp_path.glob("my study/masks/*")}
+    made = {path.stem: mask.load(path).provenance for path in tmp_path.glob("my study/masks/*")}
     assert made["copa-0.01"]["source"] == "copa" and made["copa-0.01"]["samples"] == 4
     assert made["sensitive-0.01"]["source"].endswith("c4.jsonl")
