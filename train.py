@@ -258,7 +258,8 @@ def describe(config, model_config, data: dataset.Data) -> None:
     print(f"  {'loss':<14} cross-entropy {loss}")
     if data.odd:
         print(f"  {'':<14} and not over scores, as options differ: {data.odd}")
-    if both := len(set(data.test) & set(data.train)):
+    trained = set(data.train)
+    if both := sum(example in trained for example in data.test):
         print(f"  {both} of the test examples are training examples, too")
     examples = data.train + data.validation + data.test
     vocabulary = model_config.get_text_config().vocab_size
@@ -274,9 +275,8 @@ def rebuild(config: Config, run: Path, data, logged: list[log.Step], after: int)
     return patch.model
 
 
-def run_to_end(config: Config, run: Path) -> None:
-    """A new run, or one that was stopped, to its result.json."""
-    began = time.perf_counter()
+def begin(config: Config, run: Path) -> tuple:
+    """(config, data, record, result, patch), of a new run at θ_0, of a stopped one at its θ_t."""
     config, data = prepare(config, run)
     record = log.StepLog(run if workers.RANK == 0 else None, True, data.metric)
     record.start, record.steps = workers.broadcast((record.start, record.steps))
@@ -295,13 +295,12 @@ def run_to_end(config: Config, run: Path) -> None:
             "--train-file, --num-train, --num-validation and --data-seed choose them"
         )
     patch = open_model(config, run, data)
-    model = patch.model
     print(f"  {patch}\n  {run}/")
     # workers share their losses, so nothing else would show that their data differ
     workers.check_same(examples, "data")
     if record.start is None:
         measure_step(config, patch, data, 0)  # is every weight that moves read?
-        zero_shot = score(config, model, data.tokenizer, data.test)
+        zero_shot = score(config, patch.model, data.tokenizer, data.test)
         start = "untrained prefix, " if config.adapter == "prefix" else "zero-shot "
         print(f"{start}test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()
@@ -312,16 +311,24 @@ def run_to_end(config: Config, run: Path) -> None:
             print("  the examples are not all those that the run began with")
         replay(config, patch, data, record.steps, run, after=len(record.steps))
         print(f"  going on after step {len(record.steps)} of {config.steps}")
-    if model.dtype in loading.DTYPES:  # auto's may be another one on another machine
-        config = replace(config, dtype=str(model.dtype).removeprefix("torch."))
+    if patch.model.dtype in loading.DTYPES:  # auto's may be another one on another machine
+        config = replace(config, dtype=str(patch.model.dtype).removeprefix("torch."))
     if workers.RANK == 0:
         configs.save(run, config)
+    return config, data, record, result, patch
+
+
+def run_to_end(config: Config, run: Path) -> None:
+    """A new run, or one that was stopped, to its result.json."""
+    began = time.perf_counter()
+    config, data, record, result, patch = begin(config, run)
     try:
         train(config, patch, data, record)
     finally:  # also of a session that is stopped
         result["seconds"] += time.perf_counter() - began
         write_result(run, result)
 
+    model = patch.model
     last = best = score(config, model, data.tokenizer, data.test)
     print(f"test {data.metric}, last weights             {last}")
     device, best_step = patch.device, record.best_step()  # by validation, never by test

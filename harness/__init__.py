@@ -1,4 +1,4 @@
-"""What a long run needs beside the papers: settings, models, data, log, workers, bench."""
+"""What a long run needs and no paper speaks of: settings, models, data, log, workers, masks."""
 
 import os
 import sys

@@ -439,11 +439,14 @@ def new_run(config: Config) -> Path:
 
 def save(run: Path, config: Config) -> None:
     """config.json: every setting, with absolute paths, so that it can be replayed from anywhere."""
-    kept = asdict(config)
-    for name in ("model", "data_dir", "train_file", "validation_file", "test_file", "text"):
-        if kept[name] and Path(locate(kept[name])).exists():
-            kept[name] = str(Path(locate(kept[name])).resolve())
-    write_json(run / "config.json", kept)
+    write_json(run / "config.json", absolute(asdict(config)))
+
+
+def absolute(settings: dict) -> dict:
+    """The settings with absolute paths, where these exist."""
+    names = ("model", "data_dir", "train_file", "validation_file", "test_file", "text")
+    paths = {name: Path(locate(settings[name])) for name in names if settings.get(name)}
+    return settings | {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 
 
 def load(run: Path, changes: dict) -> Config:
@@ -458,7 +461,7 @@ def load(run: Path, changes: dict) -> Config:
     if (run / "mask.safetensors").exists():
         fixed |= {"mask", "mask_from", "text", "groups", "quantiser"}  # what it was made from
     for name in sorted(fixed & changes.keys()):
-        if changes[name] != kept.get(name):
+        if absolute(changes)[name] != kept.get(name):
             has = run if name == "out" else kept.get(name)
             raise ValueError(
                 f"{flag(name)} cannot be changed in {run}, which has {has}; start a new run"

@@ -102,7 +102,8 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
             parts = [sum((_from_file(f, spec.to_examples, what) for f in fs), []) for fs in paths]
     elif task is None and all(own[:2]) and data_dir is None:
         files = [Path(f) for f in own if f]
-        what = 'a line {"prompt", "options", "label"}, {"prompt", "completion"} or {"messages"}'
+        what = 'a line {"prompt", "options", "label"}, {"prompt", "completion"}, {"messages"}'
+        what += ' or {"text"}'
         parts = [_from_file(f, partial(_own_example, tokenizer), what) for f in files]
         everything, source = sum(parts, []), ", ".join(dict.fromkeys(map(str, files)))
         kinds = Counter(map(_kind, everything))
@@ -129,7 +130,8 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
         cut = max(0, len(drawn) - num_validation)  # not [:-num_validation], empty for 0
         train, validation = drawn[:cut], drawn[cut:]
     if not train:
-        raise ValueError(f"{source}: num_validation {num_validation} leaves nothing to train on")
+        few = f"{len(validation)} examples and --num-validation {num_validation}"
+        raise ValueError(f"{source}: {few} leave nothing to train on; give a lower number")
     parts = train, validation, _draw(test, num_test, seed)
     return Data(*parts, spec.classification, str(source), tokenizer, odd)
 
@@ -155,7 +157,7 @@ def _in_blocks(examples: list[Example], tokenizer, length: int) -> list[Example]
         return examples
     ids = tokenizer("\n\n".join(e.options[0] for e in examples), verbose=False)["input_ids"]
     if len(ids) < 2:
-        raise ValueError("the texts have one token in all, and none after it to predict")
+        raise ValueError("the texts have no two tokens in all, and so none to predict")
     starts = range(0, max(1, len(ids) - length + 1), length)
     return [Example(tuple(ids[i : i + 1]), (tuple(ids[i + 1 : i + length]),), 0) for i in starts]
 
@@ -172,7 +174,7 @@ def _kind(example: Example) -> str:
 
 def _own_example(tokenizer, row: dict) -> list[Example]:
     if not isinstance(row, dict):
-        raise ValueError(f"{row!r} has no fields")
+        raise ValueError(f"{row!r:.60} has no fields")
     kind = next((k for k in ("options", "completion", "messages", "text") if k in row), "options")
     if kind != "options" and "label" in row:
         raise ValueError(f"a label belongs to options, and this row has {kind}")
@@ -204,11 +206,11 @@ _DATE = """{%- macro strftime_now(format) -%}{{
 
 
 def _replies(tokenizer, messages: list[dict], tools: list | None) -> list[Example]:
-    """A completion per turn of the assistant, as the tokenizer's chat template writes it.
+    """A completion per reply of the assistant, as the tokenizer's chat template writes it.
 
     The prompt is all before it, up to the template's generation prompt; the completion is the reply
-    with its end of turn. So no other token than the assistant's has a loss. The template gets the
-    row's `tools`, too.
+    with its end of turn. So no other token than the assistant's has a loss. A first message answers
+    nothing, and is no reply. The template gets the row's `tools`, too.
     """
     if not tokenizer.chat_template:
         raise ValueError('the tokenizer has no chat template; use {"prompt", "completion"} lines')
@@ -221,7 +223,9 @@ def _replies(tokenizer, messages: list[dict], tools: list | None) -> list[Exampl
 
     examples = []
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise ValueError(f"content {message.get('content')!r:.60} is no text")
+        if message["role"] == "assistant" and i:
             before, after = text(i, add_generation_prompt=True), text(i + 1).rstrip()
             if not after.startswith(before):
                 raise ValueError("the chat template's reply does not follow its generation prompt")
@@ -229,7 +233,7 @@ def _replies(tokenizer, messages: list[dict], tools: list | None) -> list[Exampl
             start = len(ids) - length
             examples.append(Example(tuple(ids[:start]), (tuple(ids[start:]),), 0))
     if not examples:
-        raise ValueError("no message is the assistant's")
+        raise ValueError("no message is a reply of the assistant's")
     return examples
 
 

@@ -30,7 +30,7 @@ import quant
 import tasks
 import zo
 from harness import config as configs
-from harness import dataset, loading
+from harness import dataset, loading, workers
 from harness.config import MaskSettings, reworded, setting
 
 
@@ -68,6 +68,8 @@ def make(config, path, data=None) -> dict[str, Tensor]:
     dtype = settings.dtype
     if sensitive and dtype == "auto" and device != "cpu":
         dtype = "bfloat16"  # also where the checkpoint is fp16, whose gradients underflow
+    if settings.quantiser == "kmeans" and dtype == "float16":
+        dtype = "bfloat16"  # fp16 lacks small weights: `_bits` would be of another model
     model = loading.load_model(settings.model, dtype, device, settings.trust_remote_code)
     weights, codebooks = masks.decoder_linears(model), {}
 
@@ -212,7 +214,9 @@ def check_values(file: MaskFile, name: str, weight: Tensor) -> None:
 
 def main(argv=None) -> None:
     with configs.one_line_errors():
-        config = MaskConfig(**configs.parse(MaskConfig, __doc__.split("\n")[0], argv))
+        given = configs.parse(MaskConfig, __doc__.split("\n")[0], argv)
+        config = MaskConfig(**given)
+        workers.check_alone()
         if config.out is None:
             raise ValueError("no --out: give the name of a new file, such as mask.safetensors")
         if Path(config.out).exists():
@@ -221,18 +225,13 @@ def main(argv=None) -> None:
         Path(f"{config.out}.tmp").unlink()
         configs.check_numbers(config)
         of_task = config.mask_from == "task"
-        ignored = [config.text] if of_task else [config.task, config.train_file]
-        if any(ignored):
-            raise ValueError(
-                "--task and --train-file are for --mask-from task, --text is for --mask-from text"
-            )
-        plain = config.quantiser == "nf4" and config.statistic == "per-sample"
-        needs_scores = config.text or of_task or not plain
-        if config.kind != "sensitive" and needs_scores:
-            raise ValueError(
-                f"--kind {config.kind} scores nothing: leave out --text, --mask-from, --quantiser, "
-                "--statistic"
-            )
+        use = f"--mask-from {config.mask_from}"
+        ignored = {"text", "length"} if of_task else {"task", "train_file"}
+        if config.kind != "sensitive":  # nothing is scored
+            use = f"--kind {config.kind}"
+            ignored |= {"text", "length", "samples", "mask_from", "quantiser", "statistic"}
+        if wrong := sorted(name for name in ignored & given.keys() if given[name]):
+            raise ValueError(f"{configs.flag(wrong[0])} has no use with {use}; leave it out")
         data = None
         if of_task:
             config, _, data = dataset.load(configs.complete(config))

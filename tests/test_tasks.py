@@ -527,7 +527,7 @@ def test_bad_requests_are_named(tmp_path):
         ({"task": "cb", "data_dir": tmp_path / "RTE"}, "train.jsonl:1 .*'not_entailment'"),
         ({"train_file": tmp_path / "gone.jsonl", "test_file": good}, "no file .*gone.jsonl"),
         ({"train_file": tmp_path / "empty.jsonl", "test_file": good}, "empty.jsonl is empty"),
-        ({"train_file": good, "test_file": good, "num_validation": 3}, "leaves nothing to train"),
+        ({"train_file": good, "test_file": good, "num_validation": 3}, "leave nothing to train"),
     ):
         with pytest.raises(ValueError, match=message) as e:
             load_examples(**kwargs)
@@ -1249,6 +1249,16 @@ def test_only_the_assistants_tokens_have_a_loss(tmp_path):
     assert marked == whole["assistant_masks"] and sum(marked) == 7  # two ends of turn among them
 
 
+def test_a_greeting_is_no_reply(tmp_path):
+    """A conversation that the assistant begins has its later replies, with the greeting before."""
+    greeting = {"role": "assistant", "content": "so"}
+    tokenizer = chat_tokenizer()
+    data = replies(tmp_path, [[greeting, *TALK]], tokenizer)
+    prompts = [tokenizer.decode(example.prompt) for example in data.test]
+    assert len(prompts) == 2
+    assert all(prompt.startswith("catso</s>dogisitred?") for prompt in prompts)
+
+
 def test_the_tools_of_a_row_are_in_its_prompt(tmp_path):
     """A template that writes the row's tools gets them."""
     tokenizer = chat_tokenizer("{% for tool in tools %}{{ tool.name }} {% endfor %}" + CHAT)
@@ -1307,7 +1317,9 @@ BAD_COMPLETIONS = {
     "number": ({"prompt": "a", "completion": 3}, TOKENIZER, "completion 3 must be text"),
     "no prompt": ({"completion": "a"}, TOKENIZER, "no field 'prompt'"),
     "no template": ({"messages": TALK}, TOKENIZER, "the tokenizer has no chat template; use "),
-    "user alone": ({"messages": TALK[:1]}, chat_tokenizer(), "no message is the assistant's"),
+    "user alone": ({"messages": TALK[:1]}, chat_tokenizer(), "no message is a reply of the assis"),
+    "a list": ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, chat_tokenizer(),
+               r"content \[\{'text': 'a'\}\] is no text"),
     "no role": ({"messages": [{"content": "a"}]}, chat_tokenizer(), "no field 'role'"),
     "no messages": ({"messages": 3}, chat_tokenizer(), "int"),
     "refused": ({"messages": TALK}, chat_tokenizer("{{ raise_exception('no\\nway') }}"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ METHODS = [
     ["--method=s-mezo", "--mask-kind=packed", "--dtype=bfloat16"],
     ["--method=r-mezo", "--density=0.5", "--select=proj"],
     SENSZOQ,
-    [*SENSZOQ, "--quantiser=kmeans"],
+    [*SENSZOQ, "--quantiser=kmeans", "--dtype=float16"],
     [*SENSZOQ, "--bits=16", "--dtype=bfloat16"],
 ]
 
@@ -604,6 +605,7 @@ def test_a_run_brings_its_own_mask(folder, tmp_path, capsys):
     assert (tmp_path / "b/mask.safetensors").read_bytes() == file.read_bytes()
     assert (tmp_path / "a/steps.csv").read_bytes() == (tmp_path / "b/steps.csv").read_bytes()
     assert "density        0.02" in capsys.readouterr().out
+    train.main([f"--resume={tmp_path}/a", f"--text={os.path.relpath(text)}"])
     text.unlink(), file.unlink()  # each run has an own copy
     for name in ("a", "b"):
         train.main([f"--resume={tmp_path}/{name}", "--steps=9"])

@@ -668,6 +668,14 @@ def test_an_edited_configuration_is_one_line(name, value, folder, tmp_path, caps
         assert f"{name} is {value!r}" in refused(main, [f"{flag}={tmp_path}/run"], capsys)
 
 
+def test_examples_of_both_sets_are_counted(folder, tmp_path, capsys):
+    """Every test example that is a training example counts, also one that comes several times."""
+    row = (folder / "train.jsonl").read_text().splitlines()[0]
+    (tmp_path / "test.jsonl").write_text(f"{row}\n" * 4)
+    run(folder, tmp_path / "run", f"--test-file={tmp_path}/test.jsonl", "--num-validation=0")
+    assert "4 of the test examples are training examples, too" in capsys.readouterr().out
+
+
 def test_a_mask_that_is_made_stays(folder, tmp_path, capsys):
     """What a mask was made of cannot be changed afterwards: it would be ignored."""
     run(folder, tmp_path / "run", *SENSZOQ)
