@@ -141,6 +141,7 @@ def sensitive_mask(config: Config, run: Path, data: dataset.Data) -> mask.MaskFi
         else:
             mask.make(config, path, data)
             gc.collect()  # the model that was scored, before another is loaded
+            loading.restart_peak()  # result.json has that of training
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 

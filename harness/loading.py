@@ -307,8 +307,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 1 << 30)
 
 
+def restart_peak() -> None:
+    """Count the peak of memory anew: a GPU's, and on Linux the process's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets the highest RSS back to the present
+
+
 def machine(device: torch.device) -> dict:
-    """Versions and hardware: a figure without them is no result."""
+    """Versions, hardware and peak memory: a figure without them is no result."""
     import transformers
 
     if device.type == "cuda":

@@ -592,6 +592,16 @@ def test_on_a_gpu_a_run_is_its_log(flags, folder, tmp_path, trained):
 # ------------------------------------------------------------------ masks of [Q]
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone")
+def test_the_peak_of_memory_counts_from_its_restart():
+    """Half a gigabyte that is gone by then is no part of the peak."""
+    cpu = torch.device("cpu")
+    torch.ones(1 << 27)
+    before = loading.machine(cpu)["peak_memory_bytes"]
+    loading.restart_peak()
+    assert loading.machine(cpu)["peak_memory_bytes"] < before - 4e8
+
+
 def test_a_run_brings_its_own_mask(folder, tmp_path, capsys):
     """A mask made from a text is the command's, and --mask with that file gives the same run."""
     text, file = tmp_path / "text.txt", tmp_path / "mask.safetensors"
