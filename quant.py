@@ -16,7 +16,8 @@ How it works
     the moving places and answers with that. `visible` is `values`, or `values ± ε z` while a probe
     is open (model_patch.py). With bits=4 the dense matrix is decoded from its codes, with bits=16
     it is a copy of the parameter as it was loaded. That is the only difference between the two.
-    Embeddings, head, norms, biases, and matrices that the index lacks stay as they were loaded.
+    Embeddings, head, norms, biases, and matrices that the index lacks stay as they were loaded. So
+    do, with NF4, matrices whose size is no multiple of 64.
 
     The k values are taken out before quantisation. NF4 sees a 0 in their places, and k-means gives
     them weight 0. So a large value neither stretches its block's scale nor takes a level of its

@@ -5,8 +5,8 @@
     python train.py --resume runs/…
 
     code            [S] Algorithm 1
-    rule            m: which weights move. That is what tells three of the methods apart
-    sensitive_mask  m of [Q], found once; the run keeps it in a file
+    rule            m of MeZO and [S]: which weights move
+    sensitive_mask  m of [Q], found once and kept in a file of the run
     losses          l⁺ and l⁻ of one minibatch, with mask and noise inside forward (§3.3)
     measure_step    proj_grad of one step, and −η · proj_grad
     train           the loop, in the order of the printed algorithm
