@@ -4,10 +4,10 @@ RUN = .venv/bin/python
 NUMERICAL = tests/test_zo.py tests/test_masks.py --deselect $(ONE)
 ONE = tests/test_zo.py::test_the_fused_loop_is_one_on_all_threads
 
-# Not compiled here: Python compiles a module at its first import, and most are never imported.
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m compileall -qq -j 0 -x /tests/ .venv/lib || true  # some need a newer Python
 	touch $@
 
 demo: .venv/ready
