@@ -245,6 +245,7 @@ class Peak:
 
     def __init__(self, device: str):
         self.gpu, self.before = device.startswith("cuda"), 0
+        self.known = os.access("/proc/self/clear_refs", os.W_OK)  # of a CPU, on Linux
         self.reset()
         self.before = self.read()  # the interpreter and its libraries: not the model's doing
 
@@ -252,13 +253,10 @@ class Peak:
         gc.collect()  # an earlier row's model is freed before this one is made
         if self.gpu:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         else:
             with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc's alone
                 ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not the row's doing
-            self.known = os.access("/proc/self/clear_refs", os.W_OK)  # on Linux
-            if self.known:
-                Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+        loading.restart_peak()
 
     def read(self) -> float:
         if self.gpu:

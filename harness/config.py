@@ -460,8 +460,9 @@ def load(run: Path, changes: dict) -> Config:
     fixed = {*KEPT, "out"}
     if (run / "mask.safetensors").exists():
         fixed |= {"mask", "mask_from", "text", "groups", "quantiser"}  # what it was made from
+    typed = absolute(changes)
     for name in sorted(fixed & changes.keys()):
-        if absolute(changes)[name] != kept.get(name):
+        if typed[name] != kept.get(name):
             has = run if name == "out" else kept.get(name)
             raise ValueError(
                 f"{flag(name)} cannot be changed in {run}, which has {has}; start a new run"

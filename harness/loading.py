@@ -312,7 +312,7 @@ def restart_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # sets the highest RSS back to the present
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
 
 
 def machine(device: torch.device) -> dict:

@@ -224,13 +224,13 @@ def test_recorded_accuracy(model, tokenizer, splits, expected, task):
 # ------------------------------------------------------------------ the loops of YOUR_OWN.md
 
 
-@pytest.mark.parametrize("number, steps, falls", [(1, 20, 0.8), (2, 12, 1.0)])
+@pytest.mark.parametrize("number, steps, falls", [(1, 50, 0.5), (2, 12, 1.0)])
 def test_the_loops_of_ones_own_train(number, steps, falls, monkeypatch, capsys):
     """YOUR_OWN.md's loops, as printed: the loss falls, the model is ordinary again."""
     text = (TINY.parent / "YOUR_OWN.md").read_text("utf-8")
     loops, names = re.findall(r"```python\n(.*?)```", text, re.S), {}
     monkeypatch.chdir(TINY.parent)
-    exec(re.sub(r"range\([56]0\)", f"range({steps})", loops[number]), names)
+    exec(loops[number].replace("range(60)", "range(12)"), names)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == steps and min(losses) < losses[0] * falls
     assert not any(isinstance(module, MaskedWeight) for module in names["model"].modules())

@@ -6,20 +6,20 @@ from studies import memory
 
 
 def test_a_small_table(tmp_path, capsys):
-    """Every row has a number, which is what the bench's file says."""
-    flags = ["--shape=tiny", "--tokens", "8", "--no-compile", "--device=cpu"]
+    """Every row has a number for every length, which is what the bench's files say."""
+    flags = ["--shape=tiny", "--tokens", "8", "16", "--no-compile", "--device=cpu"]
     memory.main([*flags, f"--out={tmp_path}"])
     said = capsys.readouterr().out
-    file = tmp_path / "tiny-float32-cpu-eager-1x8.json"
+    files = [tmp_path / f"tiny-float32-cpu-eager-1x{tokens}.json" for tokens in (8, 16)]
     for row in memory.ROWS:
-        peak = json.loads(file.read_text())["rows"][row]["peak_bytes"] / 1e9
+        peaks = [json.loads(file.read_text())["rows"][row]["peak_bytes"] / 1e9 for file in files]
         (line,) = (line for line in said.splitlines() if line.startswith(f"| {row} | "))
-        assert line.split(" | ")[1].split()[0] == f"{peak:.2f}"
+        assert [cell.split()[0] for cell in line.split(" | ")[1:]] == [f"{gb:.2f}" for gb in peaks]
     assert (tmp_path / "memory.png").exists()
-    found = json.loads(file.read_text())
+    found = json.loads(files[0].read_text())
     found["rows"]["Adam"]["peak_bytes"] = 12.34e9
     del found["rows"]["LoRA"]
-    file.write_text(json.dumps(found))
+    files[0].write_text(json.dumps(found))
     memory.main([*flags, f"--out={tmp_path}"])
     said = capsys.readouterr().out
-    assert "| Adam | 12.34 (" in said and "| LoRA | – |" in said and " R " not in said
+    assert "| Adam | 12.34 (" in said and "| LoRA | – | " in said and " R " not in said
