@@ -25,7 +25,7 @@ How it works
     PackedMask       the same, packed ([S] §3.3, "1-bit")           one bit per weight
     RandomMask       regenerated from a seed: R-MeZO                three numbers per tensor
 
-    With `refresh_every=n`, `prepare` is called again every n steps.
+    With `refresh_every=n`, the state is made anew every n steps. h of a constant mask stays.
 
     [Q]'s mask is no rule but an index. It is found once, from the gradients of a text, and is the
     same at every step. harness/mask.py keeps it in a file.
@@ -141,11 +141,15 @@ class Rule:
 
     def __init__(self, density: float = 1.0, refresh_every: int = 0):
         self.density = check_density(density)
-        self.refresh_every = refresh_every  # steps after which `prepare` is called again; 0: never
+        self.refresh_every = refresh_every  # steps after which `refresh` is called; 0: never
 
     def prepare(self, weight: Tensor, stream: int) -> Tensor:
         """The state of `weight`, a tensor on its device; called before training."""
         return torch.empty(0, device=weight.device)
+
+    def refresh(self, weight: Tensor, stream: int) -> Tensor:
+        """The state anew, of the weight as it is now; called every `refresh_every` steps."""
+        return self.prepare(weight, stream)
 
     @staticmethod
     def mask(theta: Tensor, element: Tensor, state: Tensor) -> Tensor:
@@ -204,12 +208,20 @@ class MagnitudeGroup(SmallWeights):
 class ConstantMask(Rule):
     """[S] §3.2 "constant mask": the small weights of before training, stored as booleans.
 
-    `refresh_every=k` takes mask and h again every k steps. In a reply of [S], whose h stays, a mask
-    of every step has 79.0 on average, and one of every fifth 76.3.
+    `refresh_every=k` takes the mask again every k steps, by the h of before training: a reply of
+    [S], where a mask of every step has 79.0 on average, and one of every fifth 76.3.
     """
 
+    def __init__(self, density: float, refresh_every: int = 0):
+        super().__init__(density, refresh_every)
+        self.h: dict[int, Tensor] = {}  # by stream
+
     def prepare(self, weight, stream):
-        return get_mask(weight.detach().flatten(), threshold(weight, self.density))
+        self.h[stream] = threshold(weight, self.density)
+        return self.refresh(weight, stream)
+
+    def refresh(self, weight, stream):
+        return get_mask(weight.detach().flatten(), self.h[stream])
 
     @staticmethod
     def mask(theta, element, state):
@@ -222,8 +234,8 @@ class PackedMask(ConstantMask):
     [S] §3.3 names this "1-bit quantization", and then makes m in each forward pass instead.
     """
 
-    def prepare(self, weight, stream):
-        mask = super().prepare(weight, stream)
+    def refresh(self, weight, stream):
+        mask = super().refresh(weight, stream)
         packed = torch.zeros((mask.numel() + 7) // 8, dtype=torch.uint8, device=mask.device)
         for bit in range(8):
             column = mask[bit::8].to(torch.uint8)

@@ -237,10 +237,10 @@ class Patch:
             weight.plus(shift, out=weight.theta, stochastic=self.stochastic)
 
     def refresh(self, step: int) -> None:
-        """Before step `step`, from 0 on: take thresholds again where the rule says so."""
+        """Before step `step`, from 0 on: the rule's state anew, such as h, where it says so."""
         if self.rule.refresh_every and step and step % self.rule.refresh_every == 0:
             for weight in self.weights:
-                weight.prepare()
+                weight.state = self.rule.refresh(weight.theta, weight.stream)
 
     # ------------------------------------------------------------------ what one may want to know
 

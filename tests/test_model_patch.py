@@ -1,6 +1,7 @@
 """model_patch.py against the literal Algorithm 1, on tiny random models of many architectures."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -562,18 +563,18 @@ def test_select_moves_only_what_it_names():
         Patch(build("llama"), masks.Everything(), select="nothing-like-this")
 
 
-def test_a_constant_mask_stays_or_is_taken_again():
-    """It is that of before training; with refresh_every = k it is taken again every k steps."""
-    for every, follows in ((0, False), (4, True)):
-        patch = Patch(build("llama"), masks.ConstantMask(0.3, refresh_every=every))
+def test_a_constant_mask_stays_or_is_taken_again_by_the_same_threshold():
+    """With refresh_every = k it is taken every k steps, by the threshold of before training."""
+    for kind, every in itertools.product((masks.ConstantMask, masks.PackedMask), (0, 4)):
+        patch = Patch(build("llama"), kind(0.3, refresh_every=every))
         weight = patch.weights[0]
-        before, theta = weight.state.clone(), weight.held[0].data
+        before, theta = weight.mask(), weight.held[0].data
+        h = masks.threshold(theta, 0.3)
         theta.copy_(torch.randn_like(theta))
         patch.refresh(3)
-        assert torch.equal(weight.state, before)
+        assert torch.equal(weight.mask(), before)
         patch.refresh(4)
-        now = masks.get_mask(theta.flatten(), masks.threshold(theta, 0.3))
-        assert torch.equal(weight.state, now) == follows
+        assert torch.equal(weight.mask(), masks.get_mask(theta, h) if every else before)
 
 
 def test_the_threshold_stays_or_is_refreshed():
