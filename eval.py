@@ -100,14 +100,14 @@ def main(argv=None) -> tasks.Score:
             raise ValueError("--step is of a run: give it with --run")
         if run is not None and shots:
             raise ValueError("--shots: a run has none; --save it and use --model")
-        if save is not None:
-            save.mkdir(parents=True, exist_ok=True)  # or it is said before the work
         kept = configs.load(run, settings) if run else configs.complete(Settings(**settings))
         config, model_config, data = dataset.load(kept)
         usual = tasks.TASKS.get(config.task, tasks.OWN).batch_size
         config = replace(config, batch_size=config.batch_size or usual)
         if not (examples := getattr(data, split)):
             raise ValueError(f"--split {split}: there are no {split} examples; see --num-{split}")
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)  # what cannot be is said before the work
         if run is None:
             what, model, examples = open_model(config, model_config, data, examples, shots or 0)
         else:

@@ -221,6 +221,8 @@ def _replies(tokenizer, messages: list[dict], tools: list | None) -> list[Exampl
         with reworded("the chat template refuses it"):
             return tokenizer.apply_chat_template(messages[:count], **how, **more)
 
+    if not isinstance(messages, list):
+        raise ValueError(f"messages {messages!r:.60} is no list")
     examples = []
     for i, message in enumerate(messages):
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):

@@ -90,6 +90,8 @@ def main(argv=None) -> None:
         workers.check_alone()
         if "steps" in given:
             raise ValueError(f"--steps {given['steps']}: give --short, the steps of each run")
+        if rates and "lr" in given:
+            raise ValueError(f"--lr {given['lr']} would be ignored beside --rates; leave one out")
         config = configs.complete(Config(**given))
         run = configs.new_run(config)
         try:

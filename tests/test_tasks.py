@@ -1321,7 +1321,7 @@ BAD_COMPLETIONS = {
     "a list": ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, chat_tokenizer(),
                r"content \[\{'text': 'a'\}\] is no text"),
     "no role": ({"messages": [{"content": "a"}]}, chat_tokenizer(), "no field 'role'"),
-    "no messages": ({"messages": 3}, chat_tokenizer(), "int"),
+    "no messages": ({"messages": None}, chat_tokenizer(), "messages None is no list"),
     "refused": ({"messages": TALK}, chat_tokenizer("{{ raise_exception('no\\nway') }}"),
                 r"the chat template refuses it \(.*: no"),
     "broken": ({"messages": TALK}, chat_tokenizer("{% if %}"), "the chat template refuses it "),
