@@ -47,7 +47,7 @@ What it costs
     as a file costs 4 bytes per place.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -55,33 +55,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import zo
-
-
-def check_density(density: float) -> float:
-    """The density, if it is one. ValueError otherwise."""
-    if not 0 < density <= 1:
-        raise ValueError(
-            f"density {density}: the share of weights that move, above 0 and at most 1 "
-            "(the paper's sparsity 0.75 is density 0.25)"
-        )
-    return density
-
-
-def check_moves(density: float, weights) -> None:
-    """ValueError where the density takes not one weight of the largest tensor."""
-    largest = max(w.numel() for w in weights)
-    if not round(check_density(density) * largest):
-        raise ValueError(
-            f"density {density:g} takes none of the {largest} weights of the largest tensor, so "
-            f"nothing moves; give {1 / largest:.1g} or more"
-        )
-
-
-def check_finite(weight: Tensor, name: str = "the weight") -> None:
-    """ValueError where a weight holds NaN or infinity."""
-    if not torch.stack(weight.aminmax()).isfinite().all():  # NaN shows in both
-        raise ValueError(f"{name} holds NaN or infinity; get a sound copy of the model")
-
 
 # ------------------------------------------------------------------ [S]: Algorithm 3
 
@@ -304,34 +277,26 @@ def _only_gradients_of(wanted: dict[str, Tensor], model, receive):
     Hugging Face's own switch works in train mode only, where OPT would drop out a tenth; wrapping
     `forward` works in eval mode. All is as before afterwards, also after an exception.
     """
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    blocks = [(block, vars(block).get("forward")) for block in decoder_blocks(model)]
-    hooks = []
-    try:
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        for p in model.parameters():
+            undo.callback(p.requires_grad_, p.requires_grad)
         model.eval()
-        for p, _ in parameters:
-            p.requires_grad_(False)
+        model.requires_grad_(False)
         for name, p in wanted.items():
             p.requires_grad_(True)
-            hooks.append(p.register_post_accumulate_grad_hook(partial(receive, name)))
-        for block, _ in blocks:
+            hook = p.register_post_accumulate_grad_hook(partial(receive, name))
+            undo.callback(hook.remove)
+        for block in decoder_blocks(model):
+            own = {key: value for key, value in vars(block).items() if key == "forward"}
+            undo.callback(vars(block).update, own)
+            undo.callback(vars(block).pop, "forward")
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
         with torch.enable_grad():
             yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for block, forward in blocks:
-            vars(block).pop("forward", None)
-            if forward is not None:
-                block.forward = forward
-        for p, requires_grad in parameters:
-            p.requires_grad_(requires_grad)
-        for module, training in modes:
-            module.training = training
 
 
 def fisher(model, losses, *, statistic="per-sample", weights=None) -> dict:
@@ -388,16 +353,6 @@ def top(values: Tensor, k: int) -> Tensor:
     above, equal = (flat > h).nonzero(), (flat == h).nonzero()
     chosen = torch.cat([above, equal[: k - len(above)]]).flatten()
     return chosen.sort().values.to("cpu", torch.int32)
-
-
-def check_places(places: Tensor, numel: int, name: str) -> None:
-    """ValueError unless `places` can be [Q]'s m of a matrix of `numel` weights."""
-    if places.dtype not in (torch.int32, torch.int64) or places.dim() != 1:
-        kind = f"{places.dtype} {tuple(places.shape)}"
-        hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
-        raise ValueError(f"{name}: an index is flat positions, (k,) of int, not {kind}; {hint}")
-    if not len(places) or places[0] < 0 or int(places[-1]) >= numel or (places.diff() <= 0).any():
-        raise ValueError(f"{name}: an index is k > 0 places in ascending order, below {numel}")
 
 
 def sensitive(scores: dict[str, Tensor], density: float, ks: dict | None = None) -> dict:
@@ -484,3 +439,42 @@ def overlap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert {n: len(i) for n, i in a.items()} == {n: len(i) for n, i in b.items()}, "other sizes"
     both = sum(int(torch.isin(a[name], b[name]).sum()) for name in a)
     return both / sum(len(i) for i in a.values())
+
+
+# ------------------------------------------------------------------ what cannot be
+
+
+def check_density(density: float) -> float:
+    """The density, if it is one. ValueError otherwise."""
+    if not 0 < density <= 1:
+        raise ValueError(
+            f"density {density}: the share of weights that move, above 0 and at most 1 "
+            "(the paper's sparsity 0.75 is density 0.25)"
+        )
+    return density
+
+
+def check_moves(density: float, weights) -> None:
+    """ValueError where the density takes not one weight of the largest tensor."""
+    largest = max(w.numel() for w in weights)
+    if not round(check_density(density) * largest):
+        raise ValueError(
+            f"density {density:g} takes none of the {largest} weights of the largest tensor, so "
+            f"nothing moves; give {1 / largest:.1g} or more"
+        )
+
+
+def check_finite(weight: Tensor, name: str = "the weight") -> None:
+    """ValueError where a weight holds NaN or infinity."""
+    if not torch.stack(weight.aminmax()).isfinite().all():  # NaN shows in both
+        raise ValueError(f"{name} holds NaN or infinity; get a sound copy of the model")
+
+
+def check_places(places: Tensor, numel: int, name: str) -> None:
+    """ValueError unless `places` can be [Q]'s m of a matrix of `numel` weights."""
+    if places.dtype not in (torch.int32, torch.int64) or places.dim() != 1:
+        kind = f"{places.dtype} {tuple(places.shape)}"
+        hint = "of a boolean mask they are mask.flatten().nonzero()[:, 0]"
+        raise ValueError(f"{name}: an index is flat positions, (k,) of int, not {kind}; {hint}")
+    if not len(places) or places[0] < 0 or int(places[-1]) >= numel or (places.diff() <= 0).any():
+        raise ValueError(f"{name}: an index is k > 0 places in ascending order, below {numel}")

@@ -55,16 +55,12 @@ class MaskedWeight(nn.Module):
         self.held = (theta,)  # in a tuple, or nn.Module would register it once more
         self.word = zo.word(stream)
         self.was_read = False
-        self.prepare()
+        self.state = patch.rule.prepare(self.theta, stream)  # such as [S]'s threshold h
 
     @property
     def theta(self) -> Tensor:
         """θ itself, whatever a probe lets the layer read."""
         return self.held[0].detach()
-
-    def prepare(self) -> None:
-        """What the rule keeps of θ, such as [S]'s threshold h."""
-        self.state = self.patch.rule.prepare(self.theta, self.stream)
 
     def mask(self) -> Tensor:
         """m(θ) as it is now, boolean, θ's shape."""
@@ -135,7 +131,7 @@ class Patch:
         self.copies: dict[MaskedWeight, Tensor] = {}  # its perturbed weights, and tied ones
         self.buffers: list[tuple[Tensor, int]] = []
         self.weights: list[MaskedWeight] = []
-        self.order: dict[nn.Module, list[str]] = {}
+        self.before: dict[nn.Module, dict[str, nn.Parameter]] = {}  # what each module had
         self.sparse = what_moves if splits else None
         self.rule = masks.Everything() if splits else what_moves
         if splits:
@@ -169,7 +165,7 @@ class Patch:
             for name, p in list(module._parameters.items()):
                 if p in found:
                     found[p].uses += 1
-                    self.order.setdefault(module, list(module._parameters))
+                    self.before.setdefault(module, dict(module._parameters))
                     parametrize.register_parametrization(module, name, found[p], unsafe=True)
 
     def scratch(self, like: Tensor) -> Tensor:
@@ -248,19 +244,18 @@ class Patch:
         """The tensors that an update writes: [Q]'s values, or the parameters of the rule."""
         return [weight.theta for weight in self.weights]
 
-    def active_density(self) -> float:
-        """Share of the weights of moving tensors that are inside the mask now."""
+    def active(self) -> tuple[int, int]:
+        """(how many weights are inside the mask now, of how many in the tensors that move)."""
         if self.sparse:
             whole = sum(part.shape.numel() for part in self.sparse.parts.values())
-            return self.sparse.values.numel() / whole
+            return self.sparse.values.numel(), whole
         inside = sum(int(weight.mask().count_nonzero()) for weight in self.weights)
-        return inside / sum(theta.numel() for theta in self.moving())
+        return inside, sum(theta.numel() for theta in self.moving())
 
-    @torch.no_grad()
-    def checksum(self) -> float:
-        """A number that tells whether two workers' weights have come apart."""
-        parts = (part for theta in self.moving() for part in theta.view(-1).split(1 << 22))
-        return sum(float(part.sum(dtype=torch.float64)) for part in parts)  # copied as float64
+    def active_density(self) -> float:
+        """Share of the weights of moving tensors that are inside the mask now."""
+        inside, whole = self.active()
+        return inside / whole
 
     @property
     def total(self) -> int:
@@ -271,23 +266,16 @@ class Patch:
         return sum(shape.numel() for shape in shapes)
 
     def __str__(self):
-        if self.sparse:
-            move, tensors = self.sparse.values.numel(), len(self.sparse.parts)
-            rest = f"; the rest of these is in {self.sparse}"
-        else:
-            move = round(self.active_density() * sum(theta.numel() for theta in self.moving()))
-            tensors, rest = len(self.weights), ""
+        move, tensors = self.active()[0], len(self.sparse.parts if self.sparse else self.weights)
+        rest = f"; the rest of these is in {self.sparse}" if self.sparse else ""
         return f"{move:,} of {self.total:,} weights move, in {tensors} tensors{rest}"
 
     def remove(self) -> None:
         """An ordinary model again, with the weights as they are now. [Q]'s: see quant.join."""
-        for module, names in self.order.items():
-            lists = module.parametrizations.items()
-            quant.unparametrize(module, {name: held.original for name, held in lists})
-            own = dict(module._parameters)  # torch put them back at the end
-            module._parameters.clear()
-            module._parameters.update({name: own[name] for name in names})
-        self.order, self.weights, self.buffers, self.sparse = {}, [], [], None
+        for module, parameters in self.before.items():
+            module._parameters.clear()  # or those that moved would come last
+            quant.unparametrize(module, parameters)
+        self.before, self.weights, self.buffers, self.sparse = {}, [], [], None
 
 
 def holders(buffer: Tensor) -> int:

@@ -64,7 +64,6 @@ NF4 = (  # bitsandbytes' table; the middle of the two halves is an exact 0
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64
-EVEN, WIDEST = 65, 31  # cuts that `kmeans` chooses from
 FITTED = ("codes", "levels")  # what `Codebooks` needs of a matrix, by name
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it does not need
 
@@ -86,56 +85,6 @@ def nf4_decode(codes: Tensor, scales: Tensor) -> Tensor:
     return (levels[codes.long()].view(-1, BLOCK) * scales[:, None]).flatten()
 
 
-def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor, Tensor]:
-    """(codes, levels), (rows, n) uint8 and (rows, 16) fp32, of (rows, n) weights, row by row.
-
-    Levels are k-means centres in ascending order, and a code is the number of the nearest one.
-    Σ importance · (w − level)² comes within two percent of the least there is, and is 0 where
-    16 levels suffice. No library fits many weighted rows at once; [Q]'s code asks scikit-learn for
-    one after the other.
-    """
-    heaviest = weight.gather(1, importance.argmax(1, keepdim=True))
-    w = weight.where(importance > 0, heaviest).double()  # what counts for nothing has no place
-    w, order = w.sort(dim=1)
-    importance = importance.double().gather(1, order)
-    # a cluster is a run of the sorted row; its sum is the difference of two of these
-    sums = [F.pad(x.cumsum(1), (1, 0)) for x in (importance, importance * w)]
-
-    # Where may a cut be? At the widest gaps, and at equal steps of this density, the cube root of
-    # F · gap²: the best of many levels lie so (Panter and Dite, 1951).
-    gaps = w.diff(dim=1)
-    widest = gaps.topk(min(WIDEST, gaps.shape[1])).indices
-    density = ((importance[:, 1:] + importance[:, :-1]) * gaps**2) ** (1 / 3)
-    density = density.scatter(1, widest, 0)  # these have a cut already
-    density = F.pad(density.cumsum(1), (1, 0))
-    steps = density[:, -1:] * torch.linspace(0, 1, EVEN, dtype=w.dtype, device=w.device)
-    cuts = torch.cat([torch.searchsorted(density, steps), widest + 1], 1).sort(1).values
-    cuts = F.pad(cuts, (0, 1), value=w.shape[1])  # the first is 0
-
-    # The best 16 runs between these cuts, by dynamic programming. A run explains moment² / mass of
-    # Σ F w²; `explained` is what the best runs from the start to each cut do.
-    mass, moment = (x.gather(1, cuts) for x in sums)
-    mass, moment = (x[:, None, :] - x[:, :, None] for x in (mass, moment))
-    gain = (moment**2 / mass.clamp(min=1e-30)).masked_fill(mass < 0, -math.inf)
-    explained, origins = gain[:, 0], []
-    for _ in range(15):
-        explained, origin = (explained[:, :, None] + gain).max(1)
-        origins.append(origin)
-    ends = [torch.full_like(cuts[:, :1], cuts.shape[1] - 1)]
-    for origin in reversed(origins):
-        ends.insert(0, origin.gather(1, ends[0]))
-    cuts = cuts.gather(1, torch.cat([torch.zeros_like(ends[0]), *ends], 1))
-
-    for _ in range(rounds):  # Lloyd: a level is the mean of its run, a cut is amid two levels
-        start, end = cuts[:, :-1], cuts[:, 1:]
-        mass, moment = (x.gather(1, end) - x.gather(1, start) for x in sums)
-        first, last = start.clamp(max=w.shape[1] - 1), (end - 1).clamp(min=0)
-        levels = (moment / mass.clamp(min=1e-30)).clamp(w.gather(1, first), w.gather(1, last))
-        middles = (levels[:, 1:] + levels[:, :-1]) / 2
-        cuts = torch.cat([cuts[:, :1], torch.searchsorted(w, middles), cuts[:, -1:]], 1)
-    return torch.searchsorted(middles, weight.double()).to(torch.uint8), levels.float()
-
-
 class NF4Blocks:
     """A matrix in NF4, by bitsandbytes: 4-bit codes, and scales in 8 bits."""
 
@@ -153,49 +102,6 @@ class NF4Blocks:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.codes, self.scales)
-
-
-class Codebooks:
-    """A matrix as [Q] has it: 4-bit codes, and 16 levels per row (GPT-2's are inputs, not outputs).
-
-    `codes`, `levels`: what `fit` gave. `like`: a tensor of the matrix's shape, dtype and device.
-    """
-
-    kind = "4-bit k-means"
-
-    def __init__(self, codes: Tensor, levels: Tensor, like: Tensor):
-        self.codes, self.shape = codes.to(like.device), like.shape
-        self.levels = levels.to(like.device, like.dtype)
-
-    @staticmethod
-    def fit(weight: Tensor, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes, two to a byte; levels, (rows, 16) fp32), on the CPU.
-
-        `scores`: squared gradients, the importance of a weight. At `places` it is 0.
-        """
-        importance = scores / scores.mean(1, keepdim=True).clamp(min=1e-30)
-        importance += 1e-6  # so all weights of a row that no gradient reaches count alike
-        importance.view(-1)[places.to(scores.device, torch.int64)] = 0
-        numbers = max(weight.shape[1], (EVEN + WIDEST) ** 2)  # of a temporary, per row
-        rows = max(1, (1 << 20) // numbers)  # at a time
-        parts = map(kmeans, weight.split(rows), importance.split(rows))
-        codes, levels = map(torch.cat, zip(*parts, strict=True))
-        codes = F.pad(codes.flatten(), (0, codes.numel() % 2))
-        return (codes[0::2] << 4 | codes[1::2]).cpu(), levels.cpu()
-
-    def decode(self) -> Tensor:
-        codes = torch.stack([self.codes >> 4, self.codes & 15], 1).flatten()[: self.shape.numel()]
-        return self.levels.gather(1, codes.view(self.shape).long())
-
-
-def fit_codebooks(weights: dict, scores: dict, index: dict) -> dict[str, Tensor]:
-    """{f"{name}.codes": …, f"{name}.levels": …} of the matrices of an index, by `Codebooks.fit`."""
-    found = {}
-    for name, places in index.items():
-        fitted = Codebooks.fit(weights[name].detach(), scores[name], places)
-        names = (f"{name}.{kind}" for kind in FITTED)
-        found |= zip(names, fitted, strict=True)
-    return found
 
 
 class DenseSparse:
@@ -308,3 +214,101 @@ def unparametrize(module: nn.Module, parameters: dict[str, nn.Parameter]) -> Non
     module.__class__ = type(module).__bases__[0]
     for name, parameter in parameters.items():
         module.register_parameter(name, parameter)
+
+
+# ------------------------------------------------------------------ k-means, [Q]'s quantiser
+
+EVEN, WIDEST = 65, 31  # cuts that `kmeans` chooses from
+
+
+def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor, Tensor]:
+    """(codes, levels), (rows, n) uint8 and (rows, 16) fp32, of (rows, n) weights, row by row.
+
+    Levels are k-means centres in ascending order, and a code is the number of the nearest one.
+    Σ importance · (w − level)² comes within two percent of the least there is, and is 0 where
+    16 levels suffice. No library fits many weighted rows at once; [Q]'s code asks scikit-learn for
+    one after the other.
+    """
+    heaviest = weight.gather(1, importance.argmax(1, keepdim=True))
+    w = weight.where(importance > 0, heaviest).double()  # what counts for nothing has no place
+    w, order = w.sort(dim=1)
+    importance = importance.double().gather(1, order)
+    # a cluster is a run of the sorted row; its sum is the difference of two of these
+    sums = [F.pad(x.cumsum(1), (1, 0)) for x in (importance, importance * w)]
+
+    # Where may a cut be? At the widest gaps, and at equal steps of this density, the cube root of
+    # F · gap²: the best of many levels lie so (Panter and Dite, 1951).
+    gaps = w.diff(dim=1)
+    widest = gaps.topk(min(WIDEST, gaps.shape[1])).indices
+    density = ((importance[:, 1:] + importance[:, :-1]) * gaps**2) ** (1 / 3)
+    density = density.scatter(1, widest, 0)  # these have a cut already
+    density = F.pad(density.cumsum(1), (1, 0))
+    steps = density[:, -1:] * torch.linspace(0, 1, EVEN, dtype=w.dtype, device=w.device)
+    cuts = torch.cat([torch.searchsorted(density, steps), widest + 1], 1).sort(1).values
+    cuts = F.pad(cuts, (0, 1), value=w.shape[1])  # the first is 0
+
+    # The best 16 runs between these cuts, by dynamic programming. A run explains moment² / mass of
+    # Σ F w²; `explained` is what the best runs from the start to each cut do.
+    mass, moment = (x.gather(1, cuts) for x in sums)
+    mass, moment = (x[:, None, :] - x[:, :, None] for x in (mass, moment))
+    gain = (moment**2 / mass.clamp(min=1e-30)).masked_fill(mass < 0, -math.inf)
+    explained, origins = gain[:, 0], []
+    for _ in range(15):
+        explained, origin = (explained[:, :, None] + gain).max(1)
+        origins.append(origin)
+    ends = [torch.full_like(cuts[:, :1], cuts.shape[1] - 1)]
+    for origin in reversed(origins):
+        ends.insert(0, origin.gather(1, ends[0]))
+    cuts = cuts.gather(1, torch.cat([torch.zeros_like(ends[0]), *ends], 1))
+
+    for _ in range(rounds):  # Lloyd: a level is the mean of its run, a cut is amid two levels
+        start, end = cuts[:, :-1], cuts[:, 1:]
+        mass, moment = (x.gather(1, end) - x.gather(1, start) for x in sums)
+        first, last = start.clamp(max=w.shape[1] - 1), (end - 1).clamp(min=0)
+        levels = (moment / mass.clamp(min=1e-30)).clamp(w.gather(1, first), w.gather(1, last))
+        middles = (levels[:, 1:] + levels[:, :-1]) / 2
+        cuts = torch.cat([cuts[:, :1], torch.searchsorted(w, middles), cuts[:, -1:]], 1)
+    return torch.searchsorted(middles, weight.double()).to(torch.uint8), levels.float()
+
+
+class Codebooks:
+    """A matrix as [Q] has it: 4-bit codes, and 16 levels per row (GPT-2's are inputs, not outputs).
+
+    `codes`, `levels`: what `fit` gave. `like`: a tensor of the matrix's shape, dtype and device.
+    """
+
+    kind = "4-bit k-means"
+
+    def __init__(self, codes: Tensor, levels: Tensor, like: Tensor):
+        self.codes, self.shape = codes.to(like.device), like.shape
+        self.levels = levels.to(like.device, like.dtype)
+
+    @staticmethod
+    def fit(weight: Tensor, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, two to a byte; levels, (rows, 16) fp32), on the CPU.
+
+        `scores`: squared gradients, the importance of a weight. At `places` it is 0.
+        """
+        importance = scores / scores.mean(1, keepdim=True).clamp(min=1e-30)
+        importance += 1e-6  # so all weights of a row that no gradient reaches count alike
+        importance.view(-1)[places.to(scores.device, torch.int64)] = 0
+        numbers = max(weight.shape[1], (EVEN + WIDEST) ** 2)  # of a temporary, per row
+        rows = max(1, (1 << 20) // numbers)  # at a time
+        parts = map(kmeans, weight.split(rows), importance.split(rows))
+        codes, levels = map(torch.cat, zip(*parts, strict=True))
+        codes = F.pad(codes.flatten(), (0, codes.numel() % 2))
+        return (codes[0::2] << 4 | codes[1::2]).cpu(), levels.cpu()
+
+    def decode(self) -> Tensor:
+        codes = torch.stack([self.codes >> 4, self.codes & 15], 1).flatten()[: self.shape.numel()]
+        return self.levels.gather(1, codes.view(self.shape).long())
+
+
+def fit_codebooks(weights: dict, scores: dict, index: dict) -> dict[str, Tensor]:
+    """{f"{name}.codes": …, f"{name}.levels": …} of the matrices of an index, by `Codebooks.fit`."""
+    found = {}
+    for name, places in index.items():
+        fitted = Codebooks.fit(weights[name].detach(), scores[name], places)
+        names = (f"{name}.{kind}" for kind in FITTED)
+        found |= zip(names, fitted, strict=True)
+    return found

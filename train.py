@@ -30,7 +30,7 @@ A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s m
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues
 a run that was stopped by Ctrl-C, kill -9 or a power failure. The weights are the same to the bit on
 the same machine, and up to rounding elsewhere. --resume takes the last logged step again. If that
-or the training examples differ, it ends with an error. Other changes go unnoticed.
+or the training examples differ, it ends with an error. Other test examples are said.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
@@ -64,24 +64,28 @@ from harness.config import Config
 def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> None:
     """[S] Algorithm 1, from the step after the log's last to step T."""
     progress = log.Progress(record, config.steps, quiet=workers.RANK > 0)
-    in_a_row = 0
     for t in range(len(record.steps), config.steps):  # for t ← 1 to T do
         patch.refresh(t)  # h is fixed, unless --refresh-every says otherwise
         step = measure_step(config, patch, data, t)
         if math.isfinite(step.a):
             # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
             patch.update(step.seed, step.a)
-        in_a_row = 0 if math.isfinite(step.a) else in_a_row + 1  # a loss overflowed: nothing moves
-        if in_a_row == 20:
-            raise ValueError(
-                f"20 losses in a row were not finite: --lr {config.lr} or --eps {config.eps} is "
-                "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run "
-                f"{record.run or '…'} evaluates the best step so far, {record.best_step()}"
-            )
+        else:  # a loss overflowed: nothing moves
+            check_some_finite(config, record)
         if step.step % config.eval_every == 0 or step.step == config.steps:
             step = evaluated(config, patch, data, step)
         record.append(step)
         progress.update(step)
+
+
+def check_some_finite(config: Config, record: log.StepLog) -> None:
+    """ValueError where this step, and the 19 before it, moved nothing."""
+    if len(record.steps) >= 19 and not any(math.isfinite(s.a) for s in record.steps[-19:]):
+        raise ValueError(
+            f"20 losses in a row were not finite: --lr {config.lr} or --eps {config.eps} is "
+            "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run "
+            f"{record.run or '…'} evaluates the best step so far, {record.best_step()}"
+        )
 
 
 def measure_step(config: Config, patch, data: dataset.Data, t: int) -> log.Step:
@@ -208,7 +212,7 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
 def evaluated(config, patch, data: dataset.Data, step: log.Step) -> log.Step:
     """The step with its validation and active density, of weights that all workers share."""
     if workers.SIZE > 1:  # or nobody asks, and the sum would read every weight
-        workers.check_same(patch.checksum(), "weights")
+        workers.check_same(workers.checksum(patch.moving()), "weights")
     found = {"active_density": patch.active_density()}
     if data.validation:
         found["validation"] = score(config, patch.model, data.tokenizer, data.validation).value
@@ -229,13 +233,7 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     own = run and run / "mask.safetensors"
     path = own if own and own.exists() else config.mask  # a run needs the user's file no longer
     if path:  # a mask of another model is found before this one is loaded
-        found = mask.load(path, config.quantiser)
-        shapes = loading.skeleton(model_config, config.trust_remote_code)
-        mask.check_shapes(found, masks.decoder_linears(shapes))
-        whole = sum(math.prod(matrix["shape"]) for matrix in found.matrices.values())
-        density = found.provenance.get("density", sum(map(len, found.index.values())) / whole)
-        if config.density not in (None, density):
-            raise ValueError(f"--density {config.density}: that of the mask {path} is {density}")
+        density = mask.density_of(path, config, model_config)
         config, sources["density"] = replace(config, density=density), "that of the mask"
     config, papers = configs.fill_in(config, model_config.model_type)
     if config.bits == 4 and (kind := loading.quantised(model_config)):
@@ -312,7 +310,7 @@ def begin(config: Config, run: Path) -> tuple:
             print("  the examples are not all those that the run began with")
         replay(config, patch, data, record.steps, run, after=len(record.steps))
         print(f"  going on after step {len(record.steps)} of {config.steps}")
-    if patch.model.dtype in loading.DTYPES:  # auto's may be another one on another machine
+    if patch.model.dtype in loading.ROUNDING:  # auto's may be another one on another machine
         config = replace(config, dtype=str(patch.model.dtype).removeprefix("torch."))
     if workers.RANK == 0:
         configs.save(run, config)

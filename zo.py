@@ -26,7 +26,7 @@ What differs from the paper
     fp32. The literal step rounds them to nearest; `apply` can round 16-bit weights stochastically.
 
 What it costs
-    The literal step holds a tensor's whole z. `apply` holds none of it, and writes one tensor.
+    The literal step holds a tensor's whole z. `apply`'s loop holds none of it, and writes a tensor.
 """
 
 import functools
@@ -244,7 +244,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
     if thetas[0].numel() % 16 == 0:
-        pass  # for this test the compiler makes such lengths a loop: a GPU moves 16 bytes at once
+        pass  # asked, the compiler gives such lengths their own loop: a GPU reads 16 bytes at once
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):

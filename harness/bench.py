@@ -10,7 +10,7 @@ batch too small to fill the cores can go below. Published: MeZO 3.3, Sparse-MeZO
     MeZO, in place          Algorithm 1 with torch.randn as MeZO runs it: draw, add; four sweeps
     S-MeZO, in place        the same times a boolean mask, made once and untimed: a lower bound
     mezo … r-mezo           model_patch.py: mask and noise inside forward
-    senszoq                 [Q]: 0.1 % moves, at random places, the rest in 16 (or 32) bits
+    senszoq                 [Q]: 0.1 % moves, every thousandth weight, the rest in 16 (or 32) bits
     4 bits: two forwards    the unit of the next row: the model with its linears in NF4
     4 bits: senszoq         [Q]'s step, in NF4
     LoRA, Adam              first order, for [S]'s Table 3: loss.backward() on the same batch
@@ -40,7 +40,7 @@ from harness import adapter, loading
 from harness.config import one_line_errors, positive, study_parser, write_json
 from model_patch import Patch
 
-LR, EPS, DENSITY, SENSITIVE = 1e-6, 1e-3, 0.25, 0.001
+LR, EPS, DENSITY = 1e-6, 1e-3, 0.25
 SHAPES = {  # name: (model type, hidden, intermediate, layers, heads, key-value heads, vocabulary)
     "tiny": ("llama", 96, 256, 3, 3, 3, 192),
     "134m": ("llama", 768, 2048, 12, 12, 12, 32000),
@@ -97,23 +97,15 @@ def build(shape: str, dtype: torch.dtype, device: str, sparse: quant.DenseSparse
     return model.eval()
 
 
-def random_places(model) -> dict:
-    """A random 0.1 % of every matrix: which ones does not change the time."""
-    index = {}
-    for number, (name, weight) in enumerate(masks.decoder_linears(model).items()):
-        generator, n = torch.Generator().manual_seed(number), weight.numel()
-        k = max(1, round(SENSITIVE * n))
-        index[name] = torch.randint(n, (k,), generator=generator).unique().int()
-    return index
-
-
 class Subject:
     """A model, a batch and the loss on it: what every row's step is made of."""
 
     def __init__(self, args, bits: int | None = None):
         dtype, self.sparse, self.fused = getattr(torch, args.dtype), None, args.compile
         if bits is not None:
-            index = random_places(build(args.shape, dtype, "meta"))
+            linears = masks.decoder_linears(build(args.shape, dtype, "meta"))
+            # every thousandth weight: which ones does not change the time
+            index = {n: torch.arange(0, w.numel(), 1000).int() for n, w in linears.items()}
             self.sparse = quant.DenseSparse(index, bits, args.device)
         self.model = build(args.shape, dtype, args.device, self.sparse)
         size = (args.batch, args.tokens)
@@ -194,30 +186,27 @@ def patched(rule: masks.Rule | None = None):
     return row
 
 
-@contextlib.contextmanager
-def adam(subject: Subject):
-    """First order: every weight, loss.backward(), torch's Adam."""
-    subject.model.requires_grad_(True)
-    optimizer = torch.optim.Adam(subject.model.parameters(), lr=LR)
-    try:
-        yield lambda number: (optimizer.zero_grad(), subject.loss().backward(), optimizer.step())
-    finally:
-        subject.model.zero_grad()
-        subject.model.requires_grad_(False)
+def first_order(lora: bool):
+    """loss.backward() and torch's Adam, on every weight or on peft's adapters of rank 8."""
 
+    @contextlib.contextmanager
+    def row(subject: Subject):
+        model = subject.model.requires_grad_(True)
+        if lora:
+            import peft
 
-@contextlib.contextmanager
-def lora(subject: Subject):
-    """First order: peft's adapters of rank 8 on q_proj and v_proj, torch's Adam."""
-    import peft
+            settings = peft.LoraConfig(task_type="CAUSAL_LM", **adapter.LORA)
+            model = peft.get_peft_model(model, settings)  # in place, so `subject.loss` sees it
+        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=LR)
+        try:
+            yield lambda _: (optimizer.zero_grad(), subject.loss().backward(), optimizer.step())
+        finally:
+            if lora:
+                model.unload()
+            subject.model.zero_grad()
+            subject.model.requires_grad_(False)
 
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", **adapter.LORA)
-    model = peft.get_peft_model(subject.model, settings)  # in place, so `subject.loss` sees it
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=LR)
-    try:
-        yield lambda number: (optimizer.zero_grad(), subject.loss().backward(), optimizer.step())
-    finally:
-        model.unload()
+    return row
 
 
 ROWS = {  # name: (bits of [Q]'s dense part, the row)
@@ -229,8 +218,8 @@ ROWS = {  # name: (bits of [Q]'s dense part, the row)
     "s-mezo, constant mask": (None, patched(masks.ConstantMask(DENSITY))),
     "s-mezo, packed mask": (None, patched(masks.PackedMask(DENSITY))),
     "r-mezo": (None, patched(masks.RandomMask(DENSITY))),
-    "LoRA": (None, lora),
-    "Adam": (None, adam),
+    "LoRA": (None, first_order(lora=True)),
+    "Adam": (None, first_order(lora=False)),
     "senszoq": (16, patched()),
     "4 bits: two forwards": (4, two_forwards),
     "4 bits: senszoq": (4, patched()),

@@ -86,6 +86,30 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
     same options. All other kinds need the tokenizer. Without validation_file, validation comes out
     of train_file by the same rule, by default 500 but at most a third of it. Raises ValueError.
     """
+    spec, source, parts, odd = _read_parts(config, tokenizer)
+    train, test, *held = (_in_blocks(part, tokenizer, config.max_length) for part in parts)
+    if not (config.task or held):  # validation out of the own training file: at most a third
+        spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
+    num_train, num_test, seed = config.num_train, config.num_test, config.data_seed
+    num_train = spec.num_train if num_train is None else num_train
+    num_test = spec.num_test if num_test is None else num_test
+    num_validation = config.num_validation
+    num_validation = spec.num_validation if num_validation is None else num_validation
+    if held:
+        train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
+    else:
+        drawn = _draw(train, num_train + num_validation, seed)
+        cut = max(0, len(drawn) - num_validation)  # not [:-num_validation], empty for 0
+        train, validation = drawn[:cut], drawn[cut:]
+    if not train:
+        few = f"{len(validation)} examples and --num-validation {num_validation}"
+        raise ValueError(f"{source}: {few} leave nothing to train on; give a lower number")
+    parts = train, validation, _draw(test, num_test, seed)
+    return Data(*parts, spec.classification, str(source), tokenizer, odd)
+
+
+def _read_parts(config: Settings, tokenizer) -> tuple:
+    """(task, source, [training, test and perhaps validation examples], `Data.odd`), all of them."""
     task, data_dir, odd = config.task, config.data_dir, None
     own = config.train_file, config.test_file, config.validation_file
     if task is not None and not any(own):
@@ -114,26 +138,7 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
         spec = replace(OWN, classification="questions" in kinds and odd is None)
     else:
         raise ValueError("give a task (--task, --data-dir), or --train-file and --test-file")
-
-    train, test, *held = (_in_blocks(part, tokenizer, config.max_length) for part in parts)
-    if not (task or held):  # validation out of the own training file: at most a third
-        spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
-    num_train, num_test, seed = config.num_train, config.num_test, config.data_seed
-    num_train = spec.num_train if num_train is None else num_train
-    num_test = spec.num_test if num_test is None else num_test
-    num_validation = config.num_validation
-    num_validation = spec.num_validation if num_validation is None else num_validation
-    if held:
-        train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
-    else:
-        drawn = _draw(train, num_train + num_validation, seed)
-        cut = max(0, len(drawn) - num_validation)  # not [:-num_validation], empty for 0
-        train, validation = drawn[:cut], drawn[cut:]
-    if not train:
-        few = f"{len(validation)} examples and --num-validation {num_validation}"
-        raise ValueError(f"{source}: {few} leave nothing to train on; give a lower number")
-    parts = train, validation, _draw(test, num_test, seed)
-    return Data(*parts, spec.classification, str(source), tokenizer, odd)
+    return spec, source, parts, odd
 
 
 def load(config) -> tuple:

@@ -26,7 +26,7 @@ import zo
 from harness.config import first_line, locate, reworded
 
 # how far rounding may move a position's logits, relative to their spread; at 135 M it is a fifth
-DTYPES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 UNPACKED = ("fp8", "mxfp4")  # quantised formats that transformers makes plain as it reads them
 # names that older libraries left in checkpoints: buffers, a reward model's head, draft heads
 HARMLESS = re.compile(r"rotary_emb|(attn|attention)\.(masked_)?bias|position_ids|^v_head|\bmtp\b")
@@ -199,9 +199,9 @@ def check_model(model, name: str) -> None:
     left?
     """
     for key, weight in model.named_parameters():
-        if weight.dtype in DTYPES and weight.numel():
+        if weight.dtype in ROUNDING and weight.numel():
             masks.check_finite(weight, key)
-    kind, padding, rounding = f"{name} ({model.config.model_type})", 5, DTYPES.get(model.dtype, 0)
+    kind, padding, rounding = f"{name} ({model.config.model_type})", 5, ROUNDING.get(model.dtype, 0)
     ids = _twelve_tokens(model)
     other, padded = ids.clone(), torch.cat([ids[:, :1].expand(2, padding), ids], dim=1)
     other[:, -1] = ids[0, 0]
@@ -228,7 +228,7 @@ def check_model(model, name: str) -> None:
 @torch.no_grad()
 def shared_row(model) -> int:
     """How many tokens long a row may be that several texts share; 0 where they would mix."""
-    ids, rounding = _twelve_tokens(model), DTYPES.get(model.dtype, 0)
+    ids, rounding = _twelve_tokens(model), ROUNDING.get(model.dtype, 0)
     # two rows of two texts: the second texts are equal, the first are not
     first, n = torch.stack([ids[0].flip(0), ids[0].roll(1)]), ids.shape[1]
     row, positions = torch.cat([first, ids], dim=1), torch.arange(2 * n, device=ids.device) % n

@@ -16,6 +16,7 @@ loaded, and `check_values` while it is.
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,18 @@ def check_shapes(file: MaskFile, weights: dict[str, Tensor]) -> None:
                 f"{file.path} is a mask of another model: {name} is {about['shape']} there and "
                 f"{here.get(name, 'missing')} here; make one with python -m harness.mask"
             )
+
+
+def density_of(path: Path, config, model_config) -> float:
+    """A mask file's. ValueError where it is of another model, or of another density than asked."""
+    file = load(path, config.quantiser)
+    shapes = loading.skeleton(model_config, config.trust_remote_code)
+    check_shapes(file, masks.decoder_linears(shapes))
+    whole = sum(math.prod(matrix["shape"]) for matrix in file.matrices.values())
+    density = file.provenance.get("density", sum(map(len, file.index.values())) / whole)
+    if config.density not in (None, density):
+        raise ValueError(f"--density {config.density}: that of the mask {path} is {density}")
+    return density
 
 
 def check_values(file: MaskFile, name: str, weight: Tensor) -> None:

@@ -73,6 +73,12 @@ def broadcast(value):
     return box[0]
 
 
+def checksum(tensors: list[torch.Tensor]) -> float:
+    """A number that tells whether two workers' weights have come apart."""
+    parts = (part for tensor in tensors for part in tensor.view(-1).split(1 << 22))
+    return sum(float(part.sum(dtype=torch.float64)) for part in parts)  # copied as float64
+
+
 def check_same(number: float, what: str) -> None:
     """ValueError where a worker's number differs from the first worker's in any bit."""
     if SIZE > 1:

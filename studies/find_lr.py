@@ -59,7 +59,7 @@ def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dic
             for theta, kept in zip(patch.moving(), start, strict=True):
                 theta.copy_(kept)
             for weight in patch.weights:  # thresholds that --refresh-every took again
-                weight.prepare()
+                weight.state = patch.rule.prepare(weight.theta, weight.stream)
     return found
 
 
