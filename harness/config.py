@@ -464,8 +464,10 @@ def load(run: Path, changes: dict) -> Config:
     for name in sorted(fixed & changes.keys()):
         if typed[name] != kept.get(name):
             has = run if name == "out" else kept.get(name)
-            way_out = "give --micro-batch" if name == "batch_size" else "start a new run"
-            raise ValueError(f"{flag(name)} cannot be changed in {run}, which has {has}; {way_out}")
+            more = ", or give --micro-batch" if name == "batch_size" else ""
+            raise ValueError(
+                f"{flag(name)} cannot be changed in {run}, which has {has}; start a new run{more}"
+            )
     return complete(config)
 
 

@@ -102,8 +102,9 @@ def main(argv=None) -> None:
         finally:
             log.forget_unbegun(run, copied=config.mask is not None)
         for rate, loss in found.items():
-            said = ["best"] * (rate == best) + ["largest safe one"] * (rate == safe)
-            print(f"  --lr {rate:<9.2g} loss {loss:.4f}  {', '.join(said)}")
+            names = {"best": best, "largest safe one": safe}
+            said = ", ".join(name for name, which in names.items() if which == rate)
+            print(f"  --lr {rate:<9.2g} loss {loss:.4f}  {said}")
         print(f"{len(found)} runs of {short} steps: try --lr {best:.2g}, or a third for long runs")
         print(f"{run}/ holds rates.json")
 

@@ -78,7 +78,9 @@ def right(day: Day) -> None:
         words = ["--model", args.model, "--task", args.task, "--data-dir", args.data_dir]
         day.run(f"slopes-{dtype}", "-m", "studies.slopes", *words, "--dtype", dtype, *more)
     words = ["--model", args.model, "--tasks", args.task, "--data-dir", args.data_dir]
-    day.run("packing", "-m", "studies.packing", *words, *["--batches=1"] * args.tiny)
+    if args.tiny:
+        words.append("--batches=1")
+    day.run("packing", "-m", "studies.packing", *words)
 
 
 def measured(day: Day, name: str, *words) -> None:
