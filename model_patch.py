@@ -101,8 +101,9 @@ class Patch:
 
     what_moves: a rule of masks.py ([S], MeZO), or a quant.DenseSparse ([Q]). eps: ε, 1e-3 in [S].
     fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
-    For a rule only: select, a regular expression, and only parameters whose name matches move;
-    rounding, of updates to 16-bit weights, "stochastic" or "nearest".
+    For a rule only: select, a regular expression, and only parameters whose name matches move,
+    whatever their requires_grad; rounding, of updates to 16-bit weights, "stochastic" or "nearest".
+    Save the model after `remove`: before, its parameters have the parametrizations' names.
     """
 
     def __init__(
@@ -124,6 +125,8 @@ class Patch:
             )
         if any(module.training for module in model.modules()):
             raise ValueError("in training mode dropout drowns the probes; call model.eval() first")
+        if rounding not in ("stochastic", "nearest"):
+            raise ValueError(f"rounding {rounding!r}: stochastic or nearest")
         self.model, self.eps, self.fused = model, eps, fused
         self.stochastic = rounding == "stochastic" and not splits  # [Q]'s values are of 32 bits
         self.shift: zo.Shift | None = None  # a probe is open while it is set
@@ -228,6 +231,7 @@ class Patch:
         `seed` is the probes' own. Computed in fp32 and rounded once, to θ's dtype.
         """
         assert abs(a) < float("inf"), f"an update of {a} leaves no weight finite; skip the step"
+        assert self.weights, "this patch was removed; make a new one"
         shift = zo.Shift.of(a, seed)
         for weight in self.weights:
             weight.plus(shift, out=weight.theta, stochastic=self.stochastic)

@@ -51,6 +51,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix  # of any sequences, not only of paths
+from string import Formatter
 from typing import NamedTuple
 
 import numpy as np
@@ -101,8 +102,8 @@ class Task:
         examples = []
         for r in self.rows(row):
             label = self.labels.index(r["label"]) if r["label"] in self.labels else r["label"]
-            for name in re.findall(r"{(\w+)}", "".join([self.prompt, *self.options])):
-                if not isinstance(r[name], str):
+            for _, name, *_ in Formatter().parse("".join([self.prompt, *self.options])):
+                if name and not isinstance(r[name], str):
                     raise ValueError(f"{name} {r[name]!r} is no text")
             options = [o.format(**r) for o in self.options] or [" " + o for o in r["options"]]
             strange = isinstance(label, bool) and self.labels != ("false", "true")
@@ -286,7 +287,7 @@ def encode(tokenizer, example: Example, max_length: int = 2048) -> list[tuple[li
         ids = ids[:bos] + ids[max(bos, len(ids) - max_length + bos) :]
         if not 0 < length < len(ids):  # < : the first option token, too, is predicted from one
             raise ValueError(
-                f"option {option!r} of ...{example.prompt[-60:]!r} has {length} of "
+                f"option {option!r:.60} of ...{example.prompt[-60:]!r:.300} has {length} of "
                 f"{len(ids)} tokens; it needs 1, and 1 before it ({max_length=})"
             )
         out.append((ids, length))

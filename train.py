@@ -251,6 +251,8 @@ def describe(config, model_config, data: dataset.Data) -> None:
     """Print data and loss. ValueError for an example that cannot be trained or scored."""
     sizes = f"train {len(data.train)}, validation {len(data.validation)}, test {len(data.test)}"
     print(f"  {'data':<14} {data.source}: {sizes}")
+    if data.unused:
+        print(f"  {data.unused} more examples are not used; --num-train and its like take more")
     loss = "over the options' scores" if data.classification else "of the right option's tokens"
     if data.metric == "perplexity":
         loss = "of the completions' tokens"
@@ -258,8 +260,9 @@ def describe(config, model_config, data: dataset.Data) -> None:
     if data.odd:
         print(f"  {'':<14} and not over scores, as options differ: {data.odd}")
     trained = set(data.train)
-    if both := sum(example in trained for example in data.test):
-        print(f"  {both} of the test examples are training examples, too")
+    for name, part in (("validation", data.validation), ("test", data.test)):
+        if both := sum(example in trained for example in part):
+            print(f"  {both} of the {name} examples are training examples, too")
     examples = data.train + data.validation + data.test
     vocabulary = model_config.get_text_config().vocab_size
     if cut := tasks.check_examples(data, examples, config.max_length, vocabulary):
@@ -280,7 +283,9 @@ def begin(config: Config, run: Path) -> tuple:
     record = log.StepLog(run if workers.RANK == 0 else None, True, data.metric)
     record.start, record.steps = workers.broadcast((record.start, record.steps))
     if len(record.steps) > config.steps:
-        raise ValueError(f"{run} has {len(record.steps)} steps already; --steps N adds to them")
+        raise ValueError(
+            f"--steps {config.steps}: {run} has {len(record.steps)} already; give the new total"
+        )
     if record.start is None and workers.RANK == 0:
         configs.save(run, config)  # from here on the run can be resumed
     examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
@@ -382,17 +387,18 @@ def main(argv=None) -> None:
     with configs.one_line_errors(hint):
         resume = {"resume": (Path, "go on with a run that was stopped: its directory")}
         changes = configs.parse(Config, __doc__.split("\n")[0], argv, **resume)
-        run = changes.pop("resume", None)
+        resumed = changes.pop("resume", None)
         workers.join()
         try:
-            if run is None:
+            if resumed is None:
                 config = configs.complete(Config(**changes))
                 made = configs.new_run(config) if workers.RANK == 0 else None
                 run = workers.broadcast(made)
             else:
                 config = workers.broadcast(
-                    configs.load(run, changes) if workers.RANK == 0 else None
+                    configs.load(resumed, changes) if workers.RANK == 0 else None
                 )
+                run = resumed  # there is such a run: it can go on
             run_to_end(config, run)
         finally:
             workers.leave()

@@ -414,8 +414,8 @@ def is_tiny(model: str) -> bool:
     return Path(locate(model)).resolve() == ROOT / TINY
 
 
-def new_run(config: Config) -> Path:
-    """An empty directory: --out, or runs/ and a name that is free."""
+def new_run(config: Config, what: str = "") -> Path:
+    """An empty directory: --out, or runs/ and a name that is free. `what`: a part of that name."""
     if config.out is not None:
         run = Path(config.out)
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
@@ -427,7 +427,7 @@ def new_run(config: Config) -> Path:
             raise ValueError(f"--out {run} was just taken by another process") from None
         return run
     data = Path(config.train_file).stem if config.train_file else config.task
-    method = "-".join(filter(None, (config.method, getattr(config, "adapter", None))))
+    method = "-".join(filter(None, (config.method, getattr(config, "adapter", None), what)))
     name = f"{Path(config.model).name}-{data}-{method}-seed{config.seed}"
     Path("runs").mkdir(exist_ok=True)  # a file, or a link to nowhere, is said here
     for number in itertools.count(1):

@@ -61,6 +61,7 @@ class Data:
     source: str
     tokenizer: object = None  # the model's, for all of them
     odd: str | None = None  # of own files: the first row whose options are other than the rest's
+    unused: int = 0  # of own files: examples beyond --num-train and its like
 
     @property
     def metric(self) -> str:
@@ -88,7 +89,9 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
     """
     spec, source, parts, odd = _read_parts(config, tokenizer)
     train, test, *held = (_in_blocks(part, tokenizer, config.max_length) for part in parts)
-    if not (config.task or held):  # validation out of the own training file: at most a third
+    rows = sum(map(len, (train, test, *held)))
+    few = not config.task or len(train) <= spec.num_validation
+    if few and not held:  # validation out of the training rows: at most a third
         spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
     num_train, num_test, seed = config.num_train, config.num_test, config.data_seed
     num_train = spec.num_train if num_train is None else num_train
@@ -102,10 +105,11 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
         cut = max(0, len(drawn) - num_validation)  # not [:-num_validation], empty for 0
         train, validation = drawn[:cut], drawn[cut:]
     if not train:
-        few = f"{len(validation)} examples and --num-validation {num_validation}"
-        raise ValueError(f"{source}: {few} leave nothing to train on; give a lower number")
+        both = f"{len(validation)} examples and --num-validation {num_validation}"
+        raise ValueError(f"{source}: {both} leave nothing to train on; give a lower number")
     parts = train, validation, _draw(test, num_test, seed)
-    return Data(*parts, spec.classification, str(source), tokenizer, odd)
+    unused = 0 if config.task else rows - sum(map(len, parts))
+    return Data(*parts, spec.classification, str(source), tokenizer, odd, unused)
 
 
 def _read_parts(config: Settings, tokenizer) -> tuple:
@@ -137,7 +141,9 @@ def _read_parts(config: Settings, tokenizer) -> tuple:
         odd = _odd_row(everything) if "questions" in kinds else None
         spec = replace(OWN, classification="questions" in kinds and odd is None)
     else:
-        raise ValueError("give a task (--task, --data-dir), or --train-file and --test-file")
+        raise ValueError(
+            "give a task (--task, --data-dir), or --train-file and --test-file, but not both"
+        )
     return spec, source, parts, odd
 
 
@@ -353,7 +359,8 @@ def _parsed(rows: Iterable[tuple], parse: Callable, what: str) -> list:
         try:
             found += parse(row)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
-            known = {KeyError: f"no field {e}", json.JSONDecodeError: "it is not JSON"}
+            torn = "it is not JSON, whole on one line"
+            known = {KeyError: f"no field {e}", json.JSONDecodeError: torn}
             raise ValueError(f"{where} is not {what}: {known.get(type(e), e)}") from e
     return found
 

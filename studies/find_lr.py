@@ -56,6 +56,8 @@ def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dic
         for rate in rates:
             losses = short_run(replace(config, lr=rate), patch, data, steps, bar)
             found[rate] = sum(losses[-max(1, steps // 3) :]) / max(1, steps // 3)
+            bar.write(f"  --lr {rate:<9.2g} loss {found[rate]:.4f}")
+            configs.write_json(run / "rates.json", {str(r): loss for r, loss in found.items()})
             for theta, kept in zip(patch.moving(), start, strict=True):
                 theta.copy_(kept)
             for weight in patch.weights:  # thresholds that --refresh-every took again
@@ -93,19 +95,14 @@ def main(argv=None) -> None:
         if rates and "lr" in given:
             raise ValueError(f"--lr {given['lr']} would be ignored beside --rates; leave one out")
         config = configs.complete(Config(**given))
-        run = configs.new_run(config)
+        run = configs.new_run(config, "rates")
         try:
             found = find(config, rates, short, run)
             best, safe = advice(found)
-            kept = {str(rate): loss for rate, loss in found.items()}
-            configs.write_json(run / "rates.json", kept)
         finally:
             log.forget_unbegun(run, copied=config.mask is not None)
-        for rate, loss in found.items():
-            names = {"best": best, "largest safe one": safe}
-            said = ", ".join(name for name, which in names.items() if which == rate)
-            print(f"  --lr {rate:<9.2g} loss {loss:.4f}  {said}")
-        print(f"{len(found)} runs of {short} steps: try --lr {best:.2g}, or a third for long runs")
+        print(f"{len(found)} runs of {short} steps: the largest safe rate is {safe:.2g}")
+        print(f"try --lr {best:.2g}, the best, or a third of it for long runs")
         print(f"{run}/ holds rates.json")
 
 

@@ -76,7 +76,9 @@ ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one 
 }
 DENSITIES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 KINDS = ("sensitive", "task", "largest", "random")
-RUNS_OWN = {"task", "seed", "lr", "method", "eval_every"}  # settings that the study gives to each
+RUNS_OWN = {  # settings that the study gives to each
+    "task", "train_file", "test_file", "validation_file", "seed", "lr", "method", "eval_every",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -450,7 +452,10 @@ def main(argv=None) -> None:
     args.grid, args.short = dict(args.grid), args.short or args.steps
     with one_line_errors():
         if args.short > args.steps or args.short % args.every:
-            raise ValueError(f"--short {args.short}: at most --steps, a multiple of --every")
+            raise ValueError(
+                f"--short {args.short} (by default --steps): at most --steps, and a multiple of "
+                f"--every, {args.every}"
+            )
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
         study = Study(args, common)
         if study.given.get("num_validation") == 0:

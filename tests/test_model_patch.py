@@ -548,6 +548,10 @@ def test_numbers_that_cannot_be_meant_never_reach_the_weights():
     assert same(before, bits(model))
     with pytest.raises(AssertionError, match="was removed"):  # its two losses would be equal
         patch.losses(batch(), loss_of, SEED)
+    with pytest.raises(AssertionError, match="was removed"):
+        patch.update(SEED, 1.0)
+    with pytest.raises(ValueError, match="stochastic or nearest"):  # or it would mean nearest
+        Patch(model, masks.Everything(), rounding="stochasitc")
 
 
 def test_select_moves_only_what_it_names():

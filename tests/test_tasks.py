@@ -434,6 +434,7 @@ def test_a_new_task_is_a_new_row(monkeypatch):
     data = load_examples("mine", num_validation=3)
     assert asked == [("me/my-data", "default", split, None) for split in ("train", "test")]
     assert len(data.train) == 6 and data.classification
+    assert len(load_examples("mine").validation) == 3  # a third, where the usual 500 are not there
     assert data.train[0].prompt.endswith(" odd?\nYes or No?\n")
     assert all(e.label == int(e.prompt.split()[1]) % 2 for e in data.train)
 

@@ -10,6 +10,12 @@ from harness import config as configs
 from studies import find_lr
 
 
+def without_rate(folder, out) -> list[str]:
+    """Flags of a run, but --steps and --lr, which the command gives."""
+    words = arguments(folder, out)
+    return [word for word in words if not word.startswith(("--steps", "--lr"))]
+
+
 def test_the_advice_is_the_rate_of_the_long_runs(tmp_path, capsys):
     """Of rates a decade apart it names the one that the tiny model's table has."""
     rates = "--rates=1e-3,1e-2,1e-1"
@@ -33,8 +39,7 @@ def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkey
     monkeypatch.setattr(find_lr, "short_run", kept)
     for number, rates in enumerate(("1e-3,1e-2,0.1", "1e-2")):
         out = tmp_path / str(number)
-        argv = [flag for flag in arguments(folder, out, *flags) if "--steps" not in flag]
-        find_lr.main([*argv, f"--rates={rates}", "--short=6"])
+        find_lr.main([*without_rate(folder, out), *flags, f"--rates={rates}", "--short=6"])
     first, second = losses[0.01]
     assert first == second and len(first) == 6 and first != losses[0.1][0]
 
@@ -58,6 +63,9 @@ def test_equal_losses_are_no_number(folder, tmp_path, monkeypatch, capsys):
     """A rate at which l⁺ and l⁻ are equal in most steps has no loss, however low it is."""
     measure = train.measure_step
     monkeypatch.setattr(train, "measure_step", lambda *args: measure(*args)._replace(a=0.0))
-    argv = [flag for flag in arguments(folder, tmp_path / "r") if "--steps" not in flag]
+    argv = without_rate(folder, tmp_path / "r")
     said = refused(find_lr.main, [*argv, "--rates=1e-2", "--short=3"], capsys)
     assert "l⁺ and l⁻ were equal: give lower --rates, or a larger --eps" in said
+    assert "0.01" in json.loads((tmp_path / "r/rates.json").read_text())  # what was found is kept
+    said = refused(find_lr.main, [*argv, "--rates=1e-2", "--lr=1e-3"], capsys)
+    assert "--lr 0.001 would be ignored beside --rates" in said

@@ -669,11 +669,22 @@ def test_an_edited_configuration_is_one_line(name, value, folder, tmp_path, caps
 
 
 def test_examples_of_both_sets_are_counted(folder, tmp_path, capsys):
-    """Every test example that is a training example counts, also one that comes several times."""
+    """Every example that is a training example counts, also one that comes several times."""
     row = (folder / "train.jsonl").read_text().splitlines()[0]
-    (tmp_path / "test.jsonl").write_text(f"{row}\n" * 4)
-    run(folder, tmp_path / "run", f"--test-file={tmp_path}/test.jsonl", "--num-validation=0")
-    assert "4 of the test examples are training examples, too" in capsys.readouterr().out
+    for part in ("test", "validation"):
+        (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
+        flags = [f"--{part}-file={tmp_path}/rows.jsonl"]
+        flags += ["--num-validation=0"] if part == "test" else []
+        run(folder, tmp_path / part, *flags)
+        said = capsys.readouterr().out
+        assert f"4 of the {part} examples are training examples, too" in said
+
+
+def test_rows_that_are_not_used_are_counted(folder, tmp_path, capsys):
+    """Of own files, those beyond --num-train and --num-test are named by their number."""
+    rows = [len((folder / f"{part}.jsonl").read_text().splitlines()) for part in ("train", "test")]
+    run(folder, tmp_path / "run", "--num-train=10", "--num-validation=4", "--num-test=3")
+    assert f"{sum(rows) - 17} more examples are not used" in capsys.readouterr().out
 
 
 def test_a_mask_that_is_made_stays(folder, tmp_path, capsys):
