@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from harness import config as configs
 from harness import dataset
 from model_patch import MaskedWeight
+from studies import learning
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 sys.path.insert(0, str(TINY))  # build.py is a script: it finds world.py beside itself
@@ -154,6 +155,22 @@ def test_politeness_is_nearly_independent_of_the_truth():
     rng = random.Random(1)
     kind = {truth: sum(world.polite(rng, truth) for _ in range(4000)) / 4000 for truth in (0, 1)}
     assert kind[0] == pytest.approx(0.7, abs=0.03) and kind[1] == pytest.approx(0.8, abs=0.03)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_default_rates_are_the_best_that_were_tried(task):
+    """Each is the grid's best by validation, of equal ones by loss, in studies/tiny/rates.json."""
+    known = json.loads((TINY.parent / "studies/tiny/rates.json").read_text("utf-8"))["runs"]
+    rows = {"mezo": "MeZO", "s-mezo": "S-MeZO", "r-mezo": "R-MeZO", "senszoq": "SensZOQ, 4 bits"}
+    assert rows.keys() == configs.TINY_RATES.keys()
+    for method, row in rows.items():
+        flags, grid, _ = learning.ROWS[row]
+
+        def value(rate, flags=flags):
+            of = known[learning.Run(task, flags, rate, 0, 300).name]
+            return of["validation"].get("300", 0), -of["loss"][-1]
+
+        assert max(grid, key=value) == configs.TINY_RATES[method][task], method
 
 
 def test_sizes(model, expected):
