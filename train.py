@@ -346,7 +346,8 @@ def run_to_end(config: Config, run: Path) -> None:
         model = rebuild(config, run, data, record.steps, best_step)
         best = score(config, model, data.tokenizer, data.test)
     if data.validation:
-        print(f"test {data.metric}, best validation weights  {best}, after step {best_step}")
+        when = f"after step {best_step}" if best_step else "those before training"
+        print(f"test {data.metric}, best validation weights  {best}, {when}")
     write_result(run, result | {"best": best._asdict()} | loading.machine(device))
     advise(config, record)
     print(f"{run}/ holds the run")
