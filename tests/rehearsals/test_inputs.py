@@ -23,6 +23,7 @@ import quant
 import tasks
 import train
 import zo
+from harness import config as configs
 from harness import dataset, loading, log
 from harness.config import Settings
 
@@ -671,19 +672,20 @@ def test_an_edited_configuration_is_one_line(name, value, folder, tmp_path, caps
 def test_examples_of_both_sets_are_counted(folder, tmp_path, capsys):
     """Every example that is a training example counts, also one that comes several times."""
     row = (folder / "train.jsonl").read_text().splitlines()[0]
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
+    flags = [f"--{part}-file={tmp_path}/rows.jsonl" for part in ("test", "validation")]
+    run(folder, tmp_path / "run", *flags)
+    said = capsys.readouterr().out
     for part in ("test", "validation"):
-        (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
-        flags = [f"--{part}-file={tmp_path}/rows.jsonl"]
-        flags += ["--num-validation=0"] if part == "test" else []
-        run(folder, tmp_path / part, *flags)
-        said = capsys.readouterr().out
         assert f"4 of the {part} examples are training examples, too" in said
 
 
 def test_rows_that_are_not_used_are_counted(folder, tmp_path, capsys):
     """Of own files, those beyond --num-train and --num-test are named by their number."""
     rows = [len((folder / f"{part}.jsonl").read_text().splitlines()) for part in ("train", "test")]
-    run(folder, tmp_path / "run", "--num-train=10", "--num-validation=4", "--num-test=3")
+    argv = arguments(folder, tmp_path / "run", "--num-train=10", "--num-validation=4")
+    given = configs.parse(configs.Config, "", [*argv, "--num-test=3"])
+    train.prepare(configs.complete(configs.Config(**given)))
     assert f"{sum(rows) - 17} more examples are not used" in capsys.readouterr().out
 
 
