@@ -13,7 +13,7 @@
     index         [Q]'s m as data: {name of a matrix: flat positions of its moving weights}
 
 How it works
-    A rule has two methods. `prepare` looks at a weight before training, and returns its state.
+    A rule needs two methods. `prepare` looks at a weight before training, and returns its state.
     `mask` says which elements of the weight move, from the unperturbed θ and this state. zo.apply
     calls it in its loop. YOUR_OWN.md has a rule of six lines.
 
@@ -25,7 +25,8 @@ How it works
     PackedMask       the same, packed ([S] §3.3, "1-bit")           one bit per weight
     RandomMask       regenerated from a seed: R-MeZO                three numbers per tensor
 
-    With `refresh_every=n`, the state is made anew every n steps. h of a constant mask stays.
+    With `refresh_every=n`, `refresh` makes the state anew every n steps. It is `prepare`, unless a
+    rule says otherwise: a constant mask keeps its h.
 
     [Q]'s mask is no rule but an index. It is found once, from the gradients of a text, and is the
     same at every step. harness/mask.py keeps it in a file.
@@ -128,8 +129,8 @@ class Rule:
     def mask(theta: Tensor, element: Tensor, state: Tensor) -> Tensor:
         """m, boolean, for the elements `element` (n,) int32 of the flattened weight.
 
-        `theta` (n,) has their values, `state` is what `prepare` returned. The method is static, so
-        one compiled loop serves every tensor and every run.
+        `theta` (n,) has their values, `state` is what `prepare` or `refresh` returned. The method
+        is static, so one compiled loop serves every tensor and every run.
         """
         raise NotImplementedError
 

@@ -30,7 +30,7 @@ A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s m
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues
 a run that was stopped by Ctrl-C, kill -9 or a power failure. The weights are the same to the bit on
 the same machine, and up to rounding elsewhere. --resume takes the last logged step again. If that
-or the training examples differ, it ends with an error. Other test examples are said.
+or the training examples differ, it ends with an error. If other examples differ, it says so.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """

@@ -85,7 +85,8 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
 
     Own files have rows of one kind, see above. Questions count as classification if all have the
     same options. All other kinds need the tokenizer. Without validation_file, validation comes out
-    of train_file by the same rule, by default 500 but at most a third of it. Raises ValueError.
+    of train_file by the same rule, by default 500 but at most a third of it. So it does for a task
+    that has no more training rows than its usual number of validation. Raises ValueError.
     """
     spec, source, parts, odd = _read_parts(config, tokenizer)
     train, test, *held = (_in_blocks(part, tokenizer, config.max_length) for part in parts)

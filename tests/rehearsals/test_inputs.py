@@ -672,12 +672,13 @@ def test_an_edited_configuration_is_one_line(name, value, folder, tmp_path, caps
 def test_examples_of_both_sets_are_counted(folder, tmp_path, capsys):
     """Every example that is a training example counts, also one that comes several times."""
     row = (folder / "train.jsonl").read_text().splitlines()[0]
-    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
-    flags = [f"--{part}-file={tmp_path}/rows.jsonl" for part in ("test", "validation")]
-    run(folder, tmp_path / "run", *flags)
+    times = {"test": 4, "validation": 3}
+    for part, n in times.items():
+        (tmp_path / f"{part}.jsonl").write_text(f"{row}\n" * n)
+    run(folder, tmp_path / "run", *(f"--{part}-file={tmp_path}/{part}.jsonl" for part in times))
     said = capsys.readouterr().out
-    for part in ("test", "validation"):
-        assert f"4 of the {part} examples are training examples, too" in said
+    for part, n in times.items():
+        assert f"{n} of the {part} examples are training examples, too" in said
 
 
 def test_rows_that_are_not_used_are_counted(folder, tmp_path, capsys):
