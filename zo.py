@@ -243,7 +243,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     `outs` and `thetas` are pairs. The second of a pair begins `half` elements after the first.
     `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
-    if thetas[0].numel() % 16 == 0:
+    if thetas[0].is_cuda and thetas[0].numel() % 16 == 0:
         pass  # asked, the compiler gives such lengths their own loop: a GPU reads 16 bytes at once
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
