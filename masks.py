@@ -329,8 +329,8 @@ def fisher(model, losses, *, statistic="per-sample", weights=None) -> dict:
     with _only_gradients_of(weights, model, receive):
         for loss in losses:
             value = loss(model)
-            if not value.requires_grad:
-                raise ValueError("the loss does not depend on the decoder linears that were found")
+            if not getattr(value, "requires_grad", False):
+                raise ValueError("the loss has no gradient by the decoder linears that were found")
             value.backward()
             samples += 1
     for score in scores.values():

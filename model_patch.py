@@ -170,6 +170,7 @@ class Patch:
                     found[p].uses += 1
                     self.before.setdefault(module, dict(module._parameters))
                     parametrize.register_parametrization(module, name, found[p], unsafe=True)
+        self.model.eval()  # what torch has added, too
 
     def scratch(self, like: Tensor) -> Tensor:
         """Memory for a perturbed copy of `like`: that of an earlier copy which nobody holds now.
@@ -191,7 +192,8 @@ class Patch:
     @contextmanager
     def probe(self, seed: int, a: float):
         """Inside it the model computes at θ + a m⊙z. Afterwards at θ, whatever happened."""
-        assert not self.model.training, "the model was put into training mode after patching"
+        training = any(module.training for module in self.model.modules())
+        assert not training, "the model was put into training mode after patching"
         assert self.shift is None, "a probe is open already"
         assert self.weights, "this patch was removed; make a new one"
         self.shift = zo.Shift.of(a, seed)

@@ -313,6 +313,7 @@ def begin(config: Config, run: Path) -> tuple:
     else:
         if result["examples"] != examples:
             print("  the examples are not all those that the run began with")
+            result["zero_shot"] = None  # of the examples of then
         replay(config, patch, data, record.steps, run, after=len(record.steps))
         print(f"  going on after step {len(record.steps)} of {config.steps}")
     if patch.model.dtype in loading.ROUNDING:  # auto's may be another one on another machine

@@ -311,13 +311,15 @@ def test_squares_are_fp32_where_fp16_would_underflow():
 
 
 def test_a_gradient_that_is_not_finite_is_refused_by_name():
-    """NaN in one matrix's gradient names that matrix."""
+    """NaN in one matrix's gradient names that matrix; a loss may have none at all."""
     model = build("llama")
     g = gradients_like(model)
     name = "model.layers.1.mlp.up_proj.weight"
     g[name][3, 4] = math.nan
     with pytest.raises(ValueError, match=name):
         masks.fisher(model, [planted(g)])
+    with pytest.raises(ValueError, match="no gradient"):
+        masks.fisher(model, [lambda model: 0.5])
 
 
 def test_a_matrix_that_no_gradient_reaches_is_left_out():

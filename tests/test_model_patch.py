@@ -499,10 +499,11 @@ def test_the_modes_and_models_that_cannot_be_patched_are_refused():
     for second in (masks.Everything(), quant.DenseSparse({}, bits=16)):
         with pytest.raises(ValueError, match="patched or split already; call remove"):
             Patch(model, second)
-    model.train()
-    with pytest.raises(AssertionError, match="training mode"):
-        patch.losses(batch(), loss_of, SEED)
-    model.eval()
+    for part in (model, model.model.decoder.layers[1]):
+        part.train()
+        with pytest.raises(AssertionError, match="training mode"):
+            patch.losses(batch(), loss_of, SEED)
+        model.eval()
     with patch.probe(SEED, 1e-3), pytest.raises(AssertionError, match="open already"):
         patch.probe(SEED, 1e-3).__enter__()
     split = build("llama")

@@ -437,6 +437,8 @@ def test_other_test_examples_are_said(folder, ready, tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text("".join(rows[1:]))
     train.main([f"--resume={ready}", "--steps=10", f"--test-file={tmp_path}/test.jsonl"])
     assert "the examples are not all those that the run began with" in capsys.readouterr().out
+    result = json.loads((ready / "result.json").read_text())
+    assert result["zero_shot"] is None and result["last"]["n"] == len(rows) - 1
 
 
 @pytest.mark.parametrize("flag", ["--data-seed=1", "--train-file={base}/flipped.jsonl"])
