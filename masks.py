@@ -287,6 +287,8 @@ def _only_gradients_of(wanted: dict[str, Tensor], model, receive):
         model.requires_grad_(False)
         for name, p in wanted.items():
             p.requires_grad_(True)
+            undo.callback(setattr, p, "grad", p.grad)
+            p.grad = None
             hook = p.register_post_accumulate_grad_hook(partial(receive, name))
             undo.callback(hook.remove)
         for block in decoder_blocks(model):
