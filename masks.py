@@ -191,7 +191,7 @@ class ConstantMask(Rule):
         self.h: dict[int, Tensor] = {}  # by stream
 
     def prepare(self, weight, stream):
-        self.h[stream] = threshold(weight, self.density)
+        self.h = self.h | {stream: threshold(weight, self.density)}  # of this copy of the rule
         return self.refresh(weight, stream)
 
     def refresh(self, weight, stream):

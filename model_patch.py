@@ -34,6 +34,7 @@ What it costs
 
 import re
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,8 @@ class Patch:
         fused: bool = False,
     ):
         splits = isinstance(what_moves, quant.DenseSparse)
+        if splits and select:
+            raise ValueError(f"select {select!r}: all values of a DenseSparse move")
         known = MaskedWeight if splits else (MaskedWeight, quant.Parts)
         if any(isinstance(module, known) for module in model.modules()):
             raise ValueError(
@@ -136,7 +139,7 @@ class Patch:
         self.weights: list[MaskedWeight] = []
         self.before: dict[nn.Module, dict[str, nn.Parameter]] = {}  # what each module had
         self.sparse = what_moves if splits else None
-        self.rule = masks.Everything() if splits else what_moves
+        self.rule = masks.Everything() if splits else copy(what_moves)  # its state is one model's
         if splits:
             here = {module for module in model.modules() if isinstance(module, quant.Parts)}
             for name in self.sparse.index:
@@ -155,6 +158,8 @@ class Patch:
                 continue  # the streams of the others stay theirs
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
+            if parametrize.is_parametrized(self.model.get_submodule(name.rpartition(".")[0])):
+                raise ValueError(f"the module of {name} has a parametrization; remove that first")
             p.data = p.data.contiguous()
             try:
                 found[p] = MaskedWeight(self, name, p, stream)

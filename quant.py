@@ -138,6 +138,9 @@ class DenseSparse:
         """
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
+        for others in getattr(module, "parametrizations", {}).values():
+            if not all(isinstance(other, Parts) for other in others):
+                raise ValueError(f"the module of {name} has a parametrization; remove that first")
         parameter = getattr(module, attribute)
         weight = parameter.detach() if weight is None else weight
         masks.check_places(self.index[name], weight.numel(), name)

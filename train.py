@@ -58,7 +58,7 @@ import tasks
 import zo
 from harness import adapter, dataset, loading, log, mask, workers
 from harness import config as configs
-from harness.config import Config
+from harness.config import Config, reworded
 
 
 def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> None:
@@ -292,7 +292,9 @@ def begin(config: Config, run: Path) -> tuple:
     trained = zlib.crc32(repr(data.train).encode())
     result = {"zero_shot": None, "examples": examples, "train": trained, "seconds": 0}
     if record.start is not None and (run / "result.json").exists():
-        result |= json.loads((run / "result.json").read_text())
+        with reworded(f"{run}/result.json is torn", "; remove it"):
+            kept = json.loads((run / "result.json").read_text())
+        result = {name: kept.get(name, value) for name, value in result.items()}
     if result["train"] != trained:
         raise ValueError(
             f"{run}: the training examples are not those that the run began with; --data-dir, "

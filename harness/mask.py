@@ -225,6 +225,20 @@ def check_values(file: MaskFile, name: str, weight: Tensor) -> None:
 # ------------------------------------------------------------------ the command
 
 
+def without_use(config: MaskConfig) -> set[str]:
+    """The settings that the mask does not depend on."""
+    text = {"text", "length"}
+    examples = {
+        "task", "data_dir", "train_file", "validation_file", "test_file", "num_train",
+        "num_validation", "num_test", "data_seed", "max_length",
+    }  # fmt: skip
+    nowhere = {"batch_size", "micro_batch"}  # a loss is of one sample
+    if config.kind == "sensitive":
+        return nowhere | (text | {"seed"} if config.mask_from == "task" else examples)
+    scored = {"samples", "mask_from", "quantiser", "statistic", "groups"}
+    return nowhere | text | examples | scored | (set() if config.kind == "random" else {"seed"})
+
+
 def main(argv=None) -> None:
     with configs.one_line_errors():
         given = configs.parse(MaskConfig, __doc__.split("\n")[0], argv)
@@ -237,16 +251,12 @@ def main(argv=None) -> None:
         Path(f"{config.out}.tmp").touch()  # what cannot be written is said before the work
         Path(f"{config.out}.tmp").unlink()
         configs.check_numbers(config)
-        of_task = config.mask_from == "task"
-        use = f"--mask-from {config.mask_from}"
-        ignored = {"text", "length"} if of_task else {"task", "train_file"}
-        if config.kind != "sensitive":  # nothing is scored
-            use = f"--kind {config.kind}"
-            ignored |= {"text", "length", "samples", "mask_from", "quantiser", "statistic"}
-        if wrong := sorted(name for name in ignored & given.keys() if given[name]):
+        if wrong := sorted(name for name in without_use(config) & given.keys() if given[name]):
+            sensitive = config.kind == "sensitive"
+            use = f"--mask-from {config.mask_from}" if sensitive else f"--kind {config.kind}"
             raise ValueError(f"{configs.flag(wrong[0])} has no use with {use}; leave it out")
         data = None
-        if of_task:
+        if config.mask_from == "task":
             config, _, data = dataset.load(configs.complete(config))
         index = make(config, config.out, data)
         print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")

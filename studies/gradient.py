@@ -304,7 +304,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=positive, default=16, help="of the cosine")
     parser.add_argument("--trials", type=positive, default=30, help="steps per method")
     parser.add_argument("--tuning", type=positive, default=100, help="steps of Adam, of tuning")
-    parser.add_argument("--adam", type=float, default=3e-4, help="their learning rate")
+    parser.add_argument("--adam", type=configs.rate, default=3e-4, help="their learning rate")
     pair = configs.named((*RULES, "SGD"), configs.rate)
     parser.add_argument("--rates", nargs="+", type=pair, metavar="METHOD=RATE",
                         default=[("MeZO", 1e-3), ("S-MeZO", 1e-2), ("SGD", 1e-1)])  # fmt: skip

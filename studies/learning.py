@@ -106,9 +106,9 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str]) -> dict:
     result, steps = folder / "result.json", run.steps
     if program == "first_order" or not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # it had not begun, or cannot go on
-        argv = [f"--task={run.task}", *common, *flags, f"--lr={run.lr}", f"--seed={run.seed}"]
+        argv = ["--compile=yes"] if program == "train" else []  # one process has many runs
+        argv += [f"--task={run.task}", *common, *flags, f"--lr={run.lr}", f"--seed={run.seed}"]
         argv += [f"--steps={run.steps}", f"--eval-every={every}", f"--out={folder}"]
-        argv += ["--compile=yes"] if program == "train" else []  # one process has many runs
     else:  # it may be longer already, where a longer part was stopped
         steps = max(steps, -(-len(StepLog(folder).steps) // every) * every)
         argv = [f"--resume={folder}", f"--steps={steps}"]
@@ -153,9 +153,9 @@ class Study:
     def grid(self, row: str) -> tuple[float, ...]:
         return self.args.grid.get(row, ROWS[row][1 if is_tiny(self.args.model) else 2])
 
-    def common(self, kind: type) -> list[str]:
-        """The flags for every run that a command with these settings knows."""
-        known = {field.name for field in fields(kind)}
+    def common(self, kind: type, unused=frozenset()) -> list[str]:
+        """The flags for every run that a command with these settings knows, and has a use for."""
+        known = {field.name for field in fields(kind)} - unused
         given = [f"{configs.flag(n)}={value}" for n, value in self.given.items() if n in known]
         return [f"--model={self.args.model}", *given]
 
@@ -174,8 +174,10 @@ class Study:
                 "sensitive": [few, f"--length={args.length}", *text],
                 "task": [few, "--mask-from=task", f"--task={task}"],
             }.get(kind, [f"--kind={kind}"])
+            kinds = {"task": {"mask_from": "task"}, "sensitive": {}}
+            unused = mask.without_use(mask.MaskConfig(**kinds.get(kind, {"kind": kind})))
             # scored in its own dtype, as gradients underflow in float16
-            how += [flag for flag in self.common(configs.Settings) if "--dtype" not in flag]
+            how += self.common(configs.Settings, unused | {"dtype"})
             how += [f"--density={density}", f"--out={path}"]
             with contextlib.redirect_stdout(io.StringIO()):
                 mask.main(how)
@@ -272,6 +274,8 @@ class Study:
         curves = {}
         for row, lr in rates.items():
             known = self.take(runs[row])
+            if (longest := max(k["steps"] for k in known)) > self.args.steps:
+                raise ValueError(f"{self.args.out} has runs of {longest} steps: give --steps so")
             curves[row] = mean_of([k["validation"] for k in known])
             tests = [k["test"] for k in known if k["test"] is not None]
             table[row] = {
@@ -320,7 +324,7 @@ class Study:
 
     def precision(self, task: str) -> dict:
         halves = [(d, r) for d in ("bfloat16", "float16") for r in ("stochastic", "nearest")]
-        rows = {"float32": "train --method=s-mezo"}
+        rows = {"float32": "train --method=s-mezo --dtype=float32"}
         rows |= {
             f"{dtype}, {rounding}": f"train --method=s-mezo --dtype={dtype} --rounding={rounding}"
             for dtype, rounding in halves
@@ -340,6 +344,7 @@ class Study:
         fallen = Run(task, ROWS["MeZO"][0], lr, 0, self.args.short)
         (known,) = self.take([fallen])
         taken = {int(step): value for step, value in known["validation"].items()}
+        taken = {step: taken[step] for step in taken if step <= self.args.short}
         better = 1 if known["metric"] == "accuracy" else -1
         falls = {
             (before, after): better * (taken[before] - taken[after])

@@ -33,8 +33,10 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     The mean of `count` updates to nearest of a run of train.py, each from the original weights.
     None for a quarter with hardly a weight inside the mask.
     """
-    given = configs.parse(configs.Config, "", [*flags, "--rounding=nearest"])
-    how = {"method": method, "lr": lr, "dtype": dtype}
+    given = configs.parse(configs.Config, "", flags)
+    how = {"method": method, "lr": lr, "dtype": dtype, "rounding": "nearest"}
+    if both := sorted(how.keys() & given.keys()):
+        raise ValueError(f"{configs.flag(both[0])}: the study gives each row its own")
     config = configs.complete(configs.Config(**given | how))
     with contextlib.redirect_stdout(io.StringIO()):
         config, data = train.prepare(config)

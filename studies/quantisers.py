@@ -82,8 +82,10 @@ def main(argv=None) -> None:
     parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a window")
     args = parser.parse_args(argv)
     with one_line_errors():
-        found = measure(args)
+        masks.check_density(args.density)
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.touch()
+        found = measure(args)
         about = {name: str(value) for name, value in vars(args).items() if name != "out"}
         machine = loading.machine(torch.device("cpu"))
         write_json(args.out, found | {"settings": about, "machine": machine})

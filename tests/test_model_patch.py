@@ -513,6 +513,22 @@ def test_the_modes_and_models_that_cannot_be_patched_are_refused():
     for other in (build("llama"), copy.deepcopy(split)):  # their layers do not read its values
         with pytest.raises(ValueError, match="is not split in this model"):
             Patch(other, sparse)
+    with pytest.raises(ValueError, match="all values of a DenseSparse move"):
+        Patch(split, sparse, select="up_proj")
+
+
+def test_a_module_with_a_parametrization_of_its_own_is_refused():
+    """`remove` and `join` would take that with theirs, and its weights; nothing is changed."""
+    model = build("llama")
+    nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj, "weight")
+    model.model.layers[1].mlp.up_proj.bias = nn.Parameter(torch.zeros(48))
+    name, before = "model.layers.1.mlp.up_proj.bias", bits(model.eval())
+    with pytest.raises(ValueError, match=f"the module of {name} has a parametrization"):
+        Patch(model, masks.Everything())
+    with pytest.raises(ValueError, match=f"the module of {name} has a parametrization"):
+        quant.DenseSparse({name: torch.tensor([1])}).split(model, name)
+    assert same(bits(model), before)
+    Patch(model, masks.Everything(), select="down_proj").losses(batch(), loss_of, SEED)
 
 
 def test_weights_that_cannot_move_are_refused_by_name():
@@ -580,6 +596,19 @@ def test_a_constant_mask_stays_or_is_taken_again_by_the_same_threshold():
         assert torch.equal(weight.mask(), before)
         patch.refresh(4)
         assert torch.equal(weight.mask(), masks.get_mask(theta, h) if every else before)
+
+
+def test_models_that_share_a_rule_have_thresholds_of_their_own():
+    """A second model with the same rule, and larger weights, does not change the first's mask."""
+    for kind in (masks.ConstantMask, masks.PackedMask):
+        rule, large = kind(0.3, refresh_every=4), build("llama")
+        patch = Patch(build("llama"), rule)
+        before = patch.active()
+        for p in large.parameters():
+            p.data.mul_(10)
+        Patch(large, rule)
+        patch.refresh(4)
+        assert patch.active() == before
 
 
 def test_the_threshold_stays_or_is_refreshed():

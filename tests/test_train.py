@@ -348,6 +348,18 @@ def test_more_steps_are_what_a_longer_run_would_have_done(folder, ready, tmp_pat
     assert json.loads((ready / "config.json").read_text())["steps"] == 12
 
 
+def test_a_longer_run_that_stops_has_no_result_of_the_shorter(ready, monkeypatch, capsys):
+    """What was tested after step 8 is not said of a later one; a torn result.json is named."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main([f"--resume={ready}", "--steps=12"])
+    result = json.loads((ready / "result.json").read_text())
+    assert result["zero_shot"]["n"] == 40 and not {"last", "best", "best_step"} & result.keys()
+    (ready / "result.json").write_text('{"zero_shot": ')
+    assert "result.json is torn" in refused(train.main, [f"--resume={ready}"], capsys)
+
+
 CHANGES = {
     "model": ["--model={base}/other"],
     "a late value of the model": ["--model={base}/late"],

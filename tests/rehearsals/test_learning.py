@@ -41,6 +41,7 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "main", lambda argv: pytest.fail("nothing to do"))
     learning.main([*argv, "--steps=4"])
     assert capsys.readouterr().out == said and (tmp_path / "rte.png").stat().st_size > 10_000
+    assert "has runs of 4 steps" in refused(learning.main, [*argv, "--steps=2"], capsys)
     with pytest.raises(SystemExit):
         learning.main([*argv, "--steps=4", "--max-length", "99"])
     assert "runs of other settings" in capsys.readouterr().err
@@ -127,7 +128,7 @@ def test_what_goes_on_from_a_drop_begins_at_its_weights(tmp_path):
 def fallen(monkeypatch, metric: str, validation: dict) -> dict:
     """What the part gives where MeZO's validation is this; nothing is trained or saved."""
     study = object.__new__(learning.Study)
-    study.args = SimpleNamespace(short=2, model=TINY, grid={"MeZO": (1e-2, 1e-3)}, out=Path())
+    study.args = SimpleNamespace(short=4, model=TINY, grid={"MeZO": (1e-2, 1e-3)}, out=Path())
     study.take = lambda runs: [{"metric": metric, "validation": validation}]
     study.short = lambda task, rows: {}
     monkeypatch.setattr(Path, "exists", lambda self: True)
@@ -144,8 +145,11 @@ def test_a_plateau_is_no_drop(monkeypatch):
     ("accuracy", (0.5, 0.7, 0.69, 0.4, 0.3)), ("perplexity", (9.0, 5.0, 5.1, math.inf, math.inf)),
 ])  # fmt: skip
 def test_the_drop_is_the_largest_fall(metric, values, monkeypatch):
-    """A small dip before the drop is none, nor is what comes after it; perplexity drops upwards."""
-    found = fallen(monkeypatch, metric, dict(enumerate(values)))
+    """A small dip before the drop is none, nor is what comes after it, nor after --short steps.
+
+    Perplexity drops upwards.
+    """
+    found = fallen(monkeypatch, metric, dict(enumerate(values)) | {9: 0.0})
     assert [row["after"] for row in found.values()] == [2, 3]
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from test_train import refused
 
 import train
@@ -19,6 +20,13 @@ def test_what_rounding_to_nearest_loses(tmp_path, capsys, monkeypatch):
     assert all(0 < b < h <= 1 for b, h in zip(brain, half, strict=True))
     assert brain == sorted(brain, reverse=True)
     assert "| mezo, η = 0.001, float16 | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--dtype=float32", "--method=r-mezo", "--rounding=stochastic"])
+def test_what_the_study_sets_itself_is_refused(flag, tmp_path, capsys):
+    """A flag that its rows would override is one line."""
+    line = refused(precision.main, [flag, f"--out={tmp_path}"], capsys)
+    assert f"{flag.split('=')[0]}: the study gives each row its own" in line
 
 
 def test_an_update_that_is_not_finite_is_one_line(tmp_path, capsys):
