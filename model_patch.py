@@ -100,7 +100,8 @@ class Patch:
     loss_plus, loss_minus = patch.losses(batch, loss_fn, seed)
     patch.update(seed, float(-lr * zo.projected_grad(loss_plus, loss_minus, patch.eps)))
 
-    what_moves: a rule of masks.py ([S], MeZO), or a quant.DenseSparse ([Q]). eps: ε, 1e-3 in [S].
+    what_moves: a rule of masks.py ([S], MeZO), which is copied, or a quant.DenseSparse ([Q]).
+    eps: ε, 1e-3 in [S].
     fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
     For a rule only: select, a regular expression, and only parameters whose name matches move,
     whatever their requires_grad; rounding, of updates to 16-bit weights, "stochastic" or "nearest".
