@@ -2,8 +2,9 @@
 
 R is the time of one training step over the time of two plain forward passes of the same model on
 the same batch, timed in turn in one process. Two losses need two passes, so the floor is 1; only a
-batch too small to fill the cores can go below. Published: MeZO 3.3, Sparse-MeZO in place 4.37
-(GRZO's profile of Llama-3-8B on A100s). Weights are random: their values cost nothing.
+batch too small to fill the cores can go below. The unit of [Q]'s rows is two passes of the split
+model. Published: MeZO 3.3, Sparse-MeZO in place 4.37 (GRZO's profile of Llama-3-8B on A100s).
+Weights are random: their values cost nothing.
 
     row                     one step is
     two forwards            L(θ; B) twice, no noise: the unit
@@ -16,7 +17,8 @@ batch too small to fill the cores can go below. Published: MeZO 3.3, Sparse-MeZO
     LoRA, Adam              first order, for [S]'s Table 3: loss.backward() on the same batch
 
 Memory is the peak during the row, all of it. GPU: the allocator's. CPU: resident memory above the
-interpreter's own, on Linux alone.
+interpreter's and its libraries', on Linux alone; there the in-place rows show what glibc keeps of
+freed blocks, too.
 """
 
 import argparse
@@ -267,6 +269,14 @@ def timed(function, device: str) -> float:
     return time.perf_counter() - began
 
 
+def warm_up(args) -> None:
+    """A step of each row at the tiny shape: no peak counts what is imported or compiled for it."""
+    size = {"shape": "tiny", "batch": 1, "tokens": 8}
+    for bits, row in (ROWS[name] for name in args.rows):
+        with row(Subject(argparse.Namespace(**vars(args) | size), bits)) as step:
+            step(0)
+
+
 def measure(row, subject: Subject, peak: Peak, args) -> dict:
     """One row, its steps in turn with two plain forwards of the same model."""
     with row(subject) as step:
@@ -305,6 +315,7 @@ def main(argv=None) -> None:
         kept = ("shape", "batch", "tokens", "dtype", "rounds", "compile")
         found: dict = {name: getattr(args, name) for name in kept} | {"rows": {}}
         found["machine"] = loading.machine(torch.device(args.device))
+        warm_up(args)
         for bits in (None, 16, 4):
             peak, subject = Peak(args.device), None
             for name in [name for name in args.rows if ROWS[name][0] == bits]:

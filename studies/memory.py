@@ -22,7 +22,6 @@ import argparse
 import json
 from pathlib import Path
 
-import peft  # noqa: F401  # before a row's peak, so that none has these 60 MB
 import torch
 
 from harness import bench, loading
