@@ -159,8 +159,8 @@ class Patch:
                 continue  # the streams of the others stay theirs
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
-            if parametrize.is_parametrized(self.model.get_submodule(name.rpartition(".")[0])):
-                raise ValueError(f"the module of {name} has a parametrization; remove that first")
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            quant.check_parametrizations(owner, name)
             p.data = p.data.contiguous()
             try:
                 found[p] = MaskedWeight(self, name, p, stream)

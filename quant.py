@@ -138,9 +138,7 @@ class DenseSparse:
         """
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        for others in getattr(module, "parametrizations", {}).values():
-            if not all(isinstance(other, Parts) for other in others):
-                raise ValueError(f"the module of {name} has a parametrization; remove that first")
+        check_parametrizations(module, name)
         parameter = getattr(module, attribute)
         weight = parameter.detach() if weight is None else weight
         masks.check_places(self.index[name], weight.numel(), name)
@@ -206,6 +204,13 @@ def join(model: nn.Module) -> None:
                 whole[part] = nn.Parameter(getattr(module, name).cpu(), requires_grad=False)
         if parts:
             unparametrize(module, {name: whole[part] for name, part in parts.items()})
+
+
+def check_parametrizations(module: nn.Module, name: str) -> None:
+    """ValueError where a module has others than `Parts`: `unparametrize` would take them, too."""
+    for others in getattr(module, "parametrizations", {}).values():
+        if not all(isinstance(other, Parts) for other in others):
+            raise ValueError(f"the module of {name} has a parametrization; remove that first")
 
 
 def unparametrize(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:

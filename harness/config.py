@@ -104,7 +104,9 @@ class Config(MaskSettings):
     )
     above: float = setting(0.0, "s-mezo: leave out this share of the smallest weights, too")
     mask: str | None = setting(None, "senszoq: a mask file; default: it is made")
-    select: str = setting("", "regular expression: only parameters whose (first) name matches move")
+    select: str = setting(
+        "", "regular expression: only parameters whose name, of tied ones the first, matches move"
+    )
     rounding: Literal["stochastic", "nearest"] = setting(
         "stochastic", "of updates to 16-bit weights; nearest loses small ones"
     )

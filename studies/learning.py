@@ -174,8 +174,8 @@ class Study:
                 "sensitive": [few, f"--length={args.length}", *text],
                 "task": [few, "--mask-from=task", f"--task={task}"],
             }.get(kind, [f"--kind={kind}"])
-            kinds = {"task": {"mask_from": "task"}, "sensitive": {}}
-            unused = mask.without_use(mask.MaskConfig(**kinds.get(kind, {"kind": kind})))
+            known = configs.parse(mask.MaskConfig, "", how)
+            unused = mask.without_use(mask.MaskConfig(**known))
             # scored in its own dtype, as gradients underflow in float16
             how += self.common(configs.Settings, unused | {"dtype"})
             how += [f"--density={density}", f"--out={path}"]
@@ -275,7 +275,10 @@ class Study:
         for row, lr in rates.items():
             known = self.take(runs[row])
             if (longest := max(k["steps"] for k in known)) > self.args.steps:
-                raise ValueError(f"{self.args.out} has runs of {longest} steps: give --steps so")
+                raise ValueError(
+                    f"{self.args.out} has runs of {longest} steps: give --steps {longest}, or "
+                    "another --out"
+                )
             curves[row] = mean_of([k["validation"] for k in known])
             tests = [k["test"] for k in known if k["test"] is not None]
             table[row] = {
@@ -343,8 +346,8 @@ class Study:
         lr = max(self.grid("MeZO"))
         fallen = Run(task, ROWS["MeZO"][0], lr, 0, self.args.short)
         (known,) = self.take([fallen])
-        taken = {int(step): value for step, value in known["validation"].items()}
-        taken = {step: taken[step] for step in taken if step <= self.args.short}
+        steps = {int(step): value for step, value in known["validation"].items()}
+        taken = {step: value for step, value in steps.items() if step <= self.args.short}
         better = 1 if known["metric"] == "accuracy" else -1
         falls = {
             (before, after): better * (taken[before] - taken[after])
