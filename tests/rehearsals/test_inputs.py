@@ -5,6 +5,7 @@ import errno
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ import torch
 from models import ARCHITECTURES, SIZES, build
 from safetensors.torch import load_file, save_file
 from test_train import ROOT, SENSZOQ, arguments, code, files, refused, run, steps_of
+from test_workers import together
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import eval
@@ -841,15 +843,13 @@ def test_a_text_file_is_a_task(method, folder, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_stop_from_outside_is_ctrl_c(name, folder, tmp_path):
     """A batch system's signal ends a run as Ctrl-C does, with the command that goes on."""
-    import signal
 
-    program = "import os, signal, model_patch, train, sys; original = model_patch.Patch.update\n"
-    program += "def update(self, seed, a):\n    original(self, seed, a)\n"
-    program += f"    os.kill(os.getpid(), signal.{name})\n"
-    program += "model_patch.Patch.update = update; train.main(sys.argv[1:])"
-    command = [sys.executable, "-c", program, *arguments(folder, tmp_path / "run")]
-    found = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    )  # fmt: skip
-    assert found.returncode == 130 and f"--resume {tmp_path}/run goes on" in found.stderr
+    def stopped_after_a_step(rank):
+        update = model_patch.Patch.update
+        model_patch.Patch.update = lambda *args: (update(*args), signal.raise_signal(number))
+        signal.signal(number, signal.SIG_DFL)
+
+    number = getattr(signal, name)
+    argv = arguments(folder, tmp_path / "run")
+    codes, (said,) = together(1, argv, tmp_path, stopped_after_a_step)
+    assert codes == [130] and f"--resume {tmp_path}/run goes on" in said
