@@ -28,8 +28,9 @@ What differs from Algorithm 1
 
 What it costs
     Memory: the model, the batch, and a copy of the weights of one layer and of tied ones. Time: the
-    noise of every weight is drawn three times a step, for l⁺, l⁻ and the update. A probe with
-    several forward passes draws it in each, but that of [Q]'s values once.
+    noise of every weight is drawn three times a step, for l⁺, l⁻ and the update. A batch in n parts
+    takes n pairs of probes, and 2n + 1 draws. A probe with several forward passes draws in each,
+    but [Q]'s values once.
 """
 
 import re
@@ -51,7 +52,7 @@ class MaskedWeight(nn.Module):
     def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int):
         super().__init__()
         self.patch, self.name, self.stream = patch, name, stream
-        self.layer = name.rpartition(".")[0]  # the one that reads it, of a tied weight the first
+        self.layer = name.rpartition(".")[0]  # its owner; of a tied weight, the first
         self.uses = 0  # of a tied weight, more than one
         self.held = (theta,)  # in a tuple, or nn.Module would register it once more
         self.word = zo.word(stream)
@@ -288,7 +289,7 @@ class Patch:
         for module, parameters in self.before.items():
             module._parameters.clear()  # or those that moved would come last
             quant.unparametrize(module, parameters)
-        self.before, self.weights, self.buffers, self.sparse = {}, [], [], None
+        self.before, self.weights, self.buffers, self.modules, self.sparse = {}, [], [], [], None
 
 
 def holders(buffer: Tensor) -> int:

@@ -149,7 +149,7 @@ def sensitive_mask(config: Config, run: Path, data: dataset.Data) -> mask.MaskFi
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 
-def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Patch:
+def open_patch(config: Config, run: Path, data: dataset.Data) -> model_patch.Patch:
     """The patched model before training, at θ_0."""
     how = (config.model, config.dtype, config.device, config.trust_remote_code)
     device = loading.take_device(config.device)
@@ -168,6 +168,7 @@ def open_model(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
             sparse.split(model, name, weight)
 
         model = loading.load_model(*how, split=split, index=found.index)
+        sparse.codebooks = None  # the parts have them now, on the device
     select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(model, moves, eps=config.eps, select=select, rounding=config.rounding)
     patch.fused = loading.compiles(config.compile, patch)
@@ -271,7 +272,7 @@ def describe(config, model_config, data: dataset.Data) -> None:
 
 def rebuild(config: Config, run: Path, data, logged: list[log.Step], after: int):
     """The model after a step of a run: an ordinary one, or [Q]'s in dense and sparse parts."""
-    patch = open_model(config, run, data)
+    patch = open_patch(config, run, data)
     replay(config, patch, data, logged, run, after)
     patch.remove()
     return patch.model
@@ -300,7 +301,7 @@ def begin(config: Config, run: Path) -> tuple:
             f"{run}: the training examples are not those that the run began with; --data-dir, "
             "--train-file, --num-train, --num-validation and --data-seed choose them"
         )
-    patch = open_model(config, run, data)
+    patch = open_patch(config, run, data)
     print(f"  {patch}\n  {run}/")
     # workers share their losses, so nothing else would show that their data differ
     workers.check_same(examples, "data")

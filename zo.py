@@ -97,7 +97,7 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 #
 #     word           holds                            word      holds
 #     counter 0      which draw                       key 0     the run's seed
-#     counter 1      the stream                       key 1     the step
+#     counter 1      the stream                       key 1     the step; of random masks the stream
 #
 # One draw serves two elements: of n, element i gets r cos φ and element i + ⌈n/2⌉ gets r sin φ.
 
@@ -278,7 +278,8 @@ def _compiled():
     return torch.compile(_apply, dynamic=True, fullgraph=True, options=options)
 
 
-CHUNK = 1 << 16  # draws at a time without a compiler: some 10 temporaries of that size
+# draws at a time without a compiler: some 10 temporaries of that size, and 200 launches on a GPU
+CHUNK, GPU_CHUNK = 1 << 16, 1 << 22
 
 
 @torch.no_grad()
@@ -297,7 +298,7 @@ def apply(
     n, half = flat.numel(), (flat.numel() + 1) // 2
     in_place = into.data_ptr() == flat.data_ptr()
     assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
-    step = max(1, n // 2) if fused else CHUNK
+    step = max(1, n // 2) if fused else GPU_CHUNK if flat.is_cuda else CHUNK
     for start in range(0, half, step):
         ends = [(start, min(start + step, half)), (half + start, min(half + start + step, n))]
         thetas = [flat[a:b].data for a, b in ends]

@@ -308,8 +308,9 @@ def keep_freed_memory() -> None:
 
 
 def restart_peak() -> None:
-    """Count the peak of memory anew: a GPU's, and on Linux the process's."""
+    """Count the peak of memory anew: a GPU's, with its free blocks, or on Linux the process's."""
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS

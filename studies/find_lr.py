@@ -48,7 +48,7 @@ def short_run(config: Config, patch, data, steps: int, bar) -> list[float]:
 def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dict[float, float]:
     """{rate: mean loss of the last third of a short run}, from the same weights each time."""
     config, data = train.prepare(config)
-    patch = train.open_model(config, run, data)
+    patch = train.open_patch(config, run, data)
     rates = sorted(rates or [config.lr * 10 ** (half / 2) for half in HALF_DECADES])
     start = [theta.to("cpu", copy=True) for theta in patch.moving()]
     found = {}

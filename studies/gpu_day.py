@@ -18,6 +18,7 @@ a card is at hand.
 
 import argparse
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -191,6 +192,8 @@ def main(argv=None) -> None:
     for name in args.parts:
         day = Day(args)
         PARTS[name](day)
+        gc.collect()
+        loading.restart_peak()  # what this process has of the card is for the next part's
         machine = loading.machine(torch.device(loading.take_device("auto")))
         write_json(args.out / f"{name}.json", {"table": day.lines, "machine": machine})
         print(f"{name}: {machine['hardware']}, torch {machine['torch']}", *day.lines, sep="\n")

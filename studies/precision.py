@@ -40,7 +40,7 @@ def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> 
     config = configs.complete(configs.Config(**given | how))
     with contextlib.redirect_stdout(io.StringIO()):
         config, data = train.prepare(config)
-        patch = train.open_model(config, Path(), data)
+        patch = train.open_patch(config, Path(), data)
     changed, inside = torch.zeros(4), torch.zeros(4)
     thetas = [weight.theta.view(-1) for weight in patch.weights]
     quarters = [t.float().abs().argsort().argsort() * 4 // len(t) for t in thetas]

@@ -5,6 +5,7 @@
 For each seed g = (l⁺ − l⁻) / 2ε is compared with the true slope ⟨∇L, m⊙z⟩ of the same batch, where
 ∇L is autograd's. Printed are the correlation over the seeds, the regression of g on the slope, and
 the error of g beside the size of the slope (root mean squares). A seed takes two forward passes.
+The gradients take 6 bytes per 16-bit weight beside the model's 2, and the batch all activations.
 """
 
 import numpy as np

@@ -105,7 +105,8 @@ def life(argv, count, die_at, threads) -> None:
 
 def live(argv, die_at: int | None = None, seconds: float | None = None) -> tuple[int, int]:
     """(exit code, moments) of one life; −9 where it was killed, by number or after `seconds`."""
-    context = get_context("forkserver")  # of a process whose threads have done work no fork is safe
+    # of a process whose threads have done work no fork is safe, and none of one that knows a GPU
+    context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(LOADED)
     count = context.Value("i", 0, lock=False)
     process = context.Process(target=life, args=(argv, count, die_at, torch.get_num_threads()))

@@ -673,7 +673,7 @@ def test_on_a_gpu_a_probe_needs_one_layer_more():
         torch.cuda.reset_peak_memory_stats()
         step()
         peaks.append(torch.cuda.max_memory_allocated())
-    eager = 12 * 4 * zo.CHUNK * 2  # its temporaries
+    eager = 12 * 4 * 2**16 * 2  # its temporaries: no tensor of this model is longer
     assert peaks[1] <= peaks[0] + 2 * largest + eager
 
 

@@ -143,15 +143,15 @@ def test_a_worker_that_dies_ends_the_run(folder, alone, tmp_path):
 
 
 def other_weights(rank):
-    original = train.open_model
+    original = train.open_patch
 
-    def open_model(*arguments):
+    def open_patch(*arguments):
         patch = original(*arguments)
         if rank == 1:
             patch.weights[-1].held[0].data.view(-1)[-1] += 1e-3
         return patch
 
-    train.open_model = open_model
+    train.open_patch = open_patch
 
 
 def other_data(rank):
