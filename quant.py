@@ -280,7 +280,9 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
 
 
 class Codebooks:
-    """A matrix as [Q] has it: 4-bit codes, and 16 levels per row (GPT-2's are inputs, not outputs).
+    """A matrix as [Q] has it: 4-bit codes, and 16 levels per row.
+
+    GPT-2 stores its matrices transposed, so there a row is an input.
 
     `codes`, `levels`: what `fit` gave. `like`: a tensor of the matrix's shape, dtype and device.
     """

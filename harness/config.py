@@ -97,7 +97,7 @@ class Config(MaskSettings):
     steps: int | None = setting(None, "training steps")
     seed: int = setting(0, "of noise, random mask and batch order")
     mask_kind: Literal["dynamic", "constant", "packed"] = setting(
-        "dynamic", "s-mezo: taken at every step; taken once; taken once, a bit per weight"
+        "dynamic", "s-mezo: taken in every probe; taken once; taken once, a bit per weight"
     )
     refresh_every: int = setting(
         0, "s-mezo: steps between new thresholds, or new constant masks; 0: never"

@@ -60,7 +60,7 @@ class Data:
     classification: bool
     source: str
     tokenizer: object = None  # the model's, for all of them
-    odd: str | None = None  # of own files: the first row whose options are other than the rest's
+    odd: str | None = None  # of own files: what the first row has whose options are not the usual
     unused: int = 0  # of own files: examples beyond --num-train and its like
 
     @property

@@ -3,7 +3,7 @@
     step,seed,a,loss_plus,loss_minus,validation,active_density
 
 `a` is −η · proj_grad. Validation accuracy and active density stand where they were taken; where
-perplexity is measured, the column is validation_perplexity. Line 0 is the model before training.
+perplexity is measured, the column is validation_perplexity. Step 0 is the model before training.
 The original weights and one (seed, a) per step rebuild the weights. A run of 20,000 steps takes 1.6
 megabytes.
 
@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
 
 class StepLog:
-    """steps.csv: `start` is line 0, `steps` the finished ones. Without a run it is in memory.
+    """steps.csv: `start` is step 0, `steps` the finished ones. Without a run it is in memory.
 
     `metric`: what validation measures, accuracy or perplexity. A file says it in its header.
     """
@@ -145,7 +145,7 @@ def lock(file) -> None:
 
 
 def forget_unbegun(run: Path, copied: bool = False) -> None:
-    """Remove a run that failed before its line 0, unless [Q]'s mask was made for it already.
+    """Remove a run that failed before its step 0, unless [Q]'s mask was made for it already.
 
     `copied`: the mask is the user's, who has the file.
     """

@@ -7,10 +7,10 @@ Scoring 7B takes 40 GB where training takes 5, so it is often done on another ma
 calls `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
 
 With --quantiser kmeans the file also holds the weights in 4 bits, as quant.py says. They stay in
-host memory until it is written.
+host memory until it is written, and for that are there twice.
 
 The file is in safetensors format. Under each matrix's name it holds the flat positions of the
-weights that move, as int32. It holds no values of these weights, because a run's log rebuilds them.
+weights that move, as int32. It holds no trained values: the model and a run's log rebuild those.
 It also says which model it is of. `check_shapes` refuses another model's mask before the model is
 loaded, and `check_values` while it is.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
@@ -131,8 +132,6 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
     `codebooks`: other tensors, as quant.Codebooks needs them. A file of that name is replaced by a
     complete one or not at all.
     """
-    from safetensors.torch import save_file
-
     matrices = {n: {"shape": list(weights[n].shape), "sample": _sample(weights[n])} for n in index}
     if codebooks:
         for name in index:
@@ -140,10 +139,8 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
     about = {"provenance": provenance, "matrices": matrices}
     tensors = index | (codebooks or {})
     new = Path(f"{path}.tmp")
-    new.touch()
-    mode = new.stat().st_mode  # as the umask has it; safetensors lets nobody else read
-    save_file(tensors, new, {key: json.dumps(value) for key, value in about.items()})
-    new.chmod(mode)
+    # `save_file` would let nobody else read it, whatever the umask
+    new.write_bytes(to_bytes(tensors, {key: json.dumps(value) for key, value in about.items()}))
     os.replace(new, path)
 
 

@@ -143,7 +143,7 @@ def fit(config: Config, model, weights: list, h: dict, data, steps: log.StepLog)
     optimizer = kind(weights, lr=config.lr, foreach=False)  # foreach: a temporary for all of θ
     best, progress = [], log.Progress(steps, config.steps, quiet=False)
     for t in range(config.steps + 1):
-        step = log.Step(0)  # line 0: before training
+        step = log.Step(0)  # before training
         if t > 0:
             loss = backward(config, model, data, t - 1)
             if not math.isfinite(loss):

@@ -11,6 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import masks
+import model_patch
+import zo
 from harness import config as configs
 from harness import dataset
 from model_patch import MaskedWeight
@@ -238,7 +241,24 @@ def test_recorded_accuracy(model, tokenizer, splits, expected, task):
     assert bare < 0.70 and told - bare > 0.15
 
 
-# ------------------------------------------------------------------ the loops of YOUR_OWN.md
+# ------------------------------------------------------------------ README's and YOUR_OWN's loops
+
+
+def test_the_loop_of_the_readme_trains():
+    """README's loop, as printed: the loss falls, the model is ordinary again."""
+    text = (TINY.parent / "README.md").read_text("utf-8")
+    (loop,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    model = AutoModelForCausalLM.from_pretrained(TINY / "model").eval()
+    names = {"model": model, "batch": torch.randint(100, (8, 16)), "steps": 30, "lr": 1e-3}
+    names |= {"masks": masks, "model_patch": model_patch, "zo": zo}
+
+    def loss_fn(model, batch):
+        return -model(batch).logits[:, -1].float().log_softmax(-1)[:, 7].mean()
+
+    before = loss_fn(model, names["batch"])
+    exec(loop, names | {"loss_fn": loss_fn})
+    assert loss_fn(model, names["batch"]) < 0.9 * before
+    assert not any(isinstance(module, MaskedWeight) for module in model.modules())
 
 
 @pytest.mark.parametrize("number, steps, falls", [(1, 50, 0.5), (2, 12, 1.0)])
