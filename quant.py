@@ -233,9 +233,9 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     """(codes, levels), (rows, n) uint8 and (rows, 16) fp32, of (rows, n) weights, row by row.
 
     Levels are k-means centres in ascending order, and a code is the number of the nearest one.
-    Σ importance · (w − level)² comes within two percent of the least there is, and is 0 where
-    16 levels suffice. No library fits many weighted rows at once; [Q]'s code asks scikit-learn for
-    one after the other.
+    Σ importance · (w − level)² comes within two percent of the least there is, if the importances
+    are within six decades, and is 0 where 16 levels suffice. No library fits many weighted rows at
+    once; [Q]'s code asks scikit-learn for one after the other.
     """
     heaviest = weight.gather(1, importance.argmax(1, keepdim=True))
     w = weight.where(importance > 0, heaviest).double()  # what counts for nothing has no place

@@ -61,11 +61,18 @@ from harness import config as configs
 from harness.config import Config, reworded
 
 
+class Broken(ValueError):
+    """Weights or losses are no numbers any more: a run that goes on would end here again."""
+
+
 def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> None:
     """[S] Algorithm 1, from the step after the log's last to step T."""
     progress = log.Progress(record, config.steps, quiet=workers.RANK > 0)
     for t in range(len(record.steps), config.steps):  # for t ← 1 to T do
-        patch.refresh(t)  # h is fixed, unless --refresh-every says otherwise
+        try:
+            patch.refresh(t)  # h is fixed, unless --refresh-every says otherwise
+        except ValueError as error:
+            raise broken(config, record, "the weights are not finite") from error
         step = measure_step(config, patch, data, t)
         if math.isfinite(step.a):
             # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
@@ -79,13 +86,18 @@ def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> Non
 
 
 def check_some_finite(config: Config, record: log.StepLog) -> None:
-    """ValueError where this step, and the 19 before it, moved nothing."""
+    """Broken where this step, and the 19 before it, moved nothing."""
     if len(record.steps) >= 19 and not any(math.isfinite(s.a) for s in record.steps[-19:]):
-        raise ValueError(
-            f"20 losses in a row were not finite: --lr {config.lr} or --eps {config.eps} is "
-            "too high, or float16 overflows (try --dtype bfloat16); python eval.py --run "
-            f"{record.run or '…'} evaluates the best step so far, {record.best_step()}"
-        )
+        raise broken(config, record, "20 losses in a row were not finite")
+
+
+def broken(config: Config, record: log.StepLog, what: str) -> Broken:
+    """What has happened, why it may have, and what can still be had of the run."""
+    return Broken(
+        f"{what}: --lr {config.lr} or --eps {config.eps} is too high, or float16 overflows (try "
+        f"--dtype bfloat16); python eval.py --run {record.run or '…'} evaluates the best step so "
+        f"far, {record.best_step()}"
+    )
 
 
 def measure_step(config: Config, patch, data: dataset.Data, t: int) -> log.Step:
@@ -237,6 +249,9 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
         density = mask.density_of(path, config, model_config)
         config, sources["density"] = replace(config, density=density), "that of the mask"
     config, papers = configs.fill_in(config, model_config.model_type)
+    if "num_validation" in papers and config.num_validation > len(data.validation):
+        config = replace(config, num_validation=len(data.validation))  # of few rows
+        papers["num_validation"] = "as many as the data leave"
     if config.bits == 4 and (kind := loading.quantised(model_config)):
         raise ValueError(
             f"--model {config.model} is quantised ({kind}), and 4 bits are made of 16: unpack it "
@@ -385,8 +400,8 @@ def write_result(run: Path, result: dict) -> None:
 def main(argv=None) -> None:
     run = made = None
 
-    def hint() -> str:
-        kept = run is not None and (run / "config.json").exists()
+    def hint(error) -> str:
+        kept = run is not None and (run / "config.json").exists() and not isinstance(error, Broken)
         return f"; python train.py --resume {shlex.quote(str(run))} goes on" if kept else ""
 
     with configs.one_line_errors(hint):

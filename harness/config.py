@@ -227,8 +227,8 @@ def check_numbers(config: Settings) -> None:
             raise ValueError(f"{flag(name)} {value}: from {low} to {(1 << 31) - 1}")
     for name in ("lr", "eps"):
         value = getattr(config, name, None)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{flag(name)} {value}: above 0 and finite")
+        if value is not None and not 0 < value <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{flag(name)} {value}: above 0 and finite in float32")
 
 
 USES = {  # setting: the methods that have a use for it
@@ -372,10 +372,10 @@ def reworded(what: str, hint: str = ""):
 
 
 @contextmanager
-def one_line_errors(hint=lambda: ""):
+def one_line_errors(hint=lambda error: ""):
     """What a user can put right is one line and exit code 2, no traceback.
 
-    `hint()` is said after the error. --traceback shows where it was raised.
+    `hint(error)` is said after the error. --traceback shows where it was raised.
     """
     for name in ("SIGTERM", "SIGHUP"):  # a batch system's stop, a closed terminal: as Ctrl-C
         number = getattr(signal, name, None)  # Windows has one of them
@@ -399,7 +399,7 @@ def one_line_errors(hint=lambda: ""):
             )
         for bar in list(tqdm._instances):  # so that what is said has a line of its own
             bar.close()
-        print(f"{Path(sys.argv[0]).name}: {line}{hint()}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {line}{hint(e)}", file=sys.stderr)
         raise SystemExit(code) from None
 
 

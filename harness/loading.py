@@ -265,7 +265,7 @@ def _logits(model, **inputs) -> Tensor:
 
 def _change(a: Tensor, b: Tensor) -> Tensor:
     """Of each position's logits, relative to their spread."""
-    return (a - b).square().mean(-1).sqrt() / a.std()
+    return (a - b).square().mean(-1).sqrt() / a.std().clamp(min=1e-30)
 
 
 def usable_length(max_length: int, model_config, taken: int = 0) -> int:

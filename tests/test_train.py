@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_never_touches_the_weights(
     assert equal(trained, moving(model))
     monkeypatch.setattr(tasks, "classification_loss", lambda *_: torch.tensor(math.nan))
     error = refused(train.main, arguments(folder, tmp_path / "b", "--steps=40"), capsys)
-    assert "20 losses in a row were not finite" in error
+    assert "20 losses in a row were not finite" in error and "goes on" not in error
     assert len(steps_of(tmp_path / "b")) == 19
 
 
@@ -590,6 +590,32 @@ def test_kill_9_at_random_moments(folder, tmp_path):
     assert killed == 5 and finished >= 1
 
 
+def test_weights_that_broke_are_not_the_checkpoint_s_fault(folder, tmp_path, capsys, monkeypatch):
+    """Where thresholds are taken of weights that are no numbers, a line says the rate."""
+
+    def update(patch, seed, a):
+        patch.weights[0].theta.fill_(math.nan)
+
+    monkeypatch.setattr(model_patch.Patch, "update", update)
+    argv = arguments(folder, tmp_path / "run", "--refresh-every=1")
+    error = refused(train.main, argv, capsys)
+    assert "the weights are not finite: --lr 0.01" in error and "goes on" not in error
+    assert f"eval.py --run {tmp_path}/run evaluates" in error
+
+
+def test_a_task_of_few_rows_goes_on(folder, tmp_path):
+    """Where [Q]'s 200 validation examples are not there, a run keeps the number that it took."""
+    row = {"context": "a", "answerA": "x", "answerB": "y", "answerC": "z", "label": "1"}
+    rows = "".join(json.dumps(row | {"question": f"b {i}?"}) + "\n" for i in range(12))
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    where = [f"--model={folder}/model", "--task=siqa", f"--data-dir={tmp_path}"]
+    train.main([*where, "--lr=1e-3", "--steps=2", "--batch-size=2", f"--out={tmp_path}/run"])
+    assert json.loads((tmp_path / "run/config.json").read_text())["num_validation"] == 4
+    train.main([f"--resume={tmp_path}/run", "--steps=3"])
+    assert len(steps_of(tmp_path / "run")) == 3
+
+
 @needs_gpu
 @pytest.mark.parametrize("flags", METHODS, ids=" ".join)
 def test_on_a_gpu_a_run_is_its_log(flags, folder, tmp_path, trained):
@@ -722,6 +748,7 @@ BAD = {  # what the user types: what the one line must say
     "--lr=nan": "--lr nan: above 0 and finite",
     "--lr=fast": "invalid float value",
     "--eps=0": "above 0 and finite",
+    "--eps=1e39": "above 0 and finite in float32",
     "--steps=0": "--steps 0: from 1 to",
     "--steps=99999999999": "from 1 to",
     "--seed=-1": "--seed -1: from 0 to",
