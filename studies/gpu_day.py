@@ -192,11 +192,11 @@ def main(argv=None) -> None:
     for name in args.parts:
         day = Day(args)
         PARTS[name](day)
-        gc.collect()
-        loading.restart_peak()  # what this process has of the card is for the next part's
         machine = loading.machine(torch.device(loading.take_device("auto")))
         write_json(args.out / f"{name}.json", {"table": day.lines, "machine": machine})
         print(f"{name}: {machine['hardware']}, torch {machine['torch']}", *day.lines, sep="\n")
+        gc.collect()
+        loading.restart_peak()  # the next part's commands need what this process has of the card
 
 
 if __name__ == "__main__":
