@@ -1,8 +1,8 @@
 # make demo: environment and the main job.  make test: environment and tests.  make bench: the table.
 PYTHON ?= python3
-unexport PYTHONDONTWRITEBYTECODE  # each of the tests' processes would compile what it imports
+unexport PYTHONDONTWRITEBYTECODE  # with it, each process of the tests compiles what it imports
 RUN = .venv/bin/python
-NUMERICAL = tests/test_zo.py -k "not fused"  # make test-default NUMERICAL=tests takes all
+NUMERICAL = tests/test_zo.py tests/test_masks.py
 ONE = tests/test_zo.py::test_the_fused_loop_is_one_on_all_threads
 
 .venv/ready: requirements.txt requirements-dev.txt
@@ -22,7 +22,7 @@ test: .venv/ready
 rehearse: .venv/ready
 	$(RUN) -m pytest --numprocesses auto --dist worksteal tests/rehearsals
 
-# The noise again, as on a CPU without vector instructions.
+# Noise and masks again, as on a CPU without vector instructions.
 test-default: .venv/ready
 	ATEN_CPU_CAPABILITY=default $(RUN) -m pytest $(NUMERICAL) --deselect $(ONE)
 

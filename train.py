@@ -61,18 +61,11 @@ from harness import config as configs
 from harness.config import Config, reworded
 
 
-class Broken(ValueError):
-    """Weights or losses are no numbers any more: a run that goes on would end here again."""
-
-
 def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> None:
     """[S] Algorithm 1, from the step after the log's last to step T."""
     progress = log.Progress(record, config.steps, quiet=workers.RANK > 0)
     for t in range(len(record.steps), config.steps):  # for t ← 1 to T do
-        try:
-            patch.refresh(t)  # h is fixed, unless --refresh-every says otherwise
-        except ValueError as error:
-            raise broken(config, record, "the weights are not finite") from error
+        refresh(config, patch, record, t)  # h is fixed, unless --refresh-every says otherwise
         step = measure_step(config, patch, data, t)
         if math.isfinite(step.a):
             # θ_i ← θ_i − η_t · proj_grad · m_i ⊙ z_i
@@ -85,19 +78,29 @@ def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> Non
         progress.update(step)
 
 
+class Broken(ValueError):
+    """Weights or losses are no numbers any more: a run that goes on would end here again."""
+
+    def __init__(self, config: Config, record: log.StepLog, what: str):
+        super().__init__(
+            f"{what}: --lr {config.lr} or --eps {config.eps} is too high, or float16 overflows "
+            f"(try --dtype bfloat16); python eval.py --run {record.run or '…'} evaluates the best "
+            f"step so far, {record.best_step()}"
+        )
+
+
+def refresh(config: Config, patch, record: log.StepLog, t: int) -> None:
+    """Thresholds anew before step t, from 0 on. Broken where a weight is not finite."""
+    try:
+        patch.refresh(t)
+    except ValueError as error:
+        raise Broken(config, record, "the weights are not finite") from error
+
+
 def check_some_finite(config: Config, record: log.StepLog) -> None:
     """Broken where this step, and the 19 before it, moved nothing."""
     if len(record.steps) >= 19 and not any(math.isfinite(s.a) for s in record.steps[-19:]):
-        raise broken(config, record, "20 losses in a row were not finite")
-
-
-def broken(config: Config, record: log.StepLog, what: str) -> Broken:
-    """What has happened, why it may have, and what can still be had of the run."""
-    return Broken(
-        f"{what}: --lr {config.lr} or --eps {config.eps} is too high, or float16 overflows (try "
-        f"--dtype bfloat16); python eval.py --run {record.run or '…'} evaluates the best step so "
-        f"far, {record.best_step()}"
-    )
+        raise Broken(config, record, "20 losses in a row were not finite")
 
 
 def measure_step(config: Config, patch, data: dataset.Data, t: int) -> log.Step:
@@ -156,8 +159,7 @@ def sensitive_mask(config: Config, run: Path, data: dataset.Data) -> mask.MaskFi
             os.replace(shutil.copy(config.mask, f"{path}.tmp"), path)
         else:
             mask.make(config, path, data)
-            gc.collect()  # the model that was scored, before another is loaded
-            loading.restart_peak()  # result.json has that of training
+            loading.restart_peak()  # the scored model goes; result.json has the peak of training
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 

@@ -298,7 +298,8 @@ def apply(
     n, half = flat.numel(), (flat.numel() + 1) // 2
     in_place = into.data_ptr() == flat.data_ptr()
     assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
-    step = max(1, n // 2) if fused else GPU_CHUNK if flat.is_cuda else CHUNK
+    chunk = GPU_CHUNK if flat.is_cuda else CHUNK
+    step = max(1, n // 2) if fused else chunk
     for start in range(0, half, step):
         ends = [(start, min(start + step, half)), (half + start, min(half + start + step, n))]
         thetas = [flat[a:b].data for a, b in ends]

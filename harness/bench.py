@@ -23,8 +23,6 @@ freed blocks, too.
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import json
 import math
 import os
@@ -230,20 +228,13 @@ ROWS = {  # name: (bits of [Q]'s dense part, the row)
 
 
 class Peak:
-    """Peak memory since `reset`, in bytes above what there was when this was made."""
+    """Peak memory since `restart_peak`, in bytes above what there was when this was made."""
 
     def __init__(self, device: str):
         self.gpu, self.before = device.startswith("cuda"), 0
         self.known = os.access("/proc/self/clear_refs", os.W_OK)  # of a CPU, on Linux
-        self.reset()
+        loading.restart_peak()  # an earlier row's model is freed before this one is made
         self.before = self.read()  # the interpreter and its libraries: not the model's doing
-
-    def reset(self) -> None:
-        gc.collect()  # an earlier row's model is freed before this one is made
-        if not self.gpu:
-            with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc's alone
-                ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not the row's doing
-        loading.restart_peak()
 
     def read(self) -> float:
         if self.gpu:
@@ -284,7 +275,7 @@ def measure(row, subject: Subject, peak: Peak, args) -> dict:
             unit = timed(subject.two_forwards, args.device)
             seconds.append(timed(lambda n=number: step(n), args.device))
             ratios.append(seconds[-1] / unit)
-        peak.reset()
+        loading.restart_peak()
         step(args.rounds + 1)
         found = {"R": statistics.median(ratios), "R_min": min(ratios), "R_max": max(ratios)}
         return found | {"seconds": statistics.median(seconds), "peak_bytes": peak.read()}

@@ -11,6 +11,7 @@ bits, and a 7B model loads in 4 GB.
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -308,10 +309,13 @@ def keep_freed_memory() -> None:
 
 
 def restart_peak() -> None:
-    """Count the peak of memory anew: a GPU's, with its free blocks, or on Linux the process's."""
+    """Give free memory back, then count its peak anew: a GPU's, and on Linux the process's."""
+    gc.collect()  # such as a model that nobody uses
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
 

@@ -18,7 +18,6 @@ a card is at hand.
 
 import argparse
 import contextlib
-import gc
 import json
 import subprocess
 import sys
@@ -195,7 +194,6 @@ def main(argv=None) -> None:
         machine = loading.machine(torch.device(loading.take_device("auto")))
         write_json(args.out / f"{name}.json", {"table": day.lines, "machine": machine})
         print(f"{name}: {machine['hardware']}, torch {machine['torch']}", *day.lines, sep="\n")
-        gc.collect()
         loading.restart_peak()  # the next part's commands need what this process has of the card
 
 
