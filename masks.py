@@ -13,35 +13,34 @@
     index         [Q]'s m as data: {name of a matrix: flat positions of its moving weights}
 
 How it works
-    A rule needs two methods. `prepare` looks at a weight before training, and returns its state.
+    A rule has two methods. `prepare` looks at a weight before training, and returns its state.
     `mask` says which elements of the weight move, from the unperturbed θ and this state. zo.apply
     calls it in its loop. YOUR_OWN.md has a rule of six lines.
 
     rule             the mask is                                    state
     Everything       all ones: MeZO                                 nothing
-    SmallWeights     taken in every probe: S-MeZO, "dynamic mask"   h, one number per tensor
+    SmallWeights     taken in every probe and update: S-MeZO        h, one number per tensor
     MagnitudeGroup   the same of other groups by magnitude          two numbers per tensor
     ConstantMask     taken before training, [S] §3.2                one byte per weight
     PackedMask       the same, packed ([S] §3.3, "1-bit")           one bit per weight
     RandomMask       regenerated from a seed: R-MeZO                three numbers per tensor
 
-    With `refresh_every=n`, `refresh` makes the state anew every n steps. It is `prepare`, unless a
-    rule says otherwise: a constant mask keeps its h.
+    With `refresh_every=n`, `Patch.refresh(t)` before step t makes the state anew every n steps. A
+    loop of your own must call it. The new state is `prepare`'s, but a constant mask keeps its h.
 
     [Q]'s mask is no rule but an index. It is found once, from the gradients of a text, and is the
     same at every step. harness/mask.py keeps it in a file.
 
 What differs from the papers
-    Algorithm 3 is printed with two slips, see `get_mask`. [S]'s "layer" is read as one parameter
-    tensor, norms and biases included. [S]'s appendix C.2 and a reply put h for sparsity 0.75 at the
-    75th percentile. Then the smallest 75 % would move. [S]'s scores on RTE contradict that:
-    sparsity 0.75 has 80.7 ± 1.6, the smallest quarter alone 82.7, the smallest three quarters 72.3.
-    So here sparsity 0.75 means density 0.25.
+    Algorithm 3 is printed with two slips, see `get_mask`. Where [S] says "layer", h is one per
+    parameter tensor, norms and biases included. [S]'s appendix C.2 and a reply put h at the
+    percentile of the sparsity. At 0.75 the smallest 75 % would then move. [S]'s scores on RTE
+    contradict that: sparsity 0.75 has 80.7 ± 1.6, the smallest quarter alone 82.7, the smallest
+    three quarters 72.3. So here sparsity 0.75 means density 0.25.
 
     We had [Q]'s summary, reviews and replies, not its full text or code. [Q] defines the score as a
     mean of squares. A code base close to [Q] squares the mean gradient (statistic="of-mean"). From
-    that code come the ranking per matrix and the choice of matrices, too. Its mask of the largest
-    weights negates indices where it should negate magnitudes; `largest` ranks magnitudes.
+    that code come the ranking per matrix and the choice of matrices, too.
 
 What it costs
     A threshold needs, for a moment, a copy of its weight. For scores, see `fisher`. A mask of [Q]
@@ -144,7 +143,7 @@ class Everything(Rule):
 
 
 class SmallWeights(Rule):
-    """S-MeZO, [S] §3.2 "dynamic mask": |θ_t| ≤ h, taken in every probe, h fixed before training.
+    """S-MeZO, [S] §3.2 "dynamic mask": |θ_t| ≤ h, taken in every probe and update, by a fixed h.
 
     `refresh_every=k` takes h again every k steps: the authors' ablation (one seed of RTE: 83.0 with
     h fixed, 82.0 with k = 100, 80.2 with k = 5). With h fixed, a weight that walks out of [−h, h]
@@ -182,8 +181,8 @@ class MagnitudeGroup(SmallWeights):
 class ConstantMask(Rule):
     """[S] §3.2 "constant mask": the small weights of before training, stored as booleans.
 
-    `refresh_every=k` takes the mask again every k steps, by the h of before training: a reply of
-    [S], where a mask of every step has 79.0 on average, and one of every fifth 76.3.
+    `refresh_every=k` takes the mask again every k steps, by the h of before training. In a reply of
+    [S], a mask of every step has 79.0 on average, one of every fifth 76.3.
     """
 
     def __init__(self, density: float, refresh_every: int = 0):
@@ -224,8 +223,7 @@ class PackedMask(ConstantMask):
 class RandomMask(Rule):
     """R-MeZO ([S] Table 1): a random mask, constant over the run, regenerated and never stored.
 
-    Weight j moves when a uniform 32-bit word of its own is below density · 2³². (Comparing a
-    *normal* draw with the density, as one code base does, turns 0.5 into 0.69.)
+    Weight j moves when a uniform 32-bit word of its own is below density · 2³².
     """
 
     def __init__(self, density: float, seed: int = 0):

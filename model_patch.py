@@ -1,4 +1,4 @@
-"""While a probe is open, a weight reads as θ + ε m(θ)⊙z. θ itself is never written ([S] §3.3).
+"""While a probe is open, a weight reads as θ + ε ẑ, ẑ = m(θ)⊙z. θ is never written ([S] §3.3).
 
     y⁽ⁱ⁾ = (θ⁽ⁱ⁾ + ε m(θ⁽ⁱ⁾) ⊙ z⁽ⁱ⁾) x⁽ⁱ⁾ + b⁽ⁱ⁾             [S] §3.3, for each layer i
 

@@ -245,7 +245,7 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     sums = [F.pad(x.cumsum(1), (1, 0)) for x in (importance, importance * w)]
 
     # Where may a cut be? At the widest gaps, and at equal steps of this density, the cube root of
-    # F · gap²: the best of many levels lie so (Panter and Dite, 1951).
+    # importance · gap²: the best of many levels lie so (Panter and Dite, 1951).
     gaps = w.diff(dim=1)
     widest = gaps.topk(min(WIDEST, gaps.shape[1])).indices
     density = ((importance[:, 1:] + importance[:, :-1]) * gaps**2) ** (1 / 3)
@@ -256,7 +256,7 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     cuts = F.pad(cuts, (0, 1), value=w.shape[1])  # the first is 0
 
     # The best 16 runs between these cuts, by dynamic programming. A run explains moment² / mass of
-    # Σ F w²; `explained` is what the best runs from the start to each cut do.
+    # Σ importance · w²; `explained` is what the best runs from the start to each cut do.
     mass, moment = (x.gather(1, cuts) for x in sums)
     mass, moment = (x[:, None, :] - x[:, :, None] for x in (mass, moment))
     gain = (moment**2 / mass.clamp(min=1e-30)).masked_fill(mass < 0, -math.inf)

@@ -8,7 +8,7 @@
     rule            m of MeZO and [S]: which weights move
     sensitive_mask  m of [Q], found once and kept in a file of the run
     losses          l⁺ and l⁻ of one minibatch, with mask and noise inside forward (§3.3)
-    measure_step    proj_grad of one step, and −η · proj_grad
+    measure_step    proj_grad of one step, and a = −η · proj_grad
     train           the loop, in the order of the printed algorithm
     replay          θ_T from θ_0 and the log: a finished step is (seed, a)
 
@@ -100,7 +100,7 @@ def refresh(config: Config, patch, record: log.StepLog, t: int) -> None:
 def check_some_finite(config: Config, record: log.StepLog) -> None:
     """Broken where this step, and the 19 before it, moved nothing."""
     if len(record.steps) >= 19 and not any(math.isfinite(s.a) for s in record.steps[-19:]):
-        raise Broken(config, record, "20 losses in a row were not finite")
+        raise Broken(config, record, "20 steps in a row had no finite loss")
 
 
 def measure_step(config: Config, patch, data: dataset.Data, t: int) -> log.Step:
@@ -146,9 +146,8 @@ def rule(config: Config) -> masks.Rule:
         return masks.RandomMask(config.density, config.seed)
     if config.above:
         return masks.MagnitudeGroup(config.density, config.above, config.refresh_every)
-    dynamic, constant, packed = masks.SmallWeights, masks.ConstantMask, masks.PackedMask
-    kinds = {"dynamic": dynamic, "constant": constant, "packed": packed}
-    return kinds[config.mask_kind](config.density, config.refresh_every)
+    kind = {"dynamic": masks.SmallWeights, "constant": masks.PackedMask}[config.mask_kind]
+    return kind(config.density, config.refresh_every)
 
 
 def sensitive_mask(config: Config, run: Path, data: dataset.Data) -> mask.MaskFile:

@@ -26,7 +26,7 @@ What differs from the paper
     fp32. The literal step rounds them to nearest; `apply` can round 16-bit weights stochastically.
 
 What it costs
-    The literal step holds a tensor's whole z. `apply`'s loop holds none of it, and writes a tensor.
+    The literal step holds a tensor's whole z. `apply`, compiled, holds none of it.
 """
 
 import functools
@@ -59,7 +59,7 @@ def perturb_parameters(theta: list[Tensor], a: float, seed: int, masks: list[Ten
 
 
 def projected_grad(loss_plus, loss_minus, eps: float):
-    """[S] Algorithm 1's proj_grad, the slope of L along ẑ: (l⁺ − l⁻) / 2ε. Eq. 2 is it times ẑ."""
+    """[S] Algorithm 1's proj_grad, the slope of L along ẑ: (l⁺ − l⁻) / 2ε. Eq. 2 is g ẑ."""
     return (loss_plus - loss_minus) / (2 * eps)
 
 
@@ -137,8 +137,7 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
 
     The radius takes 31 bits of word 0. The angle inside a quadrant takes 30 bits of word 1, whose
     two upper bits are the signs. Logarithm, cosine and sine are polynomials, to 2e-7: torch's
-    own functions serve all arguments, and cost more. Each polynomial is the closest of its degree
-    (minimax). Its coefficients are nearly those of a Taylor series, which would need more terms.
+    own functions serve all arguments, and cost more. Each polynomial is the closest of its degree.
     """
     unit = math.radians(90) * 2.0**-30  # Dynamo takes math.pi for an input, in fp64
     x = minus_two_log((word0 & 0x7FFFFFFF).float() * 2.0**-31 + 2.0**-32)  # of u in (0, 1]

@@ -96,8 +96,8 @@ class Config(MaskSettings):
     eps: float | None = setting(None, "perturbation scale ε")
     steps: int | None = setting(None, "training steps")
     seed: int = setting(0, "of noise, random mask and batch order")
-    mask_kind: Literal["dynamic", "constant", "packed"] = setting(
-        "dynamic", "s-mezo: taken in every probe; taken once; taken once, a bit per weight"
+    mask_kind: Literal["dynamic", "constant"] = setting(
+        "dynamic", "s-mezo: taken in every probe and update, or once, a bit per weight"
     )
     refresh_every: int = setting(
         0, "s-mezo: steps between new thresholds, or new constant masks; 0: never"

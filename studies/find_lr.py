@@ -103,6 +103,8 @@ def main(argv=None) -> None:
             log.forget_unbegun(run, copied=config.mask is not None)
         print(f"{len(found)} runs of {short} steps: the largest safe rate is {safe:.2g}")
         print(f"try --lr {best:.2g}, the best, or a third of it for long runs")
+        if best == max(found):
+            print("  it is the highest that was tried: --rates can go on from there")
         print(f"{run}/ holds rates.json")
 
 

@@ -266,7 +266,7 @@ BAD = {  # what the user types: what the one line must say
     "--adapter=prefix": "is for --method mezo, not for s-mezo",
     "--adapter=ia3": "invalid choice",
     "--adapter=lora --bits=4": "--bits is for --method senszoq, mezo --adapter lora",
-    "--adapter=lora --mask-kind=packed": "is for --method s-mezo, not for s-mezo --adapter lora",
+    "--adapter=lora --mask-kind=constant": "is for --method s-mezo, not for s-mezo --adapter lora",
     "--adapter=lora --refresh-every=3": "is for --method s-mezo, not for",
     "--adapter=lora --above=0.1": "is for --method s-mezo, not for",
     "--adapter=lora --method=mezo --select=q_proj": "--select is for --method mezo, s-mezo, r-mezo",

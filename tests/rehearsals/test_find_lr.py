@@ -21,14 +21,15 @@ def test_the_advice_is_the_rate_of_the_long_runs(tmp_path, capsys):
     rates = "--rates=1e-3,1e-2,1e-1"
     few = ["--short=24", "--num-validation=1", "--num-test=1", f"--out={tmp_path}/run"]
     find_lr.main(["--task=rte", rates, *few])
-    assert f"try --lr {configs.TINY_RATES['s-mezo']['rte']}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"try --lr {configs.TINY_RATES['s-mezo']['rte']}" in said and "go on" not in said
     found = json.loads((tmp_path / "run/rates.json").read_text())
     assert min(found, key=found.get) == "0.01" and len(found) == 3
 
 
 @pytest.mark.parametrize("flags", [["--refresh-every=2"], ["--method=senszoq", "--mask-from=task",
                                                            "--density=0.02"]])  # fmt: skip
-def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkeypatch):
+def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkeypatch, capsys):
     """A run's losses do not depend on the rates that were tried before it."""
     original, losses = find_lr.short_run, {}
 
@@ -42,6 +43,8 @@ def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkey
         find_lr.main([*without_rate(folder, out), *flags, f"--rates={rates}", "--short=6"])
     first, second = losses[0.01]
     assert first == second and len(first) == 6 and first != losses[0.1][0]
+    assert "try --lr 0.01, " in (said := capsys.readouterr().out)  # of one rate
+    assert "it is the highest that was tried: --rates can go on" in said
 
 
 def test_advice_is_about_numbers(folder, tmp_path, capsys):
