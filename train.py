@@ -324,8 +324,9 @@ def begin(config: Config, run: Path) -> tuple:
     if record.start is None:
         measure_step(config, patch, data, 0)  # is every weight that moves read?
         zero_shot = score(config, patch.model, data.tokenizer, data.test)
-        start = "untrained prefix, " if config.adapter == "prefix" else "zero-shot "
-        print(f"{start}test {data.metric} {zero_shot}")
+        start = "untrained prefix," if config.adapter == "prefix" else "zero-shot"
+        start += " in 4 bits," if config.bits == 4 else ""
+        print(f"{start} test {data.metric} {zero_shot}")
         result["zero_shot"] = zero_shot._asdict()
         write_result(run, result)
         record.append(evaluated(config, patch, data, log.Step(0)))

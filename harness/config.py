@@ -225,10 +225,10 @@ def check_numbers(config: Settings) -> None:
         value = getattr(config, name, None)
         if value is not None and not low <= value < 1 << 31:
             raise ValueError(f"{flag(name)} {value}: from {low} to {(1 << 31) - 1}")
-    for name, most in (("lr", torch.float64), ("eps", torch.float32)):
+    for name, most in (("lr", torch.inf), ("eps", 1e38)):  # ε is a number in fp32
         value = getattr(config, name, None)
-        if value is not None and not 0 < value <= torch.finfo(most).max:
-            raise ValueError(f"{flag(name)} {value}: above 0 and finite in {most}")
+        if value is not None and not 0 < value < most:
+            raise ValueError(f"{flag(name)} {value}: above 0 and below {most}")
 
 
 USES = {  # setting: the methods that have a use for it

@@ -416,6 +416,7 @@ def test_a_run_of_q_does_not_go_on_with_another_mask(folder, tmp_path, capsys):
     """A run's mask that was replaced by another of its size is noticed as any change is."""
     out = tmp_path / "run"
     run(folder, out, *SENSZOQ)
+    assert "zero-shot in 4 bits, test accuracy" in capsys.readouterr().out  # not the original's
     (out / "mask.safetensors").unlink()
     make = [f"--model={folder}/model", "--kind=random", "--density=0.02"]
     mask.main([*make, f"--out={out}/mask.safetensors"])
@@ -744,10 +745,10 @@ BAD = {  # what the user types: what the one line must say
     "--density=0": "above 0 and at most 1",
     "--density=1.5": "the paper's sparsity 0.75 is density 0.25",
     "--density=nan": "above 0 and at most 1",
-    "--lr=nan": "--lr nan: above 0 and finite",
+    "--lr=nan": "--lr nan: above 0 and below inf",
     "--lr=fast": "invalid float value",
-    "--eps=0": "above 0 and finite",
-    "--eps=1e39": "above 0 and finite in torch.float32",
+    "--eps=0": "above 0 and below 1e+38",
+    "--eps=1e39": "above 0 and below 1e+38",
     "--steps=0": "--steps 0: from 1 to",
     "--steps=99999999999": "from 1 to",
     "--seed=-1": "--seed -1: from 0 to",
