@@ -403,6 +403,11 @@ def one_line_errors(hint=lambda error: ""):
         raise SystemExit(code) from None
 
 
+def goes_on(error: BaseException) -> str:
+    """The hint of a study that keeps what is done."""
+    return "; the same command goes on" if isinstance(error, KeyboardInterrupt) else ""
+
+
 # ------------------------------------------------------------------ a run's directory
 
 

@@ -310,7 +310,7 @@ def main(argv=None) -> None:
                         default=[("MeZO", 1e-3), ("S-MeZO", 1e-2), ("SGD", 1e-1)])  # fmt: skip
     args = parser.parse_args(argv)
     args.rates = dict(args.rates)
-    with one_line_errors():
+    with one_line_errors(configs.goes_on):
         if is_tiny(args.model):
             tiny = f"{ROOT}/tiny/data"
             args.data_dir, args.text = args.data_dir or tiny, args.text or f"{tiny}/c4.jsonl"

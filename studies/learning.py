@@ -458,7 +458,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     args, common = parser.parse_known_args(argv)
     args.grid, args.short = dict(args.grid), args.short or args.steps
-    with one_line_errors():
+    with one_line_errors(configs.goes_on):
         if args.short > args.steps or args.short % args.every:
             raise ValueError(
                 f"--short {args.short} (by default --steps): at most --steps, and a multiple of "

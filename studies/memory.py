@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from harness import bench, loading
-from harness.config import one_line_errors, positive, study_parser
+from harness.config import goes_on, one_line_errors, positive, study_parser
 from studies.learning import table
 
 ROWS = ["Adam", "LoRA", "S-MeZO, in place", "mezo", "s-mezo", "4 bits: senszoq"]
@@ -84,7 +84,7 @@ def main(argv=None) -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))
     args = parser.parse_args(argv)
-    with one_line_errors():
+    with one_line_errors(goes_on):
         args.device = loading.take_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         model = bench.build(args.shape, getattr(torch, args.dtype), "meta")

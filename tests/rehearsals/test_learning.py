@@ -58,7 +58,7 @@ def test_a_run_that_is_longer_than_asked_for_is_whole(tmp_path):
 
 
 def test_ctrl_c_ends_all_jobs(tmp_path):
-    """Two runs that would take a day end with the command that made them."""
+    """Two runs that would take a day end with the command that made them, which can go on."""
     argv = [
         "--tasks=rte",
         "--rows",
@@ -71,7 +71,7 @@ def test_ctrl_c_ends_all_jobs(tmp_path):
     command = [sys.executable, "-m", "studies.learning", *argv]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
     with subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.DEVNULL, preexec_fn=heard
+        command, cwd=ROOT, stderr=open(tmp_path / "said", "w"), preexec_fn=heard
     ) as process:
         logs = []
         while len(logs) < 2:
@@ -81,6 +81,7 @@ def test_ctrl_c_ends_all_jobs(tmp_path):
         process.send_signal(signal.SIGINT)
         try:
             assert process.wait(timeout=120) == 130
+            assert "stopped; the same command goes on" in (tmp_path / "said").read_text()
         finally:
             process.kill()
 
