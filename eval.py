@@ -13,8 +13,9 @@ perplexity.
 A run is rebuilt from its log as train.py --resume rebuilds it (harness/log.py), without a forward
 pass but for the last step, which is taken again as a check.
 
-For a run with --adapter, --save writes the adapter, which peft.PeftModel.from_pretrained reads. For
-S-MeZO's LoRA it writes the whole model, merged: no ordinary adapter can hold the mask.
+For a run with --adapter, --save writes the adapter, which peft.PeftModel.from_pretrained reads. The
+adapter of a run in 4 bits is of the model in 4 bits. For S-MeZO's LoRA --save writes the whole
+model, merged: no ordinary adapter can hold the mask.
 """
 
 from dataclasses import replace
@@ -26,7 +27,7 @@ import torch
 import quant
 import tasks
 import train
-from harness import adapter, dataset, loading, workers
+from harness import adapter, dataset, loading
 from harness import config as configs
 from harness.config import Settings
 from harness.log import StepLog
@@ -79,7 +80,7 @@ def show_continuations(model, tokenizer, examples: list, longest: int, tokens: i
 
 
 def main(argv=None) -> tasks.Score:
-    with configs.one_line_errors():
+    with configs.one_line_errors(argv=argv):
         more = {
             "run": (Path, "a run directory of train.py, instead of a model"),
             "step": (str, "with --run: best (default), last or a step number"),
@@ -95,7 +96,6 @@ def main(argv=None) -> tasks.Score:
             raise ValueError(f"--split {split}: test or validation")
         if save is not None and save.exists() and (not save.is_dir() or any(save.iterdir())):
             raise ValueError(f"--save {save} is not empty; choose another name")
-        workers.check_alone()
         if run is None and step is not None:
             raise ValueError("--step is of a run: give it with --run")
         if run is not None and shots:

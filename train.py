@@ -81,12 +81,14 @@ def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> Non
 class Broken(ValueError):
     """Weights or losses are no numbers any more: a run that goes on would end here again."""
 
-    def __init__(self, config: Config, record: log.StepLog, what: str):
-        super().__init__(
-            f"{what}: --lr {config.lr} or --eps {config.eps} is too high, or float16 overflows "
-            f"(try --dtype bfloat16); python eval.py --run {record.run or '…'} evaluates the best "
-            f"step so far, {record.best_step()}"
-        )
+
+def broken(config: Config, record: log.StepLog, what: str) -> Broken:
+    """The error, with what may help."""
+    return Broken(
+        f"{what}: --lr {config.lr} or --eps {config.eps} is too high, or float16 overflows "
+        f"(try --dtype bfloat16); python eval.py --run {record.run or '…'} evaluates the best "
+        f"step so far, {record.best_step()}"
+    )
 
 
 def refresh(config: Config, patch, record: log.StepLog, t: int) -> None:
@@ -94,13 +96,13 @@ def refresh(config: Config, patch, record: log.StepLog, t: int) -> None:
     try:
         patch.refresh(t)
     except ValueError as error:
-        raise Broken(config, record, "the weights are not finite") from error
+        raise broken(config, record, "the weights are not finite") from error
 
 
 def check_some_finite(config: Config, record: log.StepLog) -> None:
     """Broken where this step, and the 19 before it, moved nothing."""
     if len(record.steps) >= 19 and not any(math.isfinite(s.a) for s in record.steps[-19:]):
-        raise Broken(config, record, "20 steps in a row had no finite loss")
+        raise broken(config, record, "20 steps in a row had no finite loss")
 
 
 def measure_step(config: Config, patch, data: dataset.Data, t: int) -> log.Step:
@@ -212,7 +214,7 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
     )  # fmt: skip
     total, n, broken = workers.all_sum(counts)
     if broken == len(examples):
-        raise ValueError(
+        raise Broken(
             "no log-probability of any example is finite: float16 overflow (try --dtype bfloat16), "
             "or weights broken by too high a rate"
         )
@@ -406,7 +408,7 @@ def main(argv=None) -> None:
         kept = run is not None and (run / "config.json").exists() and not isinstance(error, Broken)
         return f"; python train.py --resume {shlex.quote(str(run))} goes on" if kept else ""
 
-    with configs.one_line_errors(hint):
+    with configs.one_line_errors(hint, argv, workers=True):
         resume = {"resume": (Path, "go on with a run that was stopped: its directory")}
         changes = configs.parse(Config, __doc__.split("\n")[0], argv, **resume)
         resumed = changes.pop("resume", None)

@@ -372,10 +372,11 @@ def reworded(what: str, hint: str = ""):
 
 
 @contextmanager
-def one_line_errors(hint=lambda error: ""):
+def one_line_errors(hint=lambda error: "", argv=None, workers: bool = False):
     """What a user can put right is one line and exit code 2, no traceback.
 
-    `hint(error)` is said after the error. --traceback shows where it was raised.
+    `hint(error)` is said after the error. --traceback in `argv`, by default the command line's,
+    shows where it was raised. `workers`: may torchrun start several of the command?
     """
     for name in ("SIGTERM", "SIGHUP"):  # a batch system's stop, a closed terminal: as Ctrl-C
         number = getattr(signal, name, None)  # Windows has one of them
@@ -385,12 +386,14 @@ def one_line_errors(hint=lambda error: ""):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # "±" in ASCII
     try:
+        if not workers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this command is one process: start it without torchrun")
         yield
     except (KeyboardInterrupt, ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as e:
         code, line = 2, f"error: {first_line(e)}"
         if isinstance(e, KeyboardInterrupt):
             code, line = 130, "stopped"
-        elif "--traceback" in sys.argv:
+        elif "--traceback" in (sys.argv if argv is None else argv):
             raise
         if isinstance(e, torch.OutOfMemoryError):
             line += (
@@ -487,6 +490,14 @@ def check_types(config: Settings) -> None:
         types = (*kinds, int) if float in kinds else kinds
         if type(value) not in types and not (isinstance(value, (str, int)) and value in choices):
             raise ValueError(f"{name} is {value!r}")
+
+
+def check_new(path: Path) -> None:
+    """ValueError or OSError where no new file can be written: it is said before the work."""
+    if path.exists():
+        raise ValueError(f"--out {path} exists; give the name of a new file")
+    path.touch()
+    path.unlink()
 
 
 def write_json(path: Path, value) -> None:

@@ -32,7 +32,7 @@ import quant
 import tasks
 import zo
 from harness import config as configs
-from harness import dataset, loading, workers
+from harness import dataset, loading
 from harness.config import MaskSettings, reworded, setting
 
 
@@ -97,8 +97,11 @@ def make(config, path, data=None) -> dict[str, Tensor]:
 
 def what_is_scored(settings: MaskConfig, tokenizer, model_config, data) -> tuple[list, dict]:
     """(losses, what they are of): windows of a text, or a task's examples."""
+    vocabulary = model_config.get_text_config().vocab_size
     if settings.mask_from == "task":
-        losses = tasks.task_losses(data, settings.samples, settings.max_length)
+        few, longest = data.train[: settings.samples], settings.max_length
+        tasks.check_examples(data, few, longest, vocabulary)
+        losses = tasks.task_losses(data, settings.samples, longest)
         return losses, {"source": settings.task or settings.train_file}
     text = settings.text
     if text is None and configs.is_tiny(settings.model):
@@ -106,7 +109,6 @@ def what_is_scored(settings: MaskConfig, tokenizer, model_config, data) -> tuple
     length = loading.usable_length(settings.length, model_config)
     texts = dataset.read_texts(text)
     windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
-    vocabulary = model_config.get_text_config().vocab_size
     tasks.check_tokens(tokenizer, windows.flatten().tolist(), vocabulary)
     source = dataset.TEXTS.get(text or "c4", [text])[:2]
     return tasks.text_losses(windows), {"source": " ".join(source), "length": length}
@@ -237,16 +239,12 @@ def without_use(config: MaskConfig) -> set[str]:
 
 
 def main(argv=None) -> None:
-    with configs.one_line_errors():
+    with configs.one_line_errors(argv=argv):
         given = configs.parse(MaskConfig, __doc__.split("\n")[0], argv)
         config = MaskConfig(**given)
-        workers.check_alone()
         if config.out is None:
             raise ValueError("no --out: give the name of a new file, such as mask.safetensors")
-        if Path(config.out).exists():
-            raise ValueError(f"--out {config.out} exists; give the name of a new file")
-        Path(f"{config.out}.tmp").touch()  # what cannot be written is said before the work
-        Path(f"{config.out}.tmp").unlink()
+        configs.check_new(Path(config.out))
         configs.check_numbers(config)
         if wrong := sorted(name for name in without_use(config) & given.keys() if given[name]):
             sensitive = config.kind == "sensitive"

@@ -33,12 +33,6 @@ def join() -> None:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w", encoding="utf-8")
 
 
-def check_alone() -> None:
-    """ValueError where torchrun started several, and the command knows nothing of it."""
-    if SIZE > 1:
-        raise ValueError("this command is one process: start it without torchrun")
-
-
 def leave() -> None:
     """Close the connections, where there are any."""
     if SIZE > 1 and dist.is_initialized():

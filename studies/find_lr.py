@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import train
 from harness import config as configs
-from harness import log, workers
+from harness import log
 from harness.config import Config
 
 HALF_DECADES = (-4, -3, -2, -1, 0, 1, 2)  # around train.py's own rate, unless --rates says others
@@ -34,7 +34,10 @@ def short_run(config: Config, patch, data, steps: int, bar) -> list[float]:
     """
     losses, flat = [], 0
     for t in range(steps):
-        patch.refresh(t)
+        try:
+            patch.refresh(t)
+        except ValueError:  # a weight is not finite
+            return [*losses, math.nan]
         step = train.measure_step(config, patch, data, t)
         losses.append(step.loss)
         bar.update()
@@ -84,12 +87,11 @@ def advice(found: dict[float, float]) -> tuple[float, float]:
 
 
 def main(argv=None) -> None:
-    with configs.one_line_errors():
+    with configs.one_line_errors(argv=argv):
         more = {"rates": (configs.rates, "instead of seven, half a decade apart: 1e-7,1e-6"),
                 "short": (configs.at_least(3), "steps of each run; default 100")}  # fmt: skip
         given = configs.parse(Config, __doc__.split("\n")[0], argv, **more)
         rates, short = given.pop("rates", ()), given.pop("short", 100)
-        workers.check_alone()
         if "steps" in given:
             raise ValueError(f"--steps {given['steps']}: give --short, the steps of each run")
         if rates and "lr" in given:

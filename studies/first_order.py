@@ -45,9 +45,8 @@ import torch
 import masks
 import tasks
 import train
+from harness import adapter, dataset, loading, log
 from harness import config as configs
-from harness import dataset, loading, log, workers
-from harness.adapter import LORA
 from harness.config import Settings, setting
 
 RATES = {  # method: (rate, its source), and the tiny model's
@@ -97,7 +96,6 @@ def complete(config: Config) -> Config:
             raise ValueError(f"--density is for --method sparse-adam, not for {config.method}")
     if config.method == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError("--method lora needs peft, which is not installed: pip install peft")
-    workers.check_alone()
     return config
 
 
@@ -107,11 +105,11 @@ def what_moves(config: Config, model) -> tuple[list, dict]:
         import peft
 
         torch.manual_seed(config.seed)  # A is drawn; B is 0, so W is W_0 before training
-        peft.inject_adapter_in_model(peft.LoraConfig(**LORA), model)  # asks gradients of A, B alone
+        settings = peft.LoraConfig(**adapter.LORA)
+        peft.inject_adapter_in_model(settings, model)  # asks gradients of A, B alone
     weights = [w for w in model.parameters() if w.requires_grad]
     if config.method != "sparse-adam":
         return weights, {}
-    masks.check_moves(config.density, weights)
     return weights, {w: masks.threshold(w, config.density) for w in weights}
 
 
@@ -147,7 +145,7 @@ def fit(config: Config, model, weights: list, h: dict, data, steps: log.StepLog)
         if t > 0:
             loss = backward(config, model, data, t - 1)
             if not math.isfinite(loss):
-                raise ValueError(f"the loss of step {t} is {loss}: --lr {config.lr} is too high")
+                raise train.Broken(f"the loss of step {t} is {loss}: --lr {config.lr} is too high")
             masked_step(optimizer, h)
             step = log.Step(t, None, -config.lr, loss, loss)
         if t % config.eval_every == 0 or t == config.steps:
@@ -175,6 +173,11 @@ def run_to_end(config: Config, run: Path) -> None:
     config, sources = fill_in(config, len(data.train))
     configs.show(config, sources)
     train.describe(config, model_config, data)
+    shapes = loading.skeleton(model_config, config.trust_remote_code)
+    if config.method == "lora" and (lacks := adapter.lacks(shapes)):
+        raise ValueError(f"--method lora: {config.model} has no {lacks} for it; use another method")
+    if config.density is not None:
+        masks.check_moves(config.density, shapes.parameters())
     configs.write_json(run / "config.json", {"by": "studies/first_order.py"} | asdict(config))
     steps = log.StepLog(run, True, data.metric)
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
@@ -201,7 +204,7 @@ def run_to_end(config: Config, run: Path) -> None:
 
 
 def main(argv=None) -> None:
-    with configs.one_line_errors():
+    with configs.one_line_errors(argv=argv):
         config = complete(Config(**configs.parse(Config, __doc__.split("\n")[0], argv)))
         run = configs.new_run(config)
         try:

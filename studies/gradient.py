@@ -76,11 +76,19 @@ class Study:
         kept = {name: str(value) for name, value in vars(args).items() if name not in UNLIKE}
         if self.found.setdefault("settings", kept) != kept:
             raise ValueError(f"{self.file} has the answers of other settings; give another --out")
+        if is_tiny(args.model):
+            tiny = f"{ROOT}/tiny/data"
+            args.data_dir, args.text = args.data_dir or tiny, args.text or f"{tiny}/c4.jsonl"
+            args.other = args.other or f"{tiny}/other.jsonl"
+        if args.other is None:
+            raise ValueError("--other: another text, .txt or .jsonl, such as WikiText-2")
         self.how = argparse.Namespace(**vars(args), seed=1, micro_batch=None)  # as of train.py
 
     @cached_property
-    def tokenizer(self):
-        return loading.load_tokenizer(self.args.model)[0]
+    def loaded(self) -> tuple:
+        """(tokenizer, how many tokens the model knows)."""
+        tokenizer, model_config = loading.load_tokenizer(self.args.model)
+        return tokenizer, model_config.get_text_config().vocab_size
 
     @cached_property
     def model(self):
@@ -98,7 +106,9 @@ class Study:
         if not missing:
             return
         how = {name: getattr(self.args, name) for name in ("data_dir", "max_length")}
-        data = dataset.load_examples(configs.Settings(task=task, **how), self.tokenizer)
+        tokenizer, vocabulary = self.loaded
+        data = dataset.load_examples(configs.Settings(task=task, **how), tokenizer)
+        tasks.check_examples(data, data.train, self.args.max_length, vocabulary)
         for part in missing:
             answer = getattr(self, part)(data)
             for name, rows in (answer if part == "scores" else {part: answer}).items():
@@ -111,11 +121,11 @@ class Study:
     @cached_property
     def masks_of_texts(self) -> dict:
         """{density: {name of a mask: index}} of every mask that no task made."""
-        args, kinds = self.args, {}
+        (tokenizer, vocabulary), args, kinds = self.loaded, self.args, {}
         for name, file in (("C4", args.text), ("other text", args.other)):
-            windows = tasks.text_windows(
-                self.tokenizer, dataset.read_texts(file), args.samples, args.length, seed=0
-            )
+            texts = dataset.read_texts(file)
+            windows = tasks.text_windows(tokenizer, texts, args.samples, args.length, seed=0)
+            tasks.check_tokens(tokenizer, windows.flatten().tolist(), vocabulary)
             scores = self.fisher(tasks.text_losses(windows), name)
             for density in DENSITIES:
                 kinds.setdefault(density, {})[name] = masks.sensitive(scores, density)
@@ -311,12 +321,6 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     args.rates = dict(args.rates)
     with one_line_errors(configs.goes_on):
-        if is_tiny(args.model):
-            tiny = f"{ROOT}/tiny/data"
-            args.data_dir, args.text = args.data_dir or tiny, args.text or f"{tiny}/c4.jsonl"
-            args.other = args.other or f"{tiny}/other.jsonl"
-        if args.other is None:
-            raise ValueError("--other: another text, .txt or .jsonl, such as WikiText-2")
         args.out.mkdir(parents=True, exist_ok=True)
         study = Study(args)
         for task in args.tasks:

@@ -120,9 +120,10 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str]) -> dict:
             if error.code == 130:
                 raise KeyboardInterrupt from error
             stopped = said.getvalue().strip().splitlines()[-1]
+            broke = isinstance(error.__context__, train.Broken)  # all else may pass
+            if not broke or not StepLog(folder).steps:
+                raise ValueError(f"{run.name}: {stopped}") from error
     log = StepLog(folder)
-    if not log.steps and stopped:
-        raise ValueError(f"{run.name}: {stopped}")
     mean = [step.loss for step in log.steps]
     checked = [s for s in (log.start, *log.steps) if s.validation is not None]
     return {
@@ -165,7 +166,7 @@ class Study:
         if not rest:
             return flags
         args, (name, *more) = self.args, rest.split()
-        kind, density = name.rsplit("-", 1)
+        kind, density = name.split("-", 1)  # such as 5e-05
         path = args.out / "masks" / f"{task if kind == 'task' else kind}-{density}.safetensors"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -368,7 +369,8 @@ class Study:
             eval.main([f"--run={folder}", f"--step={point}", f"--save={beside}"])
             beside.rename(saved)
         fifth = f"train --method=s-mezo --density=0.2 --model={shlex.quote(str(saved.absolute()))}"
-        fifth += " --data-dir=tiny/data" if is_tiny(self.args.model) else ""
+        if is_tiny(self.args.model) and "data_dir" not in self.given:
+            fifth += " --data-dir=tiny/data"
         rows = {"on with the smallest fifth": fifth}
         rows |= {"on with the largest fifth": f"{fifth} --above=0.8"}
         return table | self.short(task, rows)
@@ -423,7 +425,7 @@ def draw(study: Study, task: str, path: Path) -> None:
         axis.plot(list(rows), [of["loss"] for of in rows.values()], line, color="black")
         axis.tick_params(labelsize=7)
     loss.set(xlabel="step", ylabel="training loss", yscale="log")
-    accuracy.set(xlabel="step", ylabel="validation accuracy")
+    accuracy.set(xlabel="step", ylabel="validation")  # accuracy, or perplexity
     active.set(xlabel="step", ylabel="active share", yscale="log")
     rate.set(xlabel="learning rate", ylabel=f"loss, step {study.args.short}", xscale="log")
     rate.set(yscale="log")

@@ -80,7 +80,9 @@ def main(argv=None) -> None:
         loading.keep_freed_memory()  # as for training
         for task in args.tasks:
             config = complete(Settings(args.model, task, args.data_dir, batch_size=args.batch_size))
-            config, _, data = dataset.load(config)
+            config, model_config, data = dataset.load(config)
+            vocabulary = model_config.get_text_config().vocab_size
+            tasks.check_examples(data, data.train, config.max_length, vocabulary)
             rows[task] = compare(config, patch, data, args.batches)
             title = f"{args.model}, {args.dtype}, batches of {args.batch_size}"
             lines = table(title, rows).splitlines()

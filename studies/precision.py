@@ -15,6 +15,7 @@ are train.py's.
 
 import contextlib
 import io
+import json
 import math
 from pathlib import Path
 
@@ -66,10 +67,13 @@ def main(argv=None) -> None:
     parser.add_argument("--count", type=configs.positive, default=10, help="updates of θ_0")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
     args, flags = parser.parse_known_args(argv)
-    found: dict = {"flags": flags, "count": args.count, "arrive": {}}
     print("| updates that arrive | smallest quarter | | | largest |\n|---|---|---|---|---|")
     with configs.one_line_errors():
         args.out.mkdir(parents=True, exist_ok=True)
+        file, settings = args.out / "precision.json", {"flags": flags, "count": args.count}
+        found = json.loads(file.read_text()) if file.exists() else settings | {"arrive": {}}
+        if {name: found[name] for name in settings} != settings:
+            raise ValueError(f"{file} has the answers of other settings; give another --out")
         for method, lr in args.lr:
             for dtype in HALVES:
                 row = f"{method}, η = {lr:g}, {dtype}"
@@ -77,7 +81,7 @@ def main(argv=None) -> None:
                 cells = ["–" if share is None else f"{share:.1%}" for share in shares]
                 print(f"| {row} | {' | '.join(cells)} |", flush=True)
                 found["machine"] = loading.machine(torch.device(loading.take_device("auto")))
-                configs.write_json(args.out / "precision.json", found)
+                configs.write_json(file, found)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import masks
 import quant
 import tasks
 from harness import dataset, loading
-from harness.config import at_least, one_line_errors, study_parser, write_json
+from harness.config import at_least, check_new, one_line_errors, study_parser, write_json
 
 
 def windows(tokenizer, file: str | None, args):
@@ -37,10 +37,13 @@ def windows(tokenizer, file: str | None, args):
 @torch.no_grad()
 def measure(args) -> dict[str, dict[str, float]]:
     """{kind: {what: number}}"""
-    tokenizer, _ = loading.load_tokenizer(args.model)
+    tokenizer, model_config = loading.load_tokenizer(args.model)
+    vocabulary = model_config.get_text_config().vocab_size
+    (fitted, own), (_, other) = (windows(tokenizer, f, args) for f in (args.text, args.other))
+    read = {"text": own, "other": other}
+    for ids in (fitted, own, other):
+        tasks.check_tokens(tokenizer, ids.flatten().tolist(), vocabulary)
     model = loading.load_model(args.model, device="cpu")
-    fitted, own = windows(tokenizer, args.text, args)
-    read = {"text": own, "other": windows(tokenizer, args.other, args)[1]}
     weights = masks.decoder_linears(model)
     scores = masks.fisher(model, tqdm(tasks.text_losses(fitted), "scoring"))
     index = masks.sensitive(scores, args.density)
@@ -84,7 +87,7 @@ def main(argv=None) -> None:
     with one_line_errors():
         masks.check_density(args.density)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.touch()
+        check_new(args.out)
         found = measure(args)
         about = {name: str(value) for name, value in vars(args).items() if name != "out"}
         machine = loading.machine(torch.device("cpu"))

@@ -49,6 +49,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=at_least(2), default=12)
     args = parser.parse_args(argv)
     with one_line_errors():
+        masks.check_density(args.density)
         report(args)
 
 
@@ -56,7 +57,9 @@ def report(args) -> None:
     """Print the table, a row for each method and ε."""
     how = {"model": args.model, "task": args.task, "data_dir": args.data_dir}
     settings = Settings(**how, num_train=args.batch_size)
-    settings, _, data = dataset.load(settings)
+    settings, model_config, data = dataset.load(settings)
+    vocabulary = model_config.get_text_config().vocab_size
+    tasks.check_examples(data, data.train, settings.max_length, vocabulary)
     model = loading.load_model(args.model, args.dtype)
     batch = tasks.collate(
         data.tokenizer, data.train, max_length=settings.max_length, scored=data.scored,

@@ -25,7 +25,7 @@ import tasks
 import train
 import zo
 from harness import config as configs
-from harness import dataset, loading, log, mask, workers
+from harness import dataset, loading, log, mask
 from studies import find_lr, first_order
 
 ROOT = Path(train.__file__).parent
@@ -710,9 +710,15 @@ def test_eval_of_solved_examples_and_of_validation(folder, capsys):
     assert "4 shots" in out and "validation accuracy" in out and "(n = 30)" in out
 
 
+def test_traceback_shows_where(folder, capsys):
+    """With --traceback an error is raised as it is, also of a command that Python calls."""
+    with pytest.raises(ValueError, match="mezo moves all weights"):
+        train.main(["--method=mezo", "--density=0.5", "--traceback", *files(folder)])
+
+
 def test_what_is_one_process_says_so(folder, monkeypatch, capsys):
     """Commands that know nothing of workers refuse torchrun."""
-    monkeypatch.setattr(workers, "SIZE", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for main in (eval.main, find_lr.main, first_order.main):
         argv = [f"--model={folder}/model", *files(folder)]
         assert "start it without torchrun" in refused(main, argv, capsys)

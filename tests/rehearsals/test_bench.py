@@ -21,10 +21,11 @@ def test_every_row_runs_and_is_written_down(tmp_path, capsys):
     assert "does not fit" not in capsys.readouterr().out
 
 
-def test_a_file_that_cannot_be_written_is_said_before_measuring(tmp_path, capsys):
-    """A wrong --json ends in one line before the first row."""
+@pytest.mark.parametrize("name", ["no/file", "."])
+def test_a_file_that_cannot_be_written_is_said_before_measuring(name, tmp_path, capsys):
+    """A wrong --json, such as a folder, ends in one line before the first row."""
     with pytest.raises(SystemExit) as stop:
-        bench.main(["--shape", "tiny", "--json", str(tmp_path / "no" / "file")])
+        bench.main(["--shape", "tiny", "--json", str(tmp_path / name)])
     assert stop.value.code == 2 and "two forwards" not in capsys.readouterr().out
 
 

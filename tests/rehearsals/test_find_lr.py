@@ -47,6 +47,15 @@ def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkey
     assert "it is the highest that was tried: --rates can go on" in said
 
 
+def test_a_rate_that_breaks_the_weights_has_no_loss(folder, tmp_path, capsys):
+    """Also where thresholds are taken again, of weights that are no numbers."""
+    argv = [*without_rate(folder, tmp_path / "r"), "--refresh-every=1", "--short=6"]
+    find_lr.main([*argv, "--rates=1e-3,1e30", "--dtype=float16"])
+    said = capsys.readouterr().out
+    assert "--lr 1e+30     loss nan" in said.replace("\r", "\n")
+    assert "the largest safe rate is 0.001" in said
+
+
 def test_advice_is_about_numbers(folder, tmp_path, capsys):
     """The best has the lowest loss; above the largest safe rate it rose, or was no number."""
     found = {1e-3: 1.0, 1e-2: 0.5, 1e-1: 0.9, 1.0: 3.0, 10.0: float("nan")}

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -204,6 +205,15 @@ def test_bad_input_is_one_line(typed, folder, tmp_path, capsys):
     argv = arguments(folder, tmp_path / "new", *typed.format(folder=folder).split())
     assert BAD[typed] in refused(first_order.main, argv, capsys)
     assert not (tmp_path / "new").exists()
+
+
+def test_lora_on_other_layers_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    """A model without the layers that LoRA wants is refused before it is loaded."""
+    monkeypatch.setattr(first_order.loading, "load_model", lambda *_: pytest.fail("loaded"))
+    shutil.copytree(folder / "model", tmp_path / "gpt2")
+    build("gpt2").config.save_pretrained(tmp_path / "gpt2")
+    argv = arguments(folder, tmp_path / "new", f"--model={tmp_path}/gpt2", "--method=lora")
+    assert "gpt2 has no q_proj for it" in refused(first_order.main, argv, capsys)
 
 
 def test_lora_without_peft_is_one_line(folder, tmp_path, monkeypatch, capsys):

@@ -32,6 +32,7 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
     gradient.main(argv)
     found = json.loads((tmp_path / "gradient.json").read_text())
     said = capsys.readouterr().out
+    assert found["settings"]["data_dir"] == "None"  # as typed: the file serves any checkout
     for density, of in found["coverage"]["rte"].items():
         assert 0 <= min(of.values()) and max(of.values()) == of["task"] <= 1, density
     assert sum(found["magnitude"]["rte"].values()) == pytest.approx(1)

@@ -26,8 +26,9 @@ import tasks
 import train
 import zo
 from harness import config as configs
-from harness import dataset, loading, log
+from harness import dataset, loading, log, mask
 from harness.config import Settings
+from studies import gradient, packing, quantisers, slopes
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4], "fmt": "e4m3"}
 
@@ -860,3 +861,22 @@ def test_a_stop_from_outside_is_ctrl_c(name, folder, tmp_path):
     argv = arguments(folder, tmp_path / "run")
     codes, (said,) = together(1, argv, tmp_path, stopped_after_a_step)
     assert codes == [130] and f"--resume {tmp_path}/run goes on" in said
+
+
+def test_studies_know_a_tokenizer_of_another_model(tmp_path, capsys):
+    """What reads examples or texts of a task says it in train.py's line, before a forward pass."""
+    model, tiny = tmp_path / "model", f"{ROOT}/tiny/data"
+    shutil.copytree(ROOT / "tiny/model", model)
+    few = AutoConfig.from_pretrained(model)
+    few.vocab_size = 20
+    AutoModelForCausalLM.from_config(few).save_pretrained(model)
+    task = [f"--model={model}", f"--data-dir={tiny}"]
+    texts = [f"--text={tiny}/c4.jsonl", f"--other={tiny}/other.jsonl", f"--out={tmp_path}/new"]
+    for main, argv in (
+        (mask.main, [*task, "--task=rte", "--mask-from=task", f"--out={tmp_path}/mask"]),
+        (slopes.main, [*task, "--task=rte"]),
+        (packing.main, [*task, "--tasks=rte"]),
+        (gradient.main, [*task, "--tasks=rte", *texts]),
+        (quantisers.main, [f"--model={model}", *texts[:-1], f"--out={tmp_path}/q.json"]),
+    ):
+        assert "but the model knows 20 tokens" in refused(main, argv, capsys), main

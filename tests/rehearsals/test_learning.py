@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,20 @@ def test_a_run_that_is_longer_than_asked_for_is_whole(tmp_path):
     found = learning.carry_out(run._replace(steps=2), tmp_path / "run", 2, common)
     assert found["stopped"] is None and found["steps"] == 6 and len(found["loss"]) == 3
     assert found["test"] is not None and {2, 4, 6} <= set(found["validation"])
+
+
+def test_what_may_pass_is_no_result(tmp_path):
+    """A run that another process holds is tried again; one whose weights broke is not."""
+    common = [f"--model={TINY}", "--num-validation=4", "--num-test=4"]
+    run = learning.Run("rte", "train --method=mezo", 1e-3, 0, 2)
+    learning.carry_out(run, tmp_path / "run", 2, common)
+    other = StepLog(tmp_path / "run", write=True)
+    with pytest.raises(ValueError, match="being trained by another process"):
+        learning.carry_out(run._replace(steps=4), tmp_path / "run", 2, common)
+    other.file.close()
+    assert learning.carry_out(run._replace(steps=4), tmp_path / "run", 2, common)["test"]
+    broken = learning.carry_out(run._replace(lr=1e39, steps=30), tmp_path / "bad", 2, common)
+    assert "no log-probability" in broken["stopped"] and broken["test"] is None
 
 
 def test_ctrl_c_ends_all_jobs(tmp_path):
@@ -115,20 +130,36 @@ def test_a_name_tells_runs_apart():
 
 
 def test_what_goes_on_from_a_drop_begins_at_its_weights(tmp_path):
-    """The first validation of what goes on is that of MeZO's weights where they dropped."""
+    """The first validation of what goes on is that of MeZO's weights where they dropped.
+
+    It is of the same data.
+    """
     argv = ["--tasks=copa", "--parts=drop", "--grid", "MeZO=0.1", "S-MeZO=1e-3", *FEW]
-    learning.main([*argv, "--num-validation=100", "--steps=4", "--short=4", f"--out={tmp_path}"])
+    data = shutil.copytree(ROOT / "tiny/data", tmp_path / "data")
+    learning.main(
+        [
+            *argv,
+            f"--data-dir={data}",
+            "--num-validation=100",
+            "--steps=4",
+            "--short=4",
+            f"--out={tmp_path}",
+        ]
+    )
     found = json.loads((tmp_path / "learning.json").read_text())
     drop = found["tables"]["copa"]["drop"]["drop"]
     begun = [run["validation"]["0"] for name, run in found["runs"].items() if "density" in name]
     assert begun == [drop["validation"]] * 2
     start = found["runs"]["copa-method-mezo-0.1-0"]["validation"]["0"]
     assert drop["validation"] < start
+    made = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/config.json")]
+    assert len(made) > 2 and {config["data_dir"] for config in made} == {str(data)}
 
 
 def fallen(monkeypatch, metric: str, validation: dict) -> dict:
     """What the part gives where MeZO's validation is this; nothing is trained or saved."""
     study = object.__new__(learning.Study)
+    study.given = {}
     study.args = SimpleNamespace(short=4, model=TINY, grid={"MeZO": (1e-2, 1e-3)}, out=Path())
     study.take = lambda runs: [{"metric": metric, "validation": validation}]
     study.short = lambda task, rows: {}
@@ -157,8 +188,8 @@ def test_the_drop_is_the_largest_fall(metric, values, monkeypatch):
 def test_a_mask_of_the_task_is_of_its_examples(tmp_path):
     """Of the kinds of mask, "task" has the task as its source, and "sensitive" the text."""
     argv = ["--tasks=copa", "--parts=masks", "--grid", "SensZOQ, 16 bits=0.1", *FEW]
-    argv += ["--steps=2", "--densities=0.01", "--samples=4", f"--out={tmp_path}/my study"]
-    learning.main(argv)
+    argv += ["--steps=2", "--densities", "0.01", "5e-5", "--samples=4"]
+    learning.main([*argv, f"--out={tmp_path}/my study"])
     made = {path.stem: mask.load(path).provenance for path in tmp_path.glob("my study/masks/*")}
     assert made["copa-0.01"]["source"] == "copa" and made["copa-0.01"]["samples"] == 4
     assert made["sensitive-0.01"]["source"].endswith("c4.jsonl")

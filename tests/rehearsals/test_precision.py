@@ -20,6 +20,9 @@ def test_what_rounding_to_nearest_loses(tmp_path, capsys, monkeypatch):
     assert all(0 < b < h <= 1 for b, h in zip(brain, half, strict=True))
     assert brain == sorted(brain, reverse=True)
     assert "| mezo, η = 0.001, float16 | " in capsys.readouterr().out
+    line = refused(precision.main, [*argv, "--task=copa"], capsys)
+    assert "has the answers of other settings" in line
+    assert json.loads((tmp_path / "precision.json").read_text()) == found
 
 
 @pytest.mark.parametrize("flag", ["--dtype=float32", "--method=r-mezo", "--rounding=stochastic"])

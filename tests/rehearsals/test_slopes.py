@@ -1,5 +1,7 @@
 """studies/slopes.py: g beside the slope that autograd gives."""
 
+from test_train import refused
+
 from harness.config import ROOT, TINY
 from studies import slopes
 
@@ -11,3 +13,4 @@ def test_g_is_the_slope_in_fp32(capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["| MeZO, float32", "| S-MeZO, float32"]
     assert all(float(row[2]) > 0.999 for row in rows)
+    assert "density 0.0: the share" in refused(slopes.main, [*flags, "--density=0"], capsys)
