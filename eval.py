@@ -42,8 +42,7 @@ def open_model(config: Settings, model_config, data, examples: list, shots: int)
     if shots:
         examples = [tasks.with_demonstrations(e, data.train[:shots]) for e in examples]
     how = f"{shots} shots" if shots else "zero-shot"
-    vocabulary = model_config.get_text_config().vocab_size
-    if cut := tasks.check_examples(data, examples, config.max_length, vocabulary):
+    if cut := tasks.check_examples(data, examples, config.max_length, model_config):
         how += f", {cut} prompts cut to {config.max_length} tokens"
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
     return f"{config.model}, {how}", model, examples

@@ -554,7 +554,7 @@ def tally(model, tokenizer, examples, *, batch_size=16, max_length=2048) -> np.n
     return total
 
 
-def check_examples(data, examples, max_length: int, vocabulary: int) -> int:
+def check_examples(data, examples, max_length: int, model_config) -> int:
     """How many prompts lose their beginning. ValueError for what would spoil a run later.
 
     Which is: an option that `encode` refuses, a token that the model's vocabulary lacks, and two
@@ -563,7 +563,7 @@ def check_examples(data, examples, max_length: int, vocabulary: int) -> int:
     cut = 0
     for example in examples:
         whole = encode(data.tokenizer, example, 1 << 30)
-        check_tokens(data.tokenizer, [token for ids, _ in whole for token in ids], vocabulary)
+        check_tokens(data.tokenizer, [token for ids, _ in whole for token in ids], model_config)
         if data.scored == "all" and len({tuple(ids) for ids, _ in whole}) < len(whole):
             raise ValueError(f"two of the options {example.options} are the same to this tokenizer")
         if any(length >= max_length for _, length in whole):
@@ -572,8 +572,9 @@ def check_examples(data, examples, max_length: int, vocabulary: int) -> int:
     return cut
 
 
-def check_tokens(tokenizer, ids: Iterable[int], vocabulary: int) -> None:
-    """ValueError for a token beyond the model's embedding, which has `vocabulary` rows."""
+def check_tokens(tokenizer, ids: Iterable[int], model_config) -> None:
+    """ValueError for a token that the model's vocabulary lacks."""
+    vocabulary = model_config.get_text_config().vocab_size
     if (largest := max(ids)) >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(

@@ -283,8 +283,7 @@ def describe(config, model_config, data: dataset.Data) -> None:
         if both := sum(example in trained for example in part):
             print(f"  {both} of the {name} examples are training examples, too")
     examples = data.train + data.validation + data.test
-    vocabulary = model_config.get_text_config().vocab_size
-    if cut := tasks.check_examples(data, examples, config.max_length, vocabulary):
+    if cut := tasks.check_examples(data, examples, config.max_length, model_config):
         print(f"  {cut} prompts lose their beginning: longer than {config.max_length} tokens")
 
 

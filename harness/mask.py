@@ -97,10 +97,9 @@ def make(config, path, data=None) -> dict[str, Tensor]:
 
 def what_is_scored(settings: MaskConfig, tokenizer, model_config, data) -> tuple[list, dict]:
     """(losses, what they are of): windows of a text, or a task's examples."""
-    vocabulary = model_config.get_text_config().vocab_size
     if settings.mask_from == "task":
         few, longest = data.train[: settings.samples], settings.max_length
-        tasks.check_examples(data, few, longest, vocabulary)
+        tasks.check_examples(data, few, longest, model_config)
         losses = tasks.task_losses(data, settings.samples, longest)
         return losses, {"source": settings.task or settings.train_file}
     text = settings.text
@@ -109,7 +108,7 @@ def what_is_scored(settings: MaskConfig, tokenizer, model_config, data) -> tuple
     length = loading.usable_length(settings.length, model_config)
     texts = dataset.read_texts(text)
     windows = tasks.text_windows(tokenizer, texts, settings.samples, length, settings.seed)
-    tasks.check_tokens(tokenizer, windows.flatten().tolist(), vocabulary)
+    tasks.check_tokens(tokenizer, windows.flatten().tolist(), model_config)
     source = dataset.TEXTS.get(text or "c4", [text])[:2]
     return tasks.text_losses(windows), {"source": " ".join(source), "length": length}
 

@@ -86,9 +86,8 @@ class Study:
 
     @cached_property
     def loaded(self) -> tuple:
-        """(tokenizer, how many tokens the model knows)."""
-        tokenizer, model_config = loading.load_tokenizer(self.args.model)
-        return tokenizer, model_config.get_text_config().vocab_size
+        """(tokenizer, model configuration)"""
+        return loading.load_tokenizer(self.args.model)
 
     @cached_property
     def model(self):
@@ -106,9 +105,9 @@ class Study:
         if not missing:
             return
         how = {name: getattr(self.args, name) for name in ("data_dir", "max_length")}
-        tokenizer, vocabulary = self.loaded
+        tokenizer, model_config = self.loaded
         data = dataset.load_examples(configs.Settings(task=task, **how), tokenizer)
-        tasks.check_examples(data, data.train, self.args.max_length, vocabulary)
+        tasks.check_examples(data, data.train, self.args.max_length, model_config)
         for part in missing:
             answer = getattr(self, part)(data)
             for name, rows in (answer if part == "scores" else {part: answer}).items():
@@ -121,11 +120,11 @@ class Study:
     @cached_property
     def masks_of_texts(self) -> dict:
         """{density: {name of a mask: index}} of every mask that no task made."""
-        (tokenizer, vocabulary), args, kinds = self.loaded, self.args, {}
+        (tokenizer, model_config), args, kinds = self.loaded, self.args, {}
         for name, file in (("C4", args.text), ("other text", args.other)):
             texts = dataset.read_texts(file)
             windows = tasks.text_windows(tokenizer, texts, args.samples, args.length, seed=0)
-            tasks.check_tokens(tokenizer, windows.flatten().tolist(), vocabulary)
+            tasks.check_tokens(tokenizer, windows.flatten().tolist(), model_config)
             scores = self.fisher(tasks.text_losses(windows), name)
             for density in DENSITIES:
                 kinds.setdefault(density, {})[name] = masks.sensitive(scores, density)

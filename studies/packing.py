@@ -81,8 +81,7 @@ def main(argv=None) -> None:
         for task in args.tasks:
             config = complete(Settings(args.model, task, args.data_dir, batch_size=args.batch_size))
             config, model_config, data = dataset.load(config)
-            vocabulary = model_config.get_text_config().vocab_size
-            tasks.check_examples(data, data.train, config.max_length, vocabulary)
+            tasks.check_examples(data, data.train, config.max_length, model_config)
             rows[task] = compare(config, patch, data, args.batches)
             title = f"{args.model}, {args.dtype}, batches of {args.batch_size}"
             lines = table(title, rows).splitlines()

@@ -38,11 +38,10 @@ def windows(tokenizer, file: str | None, args):
 def measure(args) -> dict[str, dict[str, float]]:
     """{kind: {what: number}}"""
     tokenizer, model_config = loading.load_tokenizer(args.model)
-    vocabulary = model_config.get_text_config().vocab_size
     (fitted, own), (_, other) = (windows(tokenizer, f, args) for f in (args.text, args.other))
     read = {"text": own, "other": other}
     for ids in (fitted, own, other):
-        tasks.check_tokens(tokenizer, ids.flatten().tolist(), vocabulary)
+        tasks.check_tokens(tokenizer, ids.flatten().tolist(), model_config)
     model = loading.load_model(args.model, device="cpu")
     weights = masks.decoder_linears(model)
     scores = masks.fisher(model, tqdm(tasks.text_losses(fitted), "scoring"))

@@ -58,8 +58,7 @@ def report(args) -> None:
     how = {"model": args.model, "task": args.task, "data_dir": args.data_dir}
     settings = Settings(**how, num_train=args.batch_size)
     settings, model_config, data = dataset.load(settings)
-    vocabulary = model_config.get_text_config().vocab_size
-    tasks.check_examples(data, data.train, settings.max_length, vocabulary)
+    tasks.check_examples(data, data.train, settings.max_length, model_config)
     model = loading.load_model(args.model, args.dtype)
     batch = tasks.collate(
         data.tokenizer, data.train, max_length=settings.max_length, scored=data.scored,

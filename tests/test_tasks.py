@@ -20,7 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, build, needs_gpu
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 import masks
 import model_patch
@@ -396,7 +401,8 @@ def test_real_files_of_piqa_and_aqua(tmp_path, llama2):
         assert found[key] == int(label)
     for data in (aqua, piqa):
         data = replace(data, tokenizer=llama2)
-        assert tasks.check_examples(data, data.test[:100], 2048, len(llama2)) == 0
+        model_config = LlamaConfig(vocab_size=len(llama2))
+        assert tasks.check_examples(data, data.test[:100], 2048, model_config) == 0
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -778,12 +784,13 @@ def test_examples_are_checked_before_training():
     short, long = Example("a b", (" red", " blue"), 0), Example("a b c a b c", (" red", " blue"), 0)
     length = max(len(ids) for ids, _ in tasks.encode(TOKENIZER, short))
     data = dataset.Data([], [], [], True, "", TOKENIZER)
-    assert tasks.check_examples(data, [short, long, long], length, 99) == 2
-    assert tasks.check_examples(data, [short, long], 100, 99) == 0
+    check = functools.partial(tasks.check_examples, data, model_config=LlamaConfig(vocab_size=99))
+    assert check([short, long, long], length) == 2
+    assert check([short, long], 100) == 0
     with pytest.raises(ValueError, match="it needs 1, and 1 before it"):
-        tasks.check_examples(data, [short, Example("a", (" b", " a b c a b c"), 0)], length, 99)
+        check([short, Example("a", (" b", " a b c a b c"), 0)], length)
     with pytest.raises(ValueError, match="the same to this tokenizer"):
-        tasks.check_examples(data, [Example("a", (" quokka", " wombat"), 0)], length, 99)
+        check([Example("a", (" quokka", " wombat"), 0)], length)
 
 
 def test_the_score_is_a_mean_not_a_sum():
