@@ -21,7 +21,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 NO_LOCKS = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK  # says a file system
-HEADER = "step,seed,a,loss_plus,loss_minus,validation,active_density"
 
 
 class Step(NamedTuple):
@@ -78,7 +77,7 @@ class StepLog:
             self.file.truncate(len(whole))
             if not whole:
                 named = "validation" if metric == "accuracy" else f"validation_{metric}"
-                self._append(HEADER.replace("validation", named))
+                self._append(",".join(Step._fields).replace("validation", named))
         if b"validation_perplexity" in whole:
             self.metric = "perplexity"
         for number, line in enumerate(whole.decode(errors="replace").splitlines()[1:]):
