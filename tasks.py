@@ -523,8 +523,7 @@ class Score(NamedTuple):
     metric: str = "accuracy"
 
     def __str__(self):
-        which = "them" if self.metric == "accuracy" else "the examples"
-        broken = f", {self.broken} of {which} without finite scores" if self.broken else ""
+        broken = f", {self.broken} of the examples without finite scores" if self.broken else ""
         if self.metric == "perplexity":
             return f"{self.value:.4g} (loss {np.log(self.value):.4f}, n = {self.n} tokens{broken})"
         error = math.sqrt(self.value * (1 - self.value) / self.n)  # as of n coin flips

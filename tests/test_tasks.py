@@ -1097,7 +1097,7 @@ def test_accuracy_counts_every_example_once(llama):
     spoilt.lm_head.weight.data.fill_(torch.nan)
     assert tasks.tally(spoilt, TOKENIZER, YES_NO + MULTI).tolist() == [0, 5, 5]
     assert str(tasks.Score(0.5, 100)) == "0.500 ± 0.050 (n = 100)"
-    assert "3 of them" in str(tasks.Score(0.5, 100, 3))
+    assert "3 of the examples" in str(tasks.Score(0.5, 100, 3))
 
 
 @pytest.mark.parametrize("classification", [True, False])

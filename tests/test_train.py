@@ -255,7 +255,7 @@ def test_scores_that_are_not_finite_are_wrong(folder, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "option_scores", broken)
     argv, which = [f"--model={folder}/model", *files(folder), "--batch-size=10"], 1
     eval.main(argv)
-    assert "(n = 40, 4 of them without finite scores)" in capsys.readouterr().out
+    assert "(n = 40, 4 of the examples without finite scores)" in capsys.readouterr().out
     which = None
     assert "no log-probability of any example is finite" in refused(eval.main, argv, capsys)
 
