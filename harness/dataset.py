@@ -94,21 +94,19 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
     few = not config.task or len(train) <= spec.num_validation
     if few and not held:  # validation out of the training rows: at most a third
         spec = replace(spec, num_validation=min(spec.num_validation, len(train) // 3))
-    num_train, num_test, seed = config.num_train, config.num_test, config.data_seed
-    num_train = spec.num_train if num_train is None else num_train
-    num_test = spec.num_test if num_test is None else num_test
-    num_validation = config.num_validation
-    num_validation = spec.num_validation if num_validation is None else num_validation
+    asked = {name: getattr(config, name) for name in ("num_train", "num_validation", "num_test")}
+    spec = replace(spec, **{name: n for name, n in asked.items() if n is not None})
+    count, seed = spec.num_validation, config.data_seed
     if held:
-        train, validation = _draw(train, num_train, seed), _draw(held[0], num_validation, seed)
+        train, validation = _draw(train, spec.num_train, seed), _draw(held[0], count, seed)
     else:
-        drawn = _draw(train, num_train + num_validation, seed)
-        cut = max(0, len(drawn) - num_validation)  # not [:-num_validation], empty for 0
+        drawn = _draw(train, spec.num_train + count, seed)
+        cut = max(0, len(drawn) - count)  # not [:-count], empty for 0
         train, validation = drawn[:cut], drawn[cut:]
     if not train:
-        both = f"{len(validation)} examples and --num-validation {num_validation}"
+        both = f"{len(validation)} examples and --num-validation {count}"
         raise ValueError(f"{source}: {both} leave nothing to train on; give a lower number")
-    parts = train, validation, _draw(test, num_test, seed)
+    parts = train, validation, _draw(test, spec.num_test, seed)
     unused = 0 if config.task else rows - sum(map(len, parts))
     return Data(*parts, spec.classification, str(source), tokenizer, odd, unused)
 
