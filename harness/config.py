@@ -225,6 +225,8 @@ def check_numbers(config: Settings) -> None:
         value = getattr(config, name, None)
         if value is not None and not low <= value < 1 << 31:
             raise ValueError(f"{flag(name)} {value}: from {low} to {(1 << 31) - 1}")
+    if getattr(config, "density", None) is not None:
+        masks.check_density(config.density)
     for name, most in (("lr", torch.inf), ("eps", 1e38)):  # ε is a number in fp32
         value = getattr(config, name, None)
         if value is not None and not 0 < value < most:
@@ -246,8 +248,6 @@ KEPT = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh
 
 def _check_method(config: Config) -> None:
     """ValueError for a setting that the method has no use for: it would be ignored in silence."""
-    if config.density is not None:
-        masks.check_density(config.density)
     with reworded(f"--select {config.select} is no regular expression"):
         re.compile(config.select)
     if config.method == "mezo" and config.density not in (None, 1):

@@ -90,10 +90,8 @@ def complete(config: Config) -> Config:
     """As of train.py. ValueError for what cannot work, before anything is loaded."""
     config = configs.complete(config)
     loading.take_device(config.device)
-    if config.density is not None:
-        masks.check_density(config.density)
-        if config.method != "sparse-adam":
-            raise ValueError(f"--density is for --method sparse-adam, not for {config.method}")
+    if config.density is not None and config.method != "sparse-adam":
+        raise ValueError(f"--density is for --method sparse-adam, not for {config.method}")
     if config.method == "lora" and importlib.util.find_spec("peft") is None:
         raise ValueError("--method lora needs peft, which is not installed: pip install peft")
     return config
