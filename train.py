@@ -272,7 +272,7 @@ def describe(config, model_config, data: dataset.Data) -> None:
     print(f"  {'data':<14} {data.source}: {sizes}")
     if data.unused:
         print(f"  {data.unused} more examples are not used; --num-train and its like take more")
-    loss = "over the options' scores" if data.classification else "of the right option's tokens"
+    loss = "over the options' scores" if data.scored == "all" else "of the right option's tokens"
     if data.metric == "perplexity":
         loss = "of the completions' tokens"
     print(f"  {'loss':<14} cross-entropy {loss}")

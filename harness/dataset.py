@@ -57,7 +57,7 @@ class Data:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
-    classification: bool
+    scored: str  # which options the training loss reads: "all", or the "right" one
     source: str
     tokenizer: object = None  # the model's, for all of them
     odd: str | None = None  # of own files: what the first row has whose options are not the usual
@@ -67,11 +67,6 @@ class Data:
     def metric(self) -> str:
         """Of what is measured: the "accuracy" of options, the "perplexity" of completions."""
         return "perplexity" if len(self.train[0].options) == 1 else "accuracy"
-
-    @property
-    def scored(self) -> str:
-        """Which options the training loss reads: "all", or the "right" one."""
-        return "all" if self.classification else "right"
 
 
 def load_examples(config: Settings, tokenizer=None) -> Data:
@@ -108,7 +103,8 @@ def load_examples(config: Settings, tokenizer=None) -> Data:
         raise ValueError(f"{source}: {both} leave nothing to train on; give a lower number")
     parts = train, validation, _draw(test, spec.num_test, seed)
     unused = 0 if config.task else rows - sum(map(len, parts))
-    return Data(*parts, spec.classification, str(source), tokenizer, odd, unused)
+    scored = "all" if spec.classification else "right"
+    return Data(*parts, scored, str(source), tokenizer, odd, unused)
 
 
 def _read_parts(config: Settings, tokenizer) -> tuple:

@@ -296,7 +296,7 @@ def test_small_training_splits(tmp_path, name, n, left):
         write(tmp_path / spec.folder / file, fake_rows(name, n))
     data = load_examples(name, data_dir=tmp_path)
     assert (len(data.train), len(data.validation)) == (left, spec.num_validation)
-    assert len(data.test) == n and data.classification is spec.classification
+    assert len(data.test) == n and (data.scored == "all") is spec.classification
     assert not set(data.train) & set(data.validation)
 
 
@@ -439,7 +439,7 @@ def test_a_new_task_is_a_new_row(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load_examples("mine", num_validation=3)
     assert asked == [("me/my-data", "default", split, None) for split in ("train", "test")]
-    assert len(data.train) == 6 and data.classification
+    assert len(data.train) == 6 and data.scored == "all"
     assert len(load_examples("mine").validation) == 3  # a third, where the usual 500 are not there
     assert data.train[0].prompt.endswith(" odd?\nYes or No?\n")
     assert all(e.label == int(e.prompt.split()[1]) % 2 for e in data.train)
@@ -464,7 +464,7 @@ def test_own_files(tmp_path):
     train, test = write(tmp_path / "train.jsonl", own(30)), write(tmp_path / "test.jsonl", own(9))
     data = load_examples(train_file=train, test_file=test)
     assert (len(data.train), len(data.validation), len(data.test)) == (20, 10, 9)
-    assert data.classification and "train.jsonl" in data.source
+    assert data.scored == "all" and "train.jsonl" in data.source
     assert load_examples(train_file=train, test_file=test, num_validation=0).validation == []
     held = write(tmp_path / "held.jsonl", own(12, start=100))
     files = {"train_file": train, "test_file": test, "validation_file": held}
@@ -476,10 +476,10 @@ def test_own_files(tmp_path):
     assert [e.prompt for e in data.train] == drawn
     assert len(load_examples(**files, num_validation=3).validation) == 3
     write(held, own(4) + own(4, options=("No", "Yes", "Maybe")))
-    assert not load_examples(**files).classification
+    assert load_examples(**files).scored == "right"
     write(held, own(4, options=("No ", "Yes")))  # a space at an option's end is none
     data = load_examples(**files)
-    assert data.classification and data.scored == "all"
+    assert data.scored == "all"
 
 
 GOOD = '{"prompt": "q", "options": ["a", "b"], "label": 0}\n'
@@ -783,7 +783,7 @@ def test_examples_are_checked_before_training():
     """Prompts that lose their beginning are counted, an option without room is an error."""
     short, long = Example("a b", (" red", " blue"), 0), Example("a b c a b c", (" red", " blue"), 0)
     length = max(len(ids) for ids, _ in tasks.encode(TOKENIZER, short))
-    data = dataset.Data([], [], [], True, "", TOKENIZER)
+    data = dataset.Data([], [], [], "all", "", TOKENIZER)
     check = functools.partial(tasks.check_examples, data, model_config=LlamaConfig(vocab_size=99))
     assert check([short, long, long], length) == 2
     assert check([short, long], 100) == 0
@@ -1060,7 +1060,7 @@ def test_micro_batches_are_the_whole_batch_to_rounding(scored, micro):
         *(Example(f"{w} dog ?", (" red", " it was so great"), 0) for w in WORDS[:6]),
     ]
 
-    data = dataset.Data(examples, [], [], scored == "all", "", TOKENIZER)
+    data = dataset.Data(examples, [], [], scored, "", TOKENIZER)
 
     def both(size):
         config = Config(batch_size=7, micro_batch=size, max_length=64)
@@ -1100,10 +1100,10 @@ def test_accuracy_counts_every_example_once(llama):
     assert "3 of the examples" in str(tasks.Score(0.5, 100, 3))
 
 
-@pytest.mark.parametrize("classification", [True, False])
-def test_the_loss_that_scores_weights_is_that_of_training(llama, classification):
+@pytest.mark.parametrize("scored", ["all", "right"])
+def test_the_loss_that_scores_weights_is_that_of_training(llama, scored):
     """task_losses gives each example the very loss that a step of train.py gives it."""
-    data = dataset.Data(YES_NO + MULTI, [], [], classification, "", TOKENIZER)
+    data = dataset.Data(YES_NO + MULTI, [], [], scored, "", TOKENIZER)
     patch = model_patch.Patch(build("llama"), masks.Everything(), eps=1e-9)
     losses = tasks.task_losses(data, len(data.train))
     for loss, example in zip(losses, data.train, strict=True):
@@ -1126,7 +1126,7 @@ def test_the_tiny_data_is_found_from_anywhere(tmp_path, monkeypatch):
     few = Config(task="copa", data_dir="tiny/data", num_train=7, num_test=5)
     *_, data = dataset.load(few)
     assert (len(data.train), len(data.validation), len(data.test)) == (7, 100, 5)
-    assert not data.classification and data.scored == "right"
+    assert data.scored == "right"
 
 
 # --- completions: an example with one option ------------------------------------------------------
@@ -1187,7 +1187,7 @@ def test_a_text_is_blocks_of_tokens(tmp_path, llama, length):
     encoded = [encode(TOKENIZER, e, length) for e in data.test]
     assert sorted(encoded) == sorted([(row, len(row) - 1)] for row in rows)
     assert sorted(map(astuple, data.train)) == sorted(map(astuple, data.test))
-    assert (data.metric, data.scored, data.classification) == ("perplexity", "right", False)
+    assert (data.metric, data.scored) == ("perplexity", "right")
     total, n, _ = tasks.tally(llama, TOKENIZER, data.test, max_length=length, batch_size=3)
     with torch.no_grad():
         wants = [llama(input_ids=row, labels=row).loss for row in torch.tensor(rows)[:, None]]

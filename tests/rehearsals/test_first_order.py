@@ -107,7 +107,7 @@ def test_parts_of_a_batch_have_its_loss_and_its_gradient(scored, folder):
     config = Config(model=f"{folder}/model", batch_size=8, train_file=folder / "train.jsonl",
                     test_file=folder / "test.jsonl", seed=3)  # fmt: skip
     config, _, data = dataset.load(config)
-    data = replace(data, classification=scored == "all")
+    data = replace(data, scored=scored)
     model, found = loading.load_model(config.model), []
     for micro_batch in (None, 3):
         how = replace(config, micro_batch=micro_batch)

@@ -314,7 +314,7 @@ def test_a_trailing_space_in_one_row_changes_nothing(option, folder, tmp_path):
     train_file = rows(tmp_path / "t.jsonl", *usual * 10, ("blue b", [" red", option], 1))
     test_file = rows(tmp_path / "u.jsonl", *usual)
     data = dataset.load_examples(Settings(train_file=str(train_file), test_file=str(test_file)))
-    assert data.classification and data.odd is None
+    assert data.scored == "all" and data.odd is None
 
 
 @pytest.mark.parametrize(
@@ -759,7 +759,7 @@ def test_options_in_another_normal_form_are_the_same(tmp_path):
     usual = ("a", [" né", " blue"], 0)
     odd = ("b", [" ne\u0301\t", " blue"], 0)
     file = str(rows(tmp_path / "t.jsonl", *[usual] * 5, odd))
-    assert dataset.load_examples(Settings(train_file=file, test_file=file)).classification
+    assert dataset.load_examples(Settings(train_file=file, test_file=file)).scored == "all"
 
 
 # ------------------------------------------------------------------ completions and texts

@@ -14,7 +14,7 @@ def test_a_long_text_leaves_room_for_the_short_ones():
     tokenizer, _ = loading.load_tokenizer(config.TINY)
     model = loading.load_model(config.TINY)
     train = [tasks.Example("The dog is big?" * n, (" Yes", " No"), 0) for n in (15, 1, 1, 1)]
-    data = dataset.Data(train, [], [], True, "", tokenizer)
+    data = dataset.Data(train, [], [], "all", "", tokenizer)
     patch = Patch(model, masks.Everything())
     found = packing.compare(config.Settings(batch_size=4), patch, data, 2)
     assert found["texts"] == "4" and found["rows"] == "2.0" and found["tokens"] == "0.50"
