@@ -431,10 +431,7 @@ def new_run(config: Config, what: str = "") -> Path:
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise ValueError(f"--out {run} is not empty; choose another, or --resume {run}")
         run.mkdir(parents=True, exist_ok=True)
-        try:  # whoever makes its log has it: two may start at once
-            (run / "steps.csv").touch(exist_ok=False)
-        except FileExistsError:
-            raise ValueError(f"--out {run} was just taken by another process") from None
+        (run / "steps.csv").touch(exist_ok=False)  # two may start at once: who makes it has the run
         return run
     data = Path(config.train_file).stem if config.train_file else config.task
     method = "-".join(filter(None, (config.method, getattr(config, "adapter", None), what)))
