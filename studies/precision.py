@@ -25,8 +25,6 @@ import train
 from harness import config as configs
 from harness import loading
 
-HALVES = ("bfloat16", "float16")
-
 
 def arrive(method: str, lr: float, dtype: str, flags: list[str], count: int) -> list[float | None]:
     """Share of the weights inside the mask that an update changes, by quarter of |θ| in its tensor.
@@ -75,7 +73,7 @@ def main(argv=None) -> None:
         if {name: found[name] for name in settings} != settings:
             raise ValueError(f"{file} has the answers of other settings; give another --out")
         for method, lr in args.lr:
-            for dtype in HALVES:
+            for dtype in ("bfloat16", "float16"):
                 row = f"{method}, η = {lr:g}, {dtype}"
                 shares = found["arrive"][row] = arrive(method, lr, dtype, flags, args.count)
                 cells = ["–" if share is None else f"{share:.1%}" for share in shares]
