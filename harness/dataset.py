@@ -11,8 +11,7 @@
 
 Completions, conversations and texts are scored by perplexity.
 
-A row that cannot be read is named in one line of error, with its file and line. MeZO's split is
-kept: equal seeds draw MeZO's examples (`load_examples`).
+A row that cannot be read is named in one line of error, with its file and line.
 """
 
 import csv
