@@ -85,11 +85,6 @@ class Study:
         self.how = argparse.Namespace(**vars(args), seed=1, micro_batch=None)  # as of train.py
 
     @cached_property
-    def loaded(self) -> tuple:
-        """(tokenizer, model configuration)"""
-        return loading.load_tokenizer(self.args.model)
-
-    @cached_property
     def model(self):
         return loading.load_model(self.args.model, self.args.dtype)
 
@@ -104,10 +99,10 @@ class Study:
         missing = [part for part in self.args.parts if part not in known]
         if not missing:
             return
-        how = {name: getattr(self.args, name) for name in ("data_dir", "max_length")}
-        tokenizer, model_config = self.loaded
-        data = dataset.load_examples(configs.Settings(task=task, **how), tokenizer)
-        tasks.check_examples(data, data.train, self.args.max_length, model_config)
+        args = self.args
+        settings = configs.Settings(args.model, task, args.data_dir, max_length=args.max_length)
+        _, model_config, data = dataset.load(settings)
+        tasks.check_examples(data, data.train, args.max_length, model_config)
         for part in missing:
             answer = getattr(self, part)(data)
             for name, rows in (answer if part == "scores" else {part: answer}).items():
@@ -120,7 +115,8 @@ class Study:
     @cached_property
     def masks_of_texts(self) -> dict:
         """{density: {name of a mask: index}} of every mask that no task made."""
-        (tokenizer, model_config), args, kinds = self.loaded, self.args, {}
+        args, kinds = self.args, {}
+        tokenizer, model_config = loading.load_tokenizer(args.model)
         for name, file in (("C4", args.text), ("other text", args.other)):
             texts = dataset.read_texts(file)
             windows = tasks.text_windows(tokenizer, texts, args.samples, args.length, seed=0)
