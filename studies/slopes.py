@@ -55,8 +55,7 @@ def main(argv=None) -> None:
 
 def report(args) -> None:
     """Print the table, a row for each method and ε."""
-    how = {"model": args.model, "task": args.task, "data_dir": args.data_dir}
-    settings = Settings(**how, num_train=args.batch_size)
+    settings = Settings(args.model, args.task, args.data_dir, num_train=args.batch_size)
     settings, model_config, data = dataset.load(settings)
     tasks.check_examples(data, data.train, settings.max_length, model_config)
     model = loading.load_model(args.model, args.dtype)
