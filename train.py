@@ -252,9 +252,6 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
         density = mask.density_of(path, config, model_config)
         config, sources["density"] = replace(config, density=density), "that of the mask"
     config, papers = configs.fill_in(config, model_config.model_type)
-    if "num_validation" in papers and config.num_validation > len(data.validation):
-        config = replace(config, num_validation=len(data.validation))  # of few rows
-        papers["num_validation"] = "as many as the data leave"
     if config.bits == 4 and (kind := loading.quantised(model_config)):
         raise ValueError(
             f"--model {config.model} is quantised ({kind}), and 4 bits are made of 16: unpack it "
@@ -269,6 +266,9 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
 def describe(config, model_config, data: dataset.Data) -> None:
     """Print data and loss. ValueError for an example that cannot be trained or scored."""
     sizes = f"train {len(data.train)}, validation {len(data.validation)}, test {len(data.test)}"
+    spec = tasks.TASKS.get(config.task, tasks.OWN)
+    if spec.sizes and config.num_train is config.num_validation is None:
+        sizes += f"; {spec.sizes}"
     print(f"  {'data':<14} {data.source}: {sizes}")
     if data.unused:
         print(f"  {data.unused} more examples are not used; --num-train and its like take more")

@@ -152,9 +152,6 @@ def fill_in(config: Config, family: str) -> tuple[Config, dict[str, str]]:
         "steps": (20_000, "both papers"),
         "density": (0.25, "sparsity 0.75, best or near it in [S] Fig. 4"),
     }
-    if spec.sizes:
-        found["num_train"] = spec.num_train, spec.sizes
-        found["num_validation"] = spec.num_validation, spec.sizes
     if sparsity := TABLE_8.get(family, {}).get(config.task):
         density = round(1 - sparsity, 2)
         found["density"] = density, f"[S] Table 8: sparsity {sparsity} on {config.task}"

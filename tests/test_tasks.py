@@ -336,10 +336,9 @@ def test_the_numbers_of_q():
     for name, n in published.items():
         spec = tasks.TASKS[name]
         assert (spec.num_train + spec.num_validation, spec.num_validation) == (n, 200)
-    config, sources = configs.fill_in(Config(model="x", task="mmlu"), "llama")
-    assert (config.num_train, config.num_validation, config.batch_size) == (20_000, 200, 16)
-    _, of_rte = configs.fill_in(Config(model="x", task="rte"), "llama")
-    assert "[Q]" in sources["num_train"] and "num_train" not in of_rte
+    mmlu = tasks.TASKS["mmlu"]
+    assert (mmlu.num_train, mmlu.num_validation, mmlu.batch_size) == (20_000, 200, 16)
+    assert "[Q]" in mmlu.sizes and not tasks.TASKS["rte"].sizes
 
 
 def test_official_files_of_other_forms(tmp_path):
