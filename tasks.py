@@ -308,7 +308,9 @@ def option_tokens(tokenizer, full: str, option: str, special: bool = True) -> tu
     encoded = tokenize(text, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     length = sum(end > (first if begin >= first else word) for begin, end in spans)
-    if max((end for _, end in spans), default=0) < len(text.rstrip()):
+    ends = [0, *(end for _, end in spans if end)]
+    begins = [*(begin for begin, end in spans if end), len(text)]
+    if any(text[end:begin].strip() for end, begin in zip(ends, begins, strict=True)):
         # The vocabulary lacks a character and dropped it (BPE without <unk> or bytes), which
         # shifts later spans: here an option token is one that the prompt does not begin with.
         prompt = tokenize(text[:word])["input_ids"]

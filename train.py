@@ -197,6 +197,9 @@ def replay(config: Config, patch, data, logged: list[log.Step], run, after: int)
     Where `after` is 0, the step that is taken again is the first.
     """
     checked = max(after, 1)
+    for step in logged[:checked]:
+        if None in step[1:5] or not 0 <= step.seed < zo.MAX_RUN_SEED << 32:
+            raise ValueError(f"{run}/steps.csv: {step.line()!r} is no step of a run of train.py")
     for step in tqdm(logged[:checked], "replaying", leave=False, delay=5):
         patch.refresh(step.step - 1)
         if step.step == checked:
@@ -401,11 +404,12 @@ def write_result(run: Path, result: dict) -> None:
 
 
 def main(argv=None) -> None:
-    run = made = None
+    run = made = resumed = None
 
     def hint(error) -> str:
-        kept = run is not None and (run / "config.json").exists() and not isinstance(error, Broken)
-        return f"; python train.py --resume {shlex.quote(str(run))} goes on" if kept else ""
+        kept = run is not None and (run / "config.json").exists()
+        helps = kept and not isinstance(error, Broken if resumed is None else ValueError)
+        return f"; python train.py --resume {shlex.quote(str(run))} goes on" if helps else ""
 
     with configs.one_line_errors(hint, argv, workers=True):
         resume = {"resume": (Path, "go on with a run that was stopped: its directory")}

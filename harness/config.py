@@ -200,12 +200,14 @@ def complete(config: Settings) -> Settings:
     ValueError for a value that cannot work.
     """
     task, data_dir = config.task, config.data_dir
-    if is_tiny(config.model) and not config.train_file and not config.test_file:
-        task, data_dir = task or "rte", data_dir or "tiny/data"
+    tiny = is_tiny(config.model) and not config.train_file and not config.test_file
+    task = task or ("rte" if tiny else None)
     if not (task or config.train_file):
         raise ValueError("no task: give --task, or --train-file and --test-file")
     if task:
         task = tasks.get_task(task).name  # SST-2 is sst2, also in the tables above
+        if tiny and Path(locate("tiny/data"), tasks.TASKS[task].folder).is_dir():
+            data_dir = data_dir or "tiny/data"
     config = replace(config, task=task, data_dir=data_dir)
     check_numbers(config)
     if isinstance(config, Config):
@@ -426,7 +428,9 @@ def new_run(config: Config, what: str = "") -> Path:
     if config.out is not None:
         run = Path(config.out)
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise ValueError(f"--out {run} is not empty; choose another, or --resume {run}")
+            begun = isinstance(config, Config) and (run / "config.json").exists()
+            way_out = f", or --resume {run}" if begun else ""
+            raise ValueError(f"--out {run} is not empty; choose another{way_out}")
         run.mkdir(parents=True, exist_ok=True)
         (run / "steps.csv").touch(exist_ok=False)  # two may start at once: who makes it has the run
         return run
@@ -459,6 +463,8 @@ def load(run: Path, changes: dict) -> Config:
         raise ValueError(f"{run} is no run directory: it has no config.json")
     with reworded(f"{run}/config.json is torn or of another version"):
         kept = json.loads((run / "config.json").read_text())
+        if "by" in kept:
+            raise ValueError(f"it is of {kept['by']}, whose weights no log rebuilds")
         config = Config(**kept | changes)
         check_types(config)
     fixed = {*KEPT, "out"}

@@ -180,8 +180,8 @@ def compare(logged: Step, again: Step, dtype: str, run) -> None:
             "The model, the data, the mask or a setting has changed"
         )
     print(
-        f"  step {logged.step} comes out as it was logged but for rounding: from here on the run "
-        "has the bits of this machine, dtype or --micro-batch"
+        f"  step {logged.step} comes out as it was logged but for rounding: the weights have the "
+        "bits of this machine, dtype or --micro-batch"
     )
 
 

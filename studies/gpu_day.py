@@ -12,7 +12,7 @@
 
 No part needs another. Each takes at most nine minutes on an H200, prints a short table last, with
 what was skipped, and keeps everything that its commands said in OUT. `--tiny` takes the smallest
-shape and four steps, so that a CPU runs all of it in a minute: what breaks there is mended before
+shape and four steps, so that a CPU runs all of it in minutes: what breaks there is mended before
 a card is at hand.
 """
 

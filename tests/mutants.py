@@ -457,7 +457,8 @@ def verdict(mutant, tests) -> str:
 
 def main() -> int:
     began, wanted = time.perf_counter(), " ".join(sys.argv[1:])
-    mutants = [m for m in MUTANTS if wanted in " ".join(m)]
+    if not (mutants := [m for m in MUTANTS if wanted in " ".join(m)]):
+        sys.exit(f"no mutant's line contains {wanted!r}")
     os.environ |= {"OMP_NUM_THREADS": "1"}
     context = get_context("forkserver")  # every test run is a fork of one that has imported torch
     context.set_forkserver_preload(IMPORTED_ONCE)

@@ -638,6 +638,9 @@ def test_dropped_characters(stories):
         assert row_texts(tokenizer, yes_no) == [["Y", "es"], ["N", "o"]]
         was = encode(tokenizer, Example(f"{odd} . It was", (" great", " terrible"), 0))
         assert row_texts(tokenizer, was) == [["gre", "at"], ["ter", "ri", "ble"]]
+        reply = (" hello there" + tokenizer.eos_token,)  # found whole, whatever was dropped before
+        replies = [encode(tokenizer, Example(f"{by} so", reply, 0)) for by in ("it", odd)]
+        assert row_texts(tokenizer, replies[0]) == row_texts(tokenizer, replies[1])
     with pytest.raises(ValueError, match="option ' 🙂' .* 0 of"):
         encode(tokenizer, Example("It was", (" 🙂", " great"), 0))
 

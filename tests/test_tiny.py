@@ -272,3 +272,9 @@ def test_the_loops_of_ones_own_train(number, steps, falls, monkeypatch, capsys):
     assert len(losses) == steps and min(losses) < losses[0] * falls
     masked = model_patch.MaskedWeight
     assert not any(isinstance(module, masked) for module in names["model"].modules())
+
+
+def test_tasks_that_the_tiny_model_lacks_come_from_the_hub():
+    """The folder of the tiny model's data stands in for the hub where it has the task."""
+    found = [configs.complete(configs.Settings(task=task)).data_dir for task in (None, "rte", "cb")]
+    assert found == ["tiny/data", "tiny/data", None]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -516,7 +517,8 @@ def test_a_directory_that_is_no_run_is_left_alone(folder, tmp_path, capsys):
         ([f"--resume={tmp_path}/none"], "is no run directory"),
         (arguments(folder, tmp_path), "is not empty"),
     ):
-        assert message in refused(train.main, argv, capsys)
+        error = refused(train.main, argv, capsys)
+        assert message in error and "or --resume" not in error
         assert contents(tmp_path) == {"steps.csv": b"mine"}
 
 
@@ -528,6 +530,10 @@ def test_a_directory_that_is_no_run_is_left_alone(folder, tmp_path, capsys):
         ("steps.csv", lambda text: text.replace("\n3,", "\n4,", 1), "line 5 is '4,"),
         ("steps.csv", lambda text: text.replace("\n3,", "\n3,,", 1), "number of columns"),
         ("steps.csv", lambda text: text.replace("\n3,", "\n\0\n3,", 1), "line 5 is"),
+        ("steps.csv", lambda text: re.sub(r"\n1,\d+,", "\n1,,", text), "is no step of a run"),
+        ("steps.csv", lambda text: re.sub(r"\n1,\d+,", "\n1,-7,", text), "is no step"),
+        ("steps.csv", lambda text: re.sub(r"(\n1,[^,]+,[^,]+,)[^,]+", r"\1", text), "is no step"),
+        ("config.json", lambda text: text.replace("{", '{"by": "studies",', 1), "is of studies"),
     ],
 )
 def test_files_that_were_edited_are_one_line(file, spoil, message, ready, capsys):
@@ -539,12 +545,14 @@ def test_files_that_were_edited_are_one_line(file, spoil, message, ready, capsys
     assert contents(ready) == before
 
 
-def test_two_processes_do_not_train_one_run(ready, capsys):
+def test_two_processes_do_not_train_one_run(folder, ready, capsys):
     """While a run is being trained, no other process writes its log."""
     held = log.StepLog(ready, write=True)
     before = contents(ready)
     error = refused(train.main, [f"--resume={ready}", "--steps=12"], capsys)
-    assert "is being trained by another process" in error and contents(ready) == before
+    assert error.endswith("is being trained by another process right now")
+    error = refused(train.main, arguments(folder, ready), capsys)
+    assert error.endswith(f"choose another, or --resume {ready}") and contents(ready) == before
     held.file.close()
     assert code(train.main, [f"--resume={ready}", "--steps=9"]) == 0
 

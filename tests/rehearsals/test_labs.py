@@ -121,6 +121,19 @@ def test_an_answer_of_another_shape_is_told_its_shape():
         module.measure()
 
 
+@pytest.mark.parametrize(
+    "split, words",
+    [(lambda w, p: quant.nf4_encode(w), "codes, scales and values"),
+     (lambda w, p: (*quant.nf4_encode(w), w[p].half()), "and of torch.float32")],
+)  # fmt: skip
+def test_parts_of_another_kind_are_told_theirs(split, words):
+    """Who leaves the values out of lab 7's split, or halves them, is told what is wanted."""
+    module = lab.load(LABS[6])
+    module.split = split
+    with pytest.raises(SystemExit, match=words):
+        module.measure()
+
+
 def test_every_draw_of_lab_9_has_a_bug_where_it_says():
     """A copy differs from the source in the lines that count as an answer, and nowhere else."""
     bugs = lab.load(LABS[-1])
