@@ -19,6 +19,11 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `long` begin first, or one process would wait for another's at the end."""
+    items.sort(key=lambda item: "long" not in item.keywords)
+
+
 def pytest_collection_finish(session):
     """What is imported is for good: garbage collections need not walk it again, and are fast."""
     gc.freeze()

@@ -592,6 +592,7 @@ def test_a_start_with_another_models_mask_leaves_nothing(folder, tmp_path, capsy
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_kill_9_at_random_moments(folder, tmp_path):
     """Killed between and inside its writes, a run ends as if it had been left alone."""
     killed, finished = kill.kill_often(folder, tmp_path, kills=5, seed=1)

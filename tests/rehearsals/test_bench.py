@@ -8,6 +8,7 @@ import torch
 from harness import bench
 
 
+@pytest.mark.long
 def test_every_row_runs_and_is_written_down(tmp_path, capsys):
     """Each row of the table gives R and a peak, and the JSON names the machine."""
     file = tmp_path / "bench.json"

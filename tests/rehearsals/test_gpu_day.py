@@ -38,6 +38,7 @@ def start_here(day, name, *words):
     return name, SimpleNamespace(wait=lambda seconds: code)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", gpu_day.PARTS)
 def test_every_part_is_rehearsed(part, tmp_path, capsys, monkeypatch):
     """A part ends with a table in which nothing was skipped, and keeps it with the machine."""

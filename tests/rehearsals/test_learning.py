@@ -72,6 +72,7 @@ def test_what_may_pass_is_no_result(tmp_path):
     assert "no log-probability" in broken["stopped"] and broken["test"] is None
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_all_jobs(tmp_path):
     """Two runs that would take a day end with the command that made them, which can go on."""
     argv = [

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from studies import memory
 
 
+@pytest.mark.long
 def test_a_small_table(tmp_path, capsys):
     """Every row has a number for every length, which is what the bench's files say."""
     flags = ["--shape=tiny", "--tokens", "8", "16", "--no-compile", "--device=cpu"]

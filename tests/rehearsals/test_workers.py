@@ -199,6 +199,7 @@ def test_workers_that_cannot_meet_say_so(folder, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and said.endswith("failed: closed by peer)"), said
 
 
+@pytest.mark.long
 def test_torchrun_starts_it(folder, tmp_path):
     """The command of the README works on the real launcher, and one worker speaks."""
     argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
