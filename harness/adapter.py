@@ -30,14 +30,9 @@ TOKENS = 5  # of a prefix, as MeZO's
 MOVES = r"\.lora_[AB]\.|^prompt_encoder\."  # names of an adapter's parameters
 
 
-def linears_of(shapes: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers by name. `shapes`: a model without its weights."""
-    return {n: m for n, m in shapes.named_modules() if isinstance(m, nn.Linear)}
-
-
 def lacks(shapes: nn.Module) -> str:
     """A layer that LoRA wants and the model has not; empty where it has all."""
-    there = {name.rpartition(".")[2] for name in linears_of(shapes)}
+    there = {n.rpartition(".")[2] for n, m in shapes.named_modules() if isinstance(m, nn.Linear)}
     return min(set(LORA["target_modules"]) - there, default="")
 
 
@@ -45,8 +40,8 @@ def check(config, shapes: nn.Module) -> None:
     """ValueError where a model has no place for the adapter. `shapes`: it without its weights."""
     if config.adapter == "lora" and (layer := lacks(shapes)):
         raise ValueError(f"--adapter lora: {config.model} has no {layer} for it; use prefix")
-    linears = linears_of(shapes)
-    odd = [name for name, linear in linears.items() if linear.in_features % quant.BLOCK]
+    linears = [(n, m) for n, m in shapes.named_modules() if isinstance(m, nn.Linear)]
+    odd = [name for name, linear in linears if linear.in_features % quant.BLOCK]
     if config.bits == 4 and odd:  # bitsandbytes' CPU kernels would unpack them wrongly
         raise ValueError(f"--bits 4: rows of {odd[0]} are no whole blocks of 64; use --bits 16")
 

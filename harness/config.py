@@ -226,10 +226,11 @@ def check_numbers(config: Settings) -> None:
             raise ValueError(f"{flag(name)} {value}: from {low} to {(1 << 31) - 1}")
     if getattr(config, "density", None) is not None:
         masks.check_density(config.density)
-    for name, most in (("lr", torch.inf), ("eps", 1e38)):  # ε is a number in fp32
+    most = torch.finfo(torch.float32).max
+    for name, bound, below in (("lr", "finite", torch.inf), ("eps", "finite in fp32", most)):
         value = getattr(config, name, None)
-        if value is not None and not 0 < value < most:
-            raise ValueError(f"{flag(name)} {value}: above 0 and below {most}")
+        if value is not None and not 0 < value < below:
+            raise ValueError(f"{flag(name)} {value}: above 0 and {bound}")
 
 
 USES = {  # setting: the methods that have a use for it

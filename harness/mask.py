@@ -98,9 +98,7 @@ def make(config, path, data=None) -> dict[str, Tensor]:
 def what_is_scored(settings: MaskConfig, tokenizer, model_config, data) -> tuple[list, dict]:
     """(losses, what they are of): windows of a text, or a task's examples."""
     if settings.mask_from == "task":
-        few, longest = data.train[: settings.samples], settings.max_length
-        tasks.check_examples(data, few, longest, model_config)
-        losses = tasks.task_losses(data, settings.samples, longest)
+        losses = tasks.task_losses(data, settings.samples, settings.max_length)
         return losses, {"source": settings.task or settings.train_file}
     text = settings.text
     if text is None and configs.is_tiny(settings.model):
@@ -251,7 +249,9 @@ def main(argv=None) -> None:
             raise ValueError(f"{configs.flag(wrong[0])} has no use with {use}; leave it out")
         data = None
         if config.mask_from == "task":
-            config, _, data = dataset.load(configs.complete(config))
+            config, model_config, data = dataset.load(configs.complete(config))
+            few = data.train[: config.samples]  # train.py has checked its own
+            tasks.check_examples(data, few, config.max_length, model_config)
         index = make(config, config.out, data)
         print(f"{config.out}: {sum(map(len, index.values())):,} weights of {len(index)} matrices")
 

@@ -171,11 +171,12 @@ def run_to_end(config: Config, run: Path) -> None:
     config, sources = fill_in(config, len(data.train))
     configs.show(config, sources)
     train.describe(config, model_config, data)
-    shapes = loading.skeleton(model_config, config.trust_remote_code)
-    if config.method == "lora" and (lacks := adapter.lacks(shapes)):
-        raise ValueError(f"--method lora: {config.model} has no {lacks} for it; use another method")
-    if config.density is not None:
-        masks.check_moves(config.density, shapes.parameters())
+    if config.method in ("lora", "sparse-adam"):  # what cannot be is said before a model is loaded
+        shapes = loading.skeleton(model_config, config.trust_remote_code)
+        if config.method == "sparse-adam":
+            masks.check_moves(config.density, shapes.parameters())
+        elif layer := adapter.lacks(shapes):
+            raise ValueError(f"--method lora: {config.model} has no {layer} for it; use adam")
     configs.write_json(run / "config.json", {"by": "studies/first_order.py"} | asdict(config))
     steps = log.StepLog(run, True, data.metric)
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)

@@ -120,7 +120,8 @@ def carry_out(run: Run, folder: Path, every: int, common: list[str]) -> dict:
             if error.code == 130:
                 raise KeyboardInterrupt from error
             stopped = said.getvalue().strip().splitlines()[-1]
-            broke = isinstance(error.__context__, train.Broken)  # all else may pass
+            # the context is what the command has put into a line; all but broken weights may pass
+            broke = isinstance(error.__context__, train.Broken)
             if not broke or not StepLog(folder).steps:
                 raise ValueError(f"{run.name}: {stopped}") from error
     log = StepLog(folder)

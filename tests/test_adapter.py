@@ -274,7 +274,7 @@ BAD = {  # what the user types: what the one line must say
     "--adapter=lora --method=mezo --density=0.5": "mezo moves all weights",
     "--adapter=lora --method=mezo --text=x": "is for --method senszoq, not for mezo --adapter lora",
     "--adapter=lora --method=mezo --bits=4 --eps=1": "no whole blocks of 64",
-    "--adapter=lora --method=mezo --eps=0": "above 0 and below",
+    "--adapter=lora --method=mezo --eps=0": "above 0 and finite",
 }
 
 

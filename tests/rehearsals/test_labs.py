@@ -26,17 +26,15 @@ def pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(race, "RATES", race.RATES[:1])
 
 
-def judged(module, capsys, drawn=True) -> tuple[int, str]:
+def judged(module, capsys) -> tuple[int, str]:
     """Exit code, and the last sentence before the picture's name."""
-    if not drawn:  # a picture takes half a second
-        module.picture = lambda found, figure: None
     if "05" in module.__name__:
         module.CYCLES = 100  # a tenth of its probes
     if "08" in module.__name__:
         module.STEPS = 30  # a third of its steps
     code = lab.judge(module)
     *_, verdict, picture = capsys.readouterr().out.strip().splitlines()
-    assert Path(picture.removeprefix("picture: ")).stat().st_size > 5000 or not drawn
+    assert Path(picture.removeprefix("picture: ")).stat().st_size > 5000
     return code, verdict
 
 
@@ -111,7 +109,7 @@ def test_a_classic_mistake_gets_its_own_sentence(number, function, mistake, word
     module = lab.load(path)
     lab.solve(module)
     setattr(module, function, mistake)
-    code, verdict = judged(module, capsys, drawn=False)
+    code, verdict = judged(module, capsys)
     assert code == 1 and words in verdict
 
 

@@ -86,9 +86,10 @@ def test_ctrl_c_ends_all_jobs(tmp_path):
     argv += ["--jobs=2", "--num-validation=4", "--num-test=4", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "studies.learning", *argv]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
-    with subprocess.Popen(
-        command, cwd=ROOT, stderr=open(tmp_path / "said", "w"), preexec_fn=heard
-    ) as process:
+    with (
+        open(tmp_path / "said", "w") as said,
+        subprocess.Popen(command, cwd=ROOT, stderr=said, preexec_fn=heard) as process,
+    ):
         logs = []
         while len(logs) < 2:
             assert process.poll() is None
@@ -135,18 +136,10 @@ def test_what_goes_on_from_a_drop_begins_at_its_weights(tmp_path):
 
     It is of the same data.
     """
-    argv = ["--tasks=copa", "--parts=drop", "--grid", "MeZO=0.1", "S-MeZO=1e-3", *FEW]
     data = shutil.copytree(ROOT / "tiny/data", tmp_path / "data")
-    learning.main(
-        [
-            *argv,
-            f"--data-dir={data}",
-            "--num-validation=100",
-            "--steps=4",
-            "--short=4",
-            f"--out={tmp_path}",
-        ]
-    )
+    argv = ["--tasks=copa", "--parts=drop", "--grid", "MeZO=0.1", "S-MeZO=1e-3", *FEW]
+    argv += [f"--data-dir={data}", f"--out={tmp_path}"]
+    learning.main([*argv, "--num-validation=100", "--steps=4", "--short=4"])
     found = json.loads((tmp_path / "learning.json").read_text())
     drop = found["tables"]["copa"]["drop"]["drop"]
     begun = [run["validation"]["0"] for name, run in found["runs"].items() if "density" in name]
