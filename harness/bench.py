@@ -1,5 +1,9 @@
 """What a step costs: R and peak memory.   python -m harness.bench --shape 134m --json FILE
 
+[S]'s Table 3 is the peaks of Adam, LoRA, "S-MeZO, in place" ("vanilla": its mask is stored), mezo,
+s-mezo ("EI", §3.3) and "4 bits: senszoq", at batch 1. [S] has a column for every task. Tasks differ
+in their tokens: a prompt of SST-2 has some 30, one of MultiRC some 400.
+
 R is the time of one training step over the time of two plain forward passes of the same model on
 the same batch, timed in turn in one process. Two losses need two passes, so the floor is 1; only a
 batch too small to fill the cores can go below. The unit of [Q]'s rows is two passes of the split
@@ -298,7 +302,10 @@ def main(argv=None) -> None:
         if args.json is not None:
             open(args.json, "a").close()  # what cannot be written is said before measuring
         torch.manual_seed(0)
-        print(f"{args.shape}, {args.dtype}, {args.batch} x {args.tokens} tokens, {args.device}")
+        weights = build(args.shape, getattr(torch, args.dtype), "meta").parameters()
+        whole = sum(p.numel() * p.itemsize for p in weights)
+        size = f"weights {whole / 1e9:.3f} GB, {args.batch} x {args.tokens} tokens"
+        print(f"{args.shape}, {args.dtype}, {size}, {args.device}")
         kept = ("shape", "batch", "tokens", "dtype", "rounds", "compile")
         found: dict = {name: getattr(args, name) for name in kept} | {"rows": {}}
         found["machine"] = loading.machine(torch.device(args.device))
