@@ -128,8 +128,9 @@ class Rule:
     def mask(theta: Tensor, element: Tensor, state: Tensor) -> Tensor:
         """m, boolean, for the elements `element` (n,) int32 of the flattened weight.
 
-        `theta` (n,) has their values, `state` is what `prepare` or `refresh` returned. The method
-        is static, so one compiled loop serves every tensor and every run.
+        `theta` (n,) has their values, `state` is what `prepare` or `refresh` returned. On a GPU
+        both may be (n / 16, 16). The method is static, so one compiled loop serves every tensor
+        and every run.
         """
         raise NotImplementedError
 

@@ -240,15 +240,17 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
     """out ← θ + a·m⊙z for the draws from `start` on: (draws,) elements of either half of a tensor.
 
     `outs` and `thetas` are pairs. The second of a pair begins `half` elements after the first.
+    They are flat, or on a GPU rows of `ROW` elements.
     `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
-    if thetas[0].is_cuda and thetas[0].numel() % 16 == 0:
-        pass  # asked, the compiler gives such lengths their own loop: a GPU reads 16 bytes at once
-    draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device) + start
+    if thetas[0].ndim == 2 and thetas[0].shape[1] == ROW:
+        pass  # asked, the compiler makes a loop for rows of this very length
+    draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device)
+    draw = draw.view(thetas[0].shape) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):
         theta, out, element = thetas[i], outs[i], draw + i * half
-        n = theta.numel()  # the second half of an odd number is one shorter
+        n = len(theta)  # the second half of an odd number is one shorter
         m = mask(theta, element[:n], state)
         value = shifted(theta, shift.a, m, z[:n])
         if stochastic and out.dtype.itemsize < 4:  # 32 bits are rounded to nearest
@@ -259,7 +261,7 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
 @functools.cache
 def _compiled():
     """`_apply` as one fused loop. It is made at first use, as importing the compiler takes time."""
-    torch._dynamo.config.recompile_limit = 64  # a loop for each rule and dtype; by default 8
+    torch._dynamo.config.recompile_limit = 256  # a loop for each rule and dtype; by default 8
     # torch 2.13 keeps compiled loops on disk and forgets for which vectors: a loop for AVX-512 that
     # is taken up by an AVX2 process leaves half of the elements out, without an error
     vectors = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
@@ -279,6 +281,7 @@ def _compiled():
 
 # draws at a time without a compiler: some 10 temporaries of that size, and 200 launches on a GPU
 CHUNK, GPU_CHUNK = 1 << 16, 1 << 22
+ROW = 16  # of rows of a known length Triton reads and writes 16 bytes at once
 
 
 @torch.no_grad()
@@ -301,9 +304,10 @@ def apply(
     step = max(1, n // 2) if fused else chunk
     for start in range(0, half, step):
         ends = [(start, min(start + step, half)), (half + start, min(half + start + step, n))]
-        thetas = [flat[a:b].data for a, b in ends]
+        shape = (-1, ROW) if flat.is_cuda and n % (2 * ROW) == 0 else (-1,)
+        thetas = [flat[a:b].view(shape).data for a, b in ends]
         # in place the very same objects: of two that overlap the compiler makes a base, or fails
-        outs = thetas if in_place else [into[a:b].data for a, b in ends]
+        outs = thetas if in_place else [into[a:b].view(shape).data for a, b in ends]
         # of an odd number the element in the middle has no partner, and no loop of its own
         kernel = _compiled() if fused and thetas[0].shape == thetas[1].shape else _apply
         kernel(outs, thetas, word(start), word(half), shift, stream, mask, state, stochastic)

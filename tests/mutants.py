@@ -102,7 +102,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "radius * signed(sine, word1 << 1)", "radius * signed(cosine, word1)",
      "test_zo::test_the_two_elements_of_a_draw_are_independent"),
     ("the same noise in every chunk", "zo",
-     "device=thetas[0].device) + start", "device=thetas[0].device)",
+     "draw = draw.view(thetas[0].shape) + start", "draw = draw.view(thetas[0].shape)",
      "test_zo::test_the_eager_loop_is_the_primitive_in_chunks"),
     ("16-bit weights updated in 16 bits", "zo",
      "wide = torch.promote_types(theta.dtype, torch.float32)", "wide = theta.dtype",

@@ -11,7 +11,6 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -407,13 +406,13 @@ def test_real_files_of_piqa_and_aqua(tmp_path, llama2):
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_hub_asks_for_parquet_and_gives_what_the_files_give(monkeypatch, tmp_path, name):
     """The hub's integer-labelled rows lead to the same examples as the official files."""
-    asked = []
+    datasets, asked = pytest.importorskip("datasets"), []
 
     def load_dataset(path, config, *, split, revision):
         asked.append((path, config, split, len(revision)))
         return datasets.Dataset.from_list([hub_row(name)] * 5)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     if name == "wikitext2":  # blocks of tokens: test_wikitext2_is_read_as_the_field_reads_it
         return
     data = load_examples(name, num_validation=2)
@@ -429,13 +428,13 @@ def test_a_new_task_is_a_new_row(monkeypatch):
     row = eval(re.search(r"```python\n(Task\(.*?)```", text, re.S)[1], {"Task": tasks.Task})
     monkeypatch.setitem(tasks.TASKS, row.name, row)
     rows = [{"question": f"Is {i} odd?", "label": i % 2} for i in range(9)]
-    asked = []
+    datasets, asked = pytest.importorskip("datasets"), []
 
     def load_dataset(*what, **how):
         asked.append((*what, *how.values()))
         return datasets.Dataset.from_list(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     data = load_examples("mine", num_validation=3)
     assert asked == [("me/my-data", "default", split, None) for split in ("train", "test")]
     assert len(data.train) == 6 and data.scored == "all"
@@ -450,7 +449,7 @@ def test_hub_failure_is_one_line_with_the_ways_out(monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("Couldn't reach\nthe hub\n")
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(ValueError) as e:
         load_examples("rte")
     for part in ("aps/super_glue", "ConnectionError", "hf auth login", "--data-dir", "RTE/"):
@@ -1215,7 +1214,7 @@ def test_wikitext2_is_read_as_the_field_reads_it(tmp_path, monkeypatch):
         assert (path, config, len(revision)) == ("Salesforce/wikitext", "wikitext-2-raw-v1", 40)
         return [{"text": text} for text in hub * (3 if split == "train" else 2)]
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     again = load_examples("WikiText2", tokenizer=TOKENIZER, max_length=5)
     assert (again.train, again.validation, again.test) == (data.train, data.validation, data.test)
 
@@ -1430,6 +1429,7 @@ def test_texts_of_every_form(tmp_path):
 @pytest.mark.parametrize("name", dataset.TEXTS)
 def test_texts_by_name(monkeypatch, name):
     """[Q]'s four corpora: the first 10,000 documents of one file of the repository."""
+    datasets = pytest.importorskip("datasets")
 
     def load_dataset(path, *, data_files, split, revision, streaming):
         assert path == dataset.TEXTS[name][0] and split == "train" and streaming
@@ -1438,7 +1438,7 @@ def test_texts_by_name(monkeypatch, name):
         rows = [{column: f"{data_files} {i}", "more": i} for i in range(10_002)]
         return datasets.Dataset.from_list(rows)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     texts = dataset.read_texts(name)
     assert len(texts) == 10_000 and texts[1] == f"{dataset.TEXTS[name][1]} 1"
     assert name != "c4" or dataset.read_texts(None) == texts
@@ -1451,6 +1451,6 @@ def test_without_a_network_c4_is_an_error_that_says_so(monkeypatch):
         assert len(how["revision"]) == 40 and how["streaming"]
         raise ConnectionError("no network\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(ValueError, match="ConnectionError: no network.; give --text FILE"):
         dataset.read_texts(None)

@@ -313,6 +313,25 @@ def test_the_fused_loop_is_the_eager_one(dtype):
         assert torch.equal(theta, got)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("make", [masks.Everything, masks.SmallWeights, masks.RandomMask,
+                                  masks.ConstantMask, masks.PackedMask])  # fmt: skip
+def test_rows_give_the_bits_of_the_flat_tensor(make, dtype):
+    """On a GPU the loop sees rows of 16 elements: noise, mask and rounding stay an element's."""
+    rule, n = make(0.5), 20 * zo.ROW
+    theta, shift = weight(n, dtype), zo.Shift.of(0.3, 7 << 32 | 9)
+    state, found = rule.prepare(theta, 3), []
+    for shape in ((n // 2,), (n // 2 // zo.ROW, zo.ROW)):
+        halves = [half.view(shape) for half in theta.split(n // 2)]
+        outs = [torch.empty_like(half) for half in halves]
+        words = zo.word(0), zo.word(n // 2)
+        zo._apply(outs, halves, *words, shift, zo.word(3), rule.mask, state, True)
+        found.append(torch.cat([out.view(-1) for out in outs]))
+    assert torch.equal(*found) and not torch.equal(found[0], theta)
+    assert torch.equal(found[0], zo.apply(theta, shift, zo.word(3), rule.mask, state,
+                                          stochastic=True))  # fmt: skip
+
+
 def test_one_fused_loop_serves_every_step_and_tensor():
     """Seed, stream, size and a are arguments: no values of theirs, equal or not, have a loop."""
     loops, state = torch._dynamo.utils.counters["stats"], torch.tensor(0.5)
