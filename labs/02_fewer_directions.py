@@ -1,15 +1,17 @@
 """Lab 2. Fewer directions, fewer steps.
 
-[S] Theorem 1 says what a mask gains. Where d̂ weights move, ‖m ⊙ ∇L‖² falls to σ² in about d̂ L / σ²
-steps. Here L is the largest curvature, not the loss. But a mask alone saves no step: the
-learning rate η must grow, too. The theorem's η is in its proof (appendix I, before eq. 24). So far
-`rate` is that of 32 weights. Make it that of d̂ weights. Then the steps grow like d̂ + 4.
+[S] Theorem 1 says what a mask gains. Where d̂ weights move, ‖m ⊙ ∇ℓ‖² falls to σ² in about d̂ L / σ²
+steps. ℓ is the loss here, L its largest curvature, and σ² the target, 0.04. But a mask alone saves
+no step: the learning rate η must grow, too. The theorem's η is in its proof (appendix I, before
+eq. 24; eq. 20's square is a slip). So far `rate` is that of 32 weights. Make it that of d̂ weights.
+Then the steps grow like d̂ + 4.
 
 A reviewer asked ([S] on OpenReview): "Would you get the best convergence if you update only 1
-parameter?" Let a mask hold k of d weights, and a share c of ‖∇L‖². Let the loss be a round bowl,
-with curvature L in every direction. There the best η is 1/(L (k + 2)). A step then lowers the loss
-by c ‖∇L‖² / (2L (k + 2)) on average. A step without a mask has k = d and c = 1. Write `gain`: what
-a step with the mask gains, divided by what a step without it gains. The check measures it for four
+parameter?" Let a mask hold k of d weights, and a share c of ‖∇ℓ‖². So k is what Theorem 1 calls d̂.
+Let the loss be a round bowl, with curvature L in every direction. The theorem's η is safe for every
+loss; on the bowl the best η is 1/(L (k + 2)). A step then lowers the loss by
+c ‖∇ℓ‖² / (2L (k + 2)) on average. A step without a mask has k = d and c = 1. Write `gain`: what a
+step with the mask gains, divided by what a step without it gains. The check measures it for four
 masks. Then answer the reviewer: look at the first steps of the picture, and at the last.
 """
 
@@ -42,7 +44,7 @@ def estimate(slope_of, mask, z):
 
 
 def steps_to_target(d_hat):
-    """‖m ⊙ ∇L‖² after every step, a mean over 16 runs, until it is σ² (0.04).
+    """‖m ⊙ ∇ℓ‖² after every step, a mean over 16 runs, until it is σ² (0.04).
 
     A quadratic with d̂ curvatures, from L down to L/512. All directions share a loss of 1 equally.
     """
@@ -62,7 +64,7 @@ def one_step():
     """{gradients in the mask: (k, c, gain, losses)} of a round bowl with 200 weights."""
     d, rows = 200, 8000
     i = torch.arange(d)
-    theta = (i + 1).double() ** -0.8  # ∇L = L θ: a few gradients are large
+    theta = (i + 1).double() ** -0.8  # ∇ℓ = L θ: a few gradients are large
     kinds = {"1 middling": i == 30, "1 largest": i == 0, "10 largest": i < 10, "all 200": i >= 0}
     z, start, runs = zo.gaussian(2, 1, (rows, d)).double(), theta @ theta, {}
     for name, mask in kinds.items():
@@ -108,7 +110,7 @@ def picture(found, figure):
     for (d_hat, norms), (line, grey) in zip(runs.items(), styles, strict=True):
         left.loglog(range(1, len(norms) + 1), norms, line, color=grey, label=f"d̂ = {d_hat}")
     left.axhline(TARGET, color="0.7", lw=0.8)
-    left.set(xlabel="step (log scale)", ylabel="‖m ⊙ ∇L‖², and σ² (log scale)")
+    left.set(xlabel="step (log scale)", ylabel="‖m ⊙ ∇ℓ‖², and σ² (log scale)")
     left.legend()
     for (name, (*_, losses)), (line, grey) in zip(masked.items(), styles, strict=True):
         right.semilogx(range(1, len(losses) + 1), losses, line, color=grey, label=name)

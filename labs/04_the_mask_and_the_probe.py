@@ -6,11 +6,15 @@ the probe changes the weights. Take a weight just below the threshold. The probe
 Now it is outside the mask. So its ε z is never taken away.
 
 How many weights leave the mask? Guess before you run. The standard deviation of the weights is
-0.02, as in a real model, and ε is both papers' 1e-3. A quarter of the weights moves.
+0.02, as in a real model, and ε is [S]'s 1e-3. A quarter of the weights moves.
 
 `probe` takes the mask again at each of its three steps. Mend it: every weight must come back. As it
 is, twice as many are not restored as +ε ẑ pushes out. Why? The last number is that of a hundred
 probes without an update.
+
+Your mended `probe` keeps one mask through all three steps, as Algorithm 1 does. To keep it takes
+memory. [S] §3.3 has a way that keeps nothing: it takes the mask anew in each forward pass, from a θ
+that nobody has written to. Lab 5 goes that way.
 """
 
 import math

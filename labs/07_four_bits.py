@@ -1,7 +1,8 @@
 """Lab 7. Four bits and one thousandth.
 
-[Q] trains a thousandth of the weights and keeps the rest in four bits (§3.5): w = dense + sparse. A
-code of four bits names one of 16 levels, and a block of 64 weights shares a scale, its largest |w|.
+[Q] trains a thousandth of the weights and keeps the rest in four bits (§3.5): w = dense + sparse.
+[Q]'s own codes are k-means's. Here, as in the project's default NF4, a code names one of 16 levels,
+and a block of 64 weights shares a scale, its largest |w|.
 `quant.nf4_encode` makes the codes and scales of a tensor, `quant.nf4_decode` makes weights of them.
 
 Write `split` and `read`. The weights that move leave first, and a 0 stands in their places. So they
@@ -101,7 +102,8 @@ def numbers(found):
         lab.near("weights that `read` loses", int((got != weight)[places].sum()), 0, 0, back),
         lab.near("error of the rest, of their spread", error, least, 1e-6, first),
         lab.near("bytes for each weight", size / len(weight), 0.5706, 1e-3,
-                 "A code for each weight, a scale for each block of 64, and the values in fp32."),
+                 "Codes of 4 bits; in 32 bits a scale for each block of 64, the values and their"
+                 " places. (In a run a scale takes 8 bits: quant.py has 0.5159.)"),
         lab.near("values: correlation with the slope", curves["values"][1e-3], 1, 1e-3, back),
         lab.fact("codes: correlation at their best ε", max(curves["codes"].values())),
         lab.fact("share of codes that an update of 1e-5 changes", float(heard)),

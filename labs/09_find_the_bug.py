@@ -14,7 +14,6 @@ Then read these lines in the copy, with the paper open, and name the file and th
 is missing, name the line after it. `diff` would find it, too, and teach you nothing.
 """
 
-import argparse
 import json
 import random
 import re
@@ -88,14 +87,13 @@ def picture(found, figure):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Find the bug: see the first lines of this file.")
+    parser = lab.flags()
     parser.add_argument("--draw", type=int, default=1, help=f"from 1 to {len(BUGS)}")
     parser.add_argument("--answer", default="", help="file:line, such as zo.py:123")
-    parser.add_argument("--solved", action="store_true", help="let the solution answer")
     args = parser.parse_args()
     DRAW, ANSWER = args.draw, args.answer
     if not 1 <= DRAW <= len(BUGS):
         parser.error(f"--draw {DRAW}: there are draws 1 to {len(BUGS)}")
     if ANSWER and not re.fullmatch(rf"({'|'.join(four_ways.SOUND)})\.py:\d+", ANSWER):
         parser.error(f"--answer {ANSWER}: one line, such as zo.py:123 (this does not count)")
-    lab.main()
+    lab.main(args.solved)

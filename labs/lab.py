@@ -4,8 +4,11 @@ A lab is a file with three functions. `measure` runs the student's code. `number
 found with targets that do not come from it. `picture` draws it.
 """
 
+import argparse
 import importlib.util
+import reprlib
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -58,7 +61,7 @@ def tensor(name: str, found, shape=None, dtype=None) -> torch.Tensor:
     wanted = "a tensor" + (f" of shape {tuple(shape)}" if shape else "")
     wanted += f" and of {dtype}" if dtype else ""
     if not isinstance(found, torch.Tensor):
-        sys.exit(f"Not yet. {name} must return {wanted}. It returned {found!r}.")
+        sys.exit(f"Not yet. {name} must return {wanted}. It returned {reprlib.repr(found)}.")
     if found.shape != (shape or found.shape) or found.dtype != (dtype or found.dtype):
         yours = f"shape {tuple(found.shape)} and {found.dtype}"
         sys.exit(f"Not yet. {name} must return {wanted}. It returned {yours}.")
@@ -104,20 +107,38 @@ def solve(module) -> None:
 
 
 def judge(module) -> int:
-    """Run a lab: numbers, verdict and picture. 0: all numbers are met, 1: not yet."""
-    found = module.measure()
-    code = report(module.__doc__.splitlines()[0], module.numbers(found))
+    """Run a lab: numbers, verdict and picture. 0: all numbers are met, 1: not yet.
+
+    An answer that nothing can be computed with is one sentence, too: SystemExit.
+    """
+    try:
+        found = module.measure()
+        numbers = module.numbers(found)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).name == Path(module.__file__).name]
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        sys.exit(f"Not yet. Line {lines[-1]} cannot go on with what your code returned ({why}).")
+    code = report(module.__doc__.splitlines()[0], numbers)
     path = PICTURES / f"{Path(module.__file__).stem}.png"
     save(path, module.picture, found)
     print(f"picture: {path}")
     return code
 
 
-def main() -> None:
+def flags() -> argparse.ArgumentParser:
+    """The flag of every lab. Lab 9 has two more."""
+    title = sys.modules["__main__"].__doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--solved", action="store_true", help="let the solution answer")
+    return parser
+
+
+def main(solved: bool | None = None) -> None:
     """Run the lab that was started: `python labs/01_two_points.py`, or with --solved."""
     torch.set_num_threads(1)  # the problems are small
     module = sys.modules["__main__"]
-    if "--solved" in sys.argv:
+    if flags().parse_args().solved if solved is None else solved:
         solve(module)
     sys.exit(judge(module))
 

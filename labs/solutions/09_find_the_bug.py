@@ -14,5 +14,8 @@ def named(draw):
 
 
 if __name__ == "__main__":
-    draw = int(sys.argv[1])
-    print(named(draw), "", lab.load(lab.HERE / "09_find_the_bug.py").BUGS[draw - 1][0])
+    bugs = lab.load(lab.HERE / "09_find_the_bug.py").BUGS
+    draws = [str(draw) for draw in range(1, len(bugs) + 1)]
+    if len(sys.argv) != 2 or sys.argv[1] not in draws:
+        sys.exit(f"give one draw, from 1 to {len(bugs)}")
+    print(named(int(sys.argv[1])), "", bugs[int(sys.argv[1]) - 1][0])

@@ -20,7 +20,7 @@ each = pytest.mark.parametrize("path", LABS, ids=[path.stem for path in LABS])
 
 @pytest.fixture(autouse=True)
 def pictures(tmp_path, monkeypatch):
-    """A folder for pictures and copies of the source, empty at first; a sixth of lab 6's runs."""
+    """A folder for pictures and copies of the source, empty at first; a tenth of lab 6's runs."""
     monkeypatch.setattr(lab, "PICTURES", tmp_path / "pictures")
     monkeypatch.setattr(race, "SEEDS", race.SEEDS[:1])
     monkeypatch.setattr(race, "RATES", race.RATES[:1])
@@ -132,6 +132,38 @@ def test_parts_of_another_kind_are_told_theirs(split, words):
     module.split = split
     with pytest.raises(SystemExit, match=words):
         module.measure()
+
+
+BROKEN = [  # (lab, function, an answer that nothing can be computed with)
+    ("02", "rate", lambda d_hat: None),
+    ("02", "gain", lambda k, c, d: None),
+    ("05", "probe", lambda theta, loss, z, eps: loss(theta)),
+    ("06", "Yours", lambda gradients: None),
+    ("07", "read", lambda codes, scales, places, values: codes.view(7)),
+    ("08", "common", lambda s: None),
+]
+
+
+@pytest.mark.parametrize("number, function, answer", BROKEN)
+def test_an_answer_of_no_use_is_one_sentence(number, function, answer):
+    """Who returns nothing, or what does not fit, is told the line where it ends, and why."""
+    (path,) = (path for path in LABS if path.name.startswith(number))
+    module = lab.load(path)
+    lab.solve(module)
+    setattr(module, function, answer)
+    with pytest.raises(
+        SystemExit, match=r"^Not yet\. Line \d+ cannot go on .* \(\w+Error: "
+    ) as stop:
+        lab.judge(module)
+    assert "\n" not in str(stop.value) and len(str(stop.value)) < 300
+
+
+def test_a_flag_that_no_lab_has_is_refused(monkeypatch, capsys):
+    """A misspelt --solved does not run the unedited file."""
+    monkeypatch.setattr(sys, "argv", [str(LABS[0]), "--sloved"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(LABS[0]), run_name="__main__")
+    assert stop.value.code == 2 and "--sloved" in capsys.readouterr().err
 
 
 def test_every_draw_of_lab_9_has_a_bug_where_it_says():
