@@ -13,14 +13,12 @@ ONE = tests/test_zo.py::test_the_fused_loop_is_one_on_all_threads
 demo: .venv/ready
 	$(RUN) train.py
 
+# TESTS= for all: with what takes longer, unusual inputs, several workers, labs, studies, GPU day.
+TESTS = --ignore tests/rehearsals
 test: .venv/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest --numprocesses auto --dist worksteal --ignore tests/rehearsals
-
-# What takes longer: unusual inputs, several workers, labs, studies, bench and GPU day, as they run.
-rehearse: .venv/ready
-	$(RUN) -m pytest --numprocesses auto --dist worksteal tests/rehearsals
+	$(RUN) -m pytest --numprocesses auto --dist worksteal $(TESTS)
 
 # Noise and masks again, as on a CPU without vector instructions.
 test-default: .venv/ready
@@ -32,4 +30,4 @@ bench: .venv/ready
 mutants: .venv/ready
 	$(RUN) -m tests.mutants
 
-.PHONY: demo test rehearse test-default bench mutants
+.PHONY: demo test test-default bench mutants
