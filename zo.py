@@ -185,7 +185,7 @@ def word(number: int) -> Tensor:
     arguments are the same tensor, the compiler makes a loop for that case.
     """
     low = (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
-    return torch.full((), low, dtype=torch.int32)
+    return torch.full((), low, dtype=torch.int32, device="cpu")
 
 
 def keys(seed: int) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ class Shift(NamedTuple):
 
     @classmethod
     def of(cls, a: float, seed: int) -> "Shift":
-        return cls(torch.full((), a, dtype=torch.float32), *keys(seed))
+        return cls(torch.full((), a, dtype=torch.float32, device="cpu"), *keys(seed))
 
 
 def gaussian(seed: int, stream: int, shape, *, device="cpu") -> Tensor:
@@ -279,6 +279,12 @@ def _compiled():
     return torch.compile(_apply, dynamic=True, fullgraph=True, options=options)
 
 
+@functools.lru_cache(1024)
+def _place(start: int, half: int) -> tuple[Tensor, Tensor]:
+    """Both as words. They are kept, as a compiled loop checks a tensor longer that is new to it."""
+    return word(start), word(half)
+
+
 # draws at a time without a compiler: some 10 temporaries of that size, and 200 launches on a GPU
 CHUNK, GPU_CHUNK = 1 << 16, 1 << 22
 ROW = 16  # of rows of a known length Triton reads and writes 16 bytes at once
@@ -310,5 +316,5 @@ def apply(
         outs = thetas if in_place else [into[a:b].view(shape).data for a, b in ends]
         # of an odd number the element in the middle has no partner, and no loop of its own
         kernel = _compiled() if fused and thetas[0].shape == thetas[1].shape else _apply
-        kernel(outs, thetas, word(start), word(half), shift, stream, mask, state, stochastic)
+        kernel(outs, thetas, *_place(start, half), shift, stream, mask, state, stochastic)
     return result

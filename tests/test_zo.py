@@ -280,7 +280,9 @@ def test_a_tensor_on_another_device_takes_its_numbers_from_the_cpu():
     shift, h = zo.Shift.of(1.0, LAST), theta[0]
     moved = zo.apply(theta, shift, zo.word(1), masks.SmallWeights.mask, h, stochastic=True)
     assert moved.is_meta and zo.gaussian(LAST, 1, (33,), device="meta").is_meta
-    assert not any(number.device.type != "cpu" or number.dim() for number in shift)
+    with torch.device("meta"):  # nor does torch's default device matter
+        numbers = *shift, *zo.Shift.of(1.0, LAST), zo.word(1), *zo._place(7, 8)
+    assert not any(number.device.type != "cpu" or number.dim() for number in numbers)
 
 
 def test_the_fused_loop_is_one_on_all_threads():
