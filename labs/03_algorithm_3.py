@@ -2,8 +2,8 @@
 
 [S] moves the small weights of each layer. Its Algorithm 3 is to find them. It says "if θ ≤ h then
 θ = 1". The threshold h is the 25th percentile of |θ| here, and a quarter of the weights should
-move. (An appendix of [S] says the 75th; masks.py says why that cannot be meant.) Run this file and
-see how many do. Then mend `get_mask`.
+move. (Appendix C.2 takes the percentile of the sparsity, which would be the 75th; masks.py says why
+that cannot be meant.) Run this file and see how many do. Then mend `get_mask`.
 
 [S] §3.3 also names a mask with one bit for each weight. A byte then holds eight weights. Weight j
 is bit j % 8 of byte j // 8. Bit 0 is the lowest: it counts 1, and bit 7 counts 128. So far `pack`
