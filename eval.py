@@ -21,6 +21,7 @@ model, merged: no ordinary adapter can hold the mask.
 from dataclasses import replace
 from pathlib import Path
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import torch
 
 import quant

@@ -47,6 +47,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import numpy as np
 from tqdm import tqdm
 

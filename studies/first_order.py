@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import torch
 
 import masks

@@ -45,7 +45,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+import harness  # noqa: F401, isort: skip  # first: Ctrl-C while the rest is imported is one line
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import eval
@@ -398,8 +400,6 @@ def table(title: str, rows: dict) -> str:
 
 def draw(study: Study, task: str, path: Path) -> None:
     """Loss, validation and active share against steps; loss against rate, sparsity and group."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 7), layout="constrained")
     (loss, accuracy, active), (rate, sparse, group) = figure.subplots(2, 3)
     found, every = study.tables.get(task, {}), study.args.every

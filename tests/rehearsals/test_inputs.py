@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import types
 
@@ -597,6 +598,17 @@ def test_a_disk_without_locks(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", refuse)
     run(folder, tmp_path / "run")
     assert len(steps_of(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "harness.mask"])
+def test_ctrl_c_while_importing(program, tmp_path):
+    """An interrupt before a command has begun is one line."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, *([program] if program.endswith(".py") else ["-m", program])]
+    found = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert found.returncode != 0 and found.stderr.strip() == "stopped"
 
 
 # ------------------------------------------------------------------ found by others' inputs
