@@ -323,6 +323,8 @@ def begin(config: Config, run: Path) -> tuple:
         )
     patch = open_patch(config, run, data)
     print(f"  {patch}\n  {run}/")
+    if not patch.model.pack:
+        print("  each text has a row of its own: this model, or this transformers, would mix them")
     # workers share their losses, so nothing else would show that their data differ
     workers.check_same(examples, "data")
     if record.start is None:

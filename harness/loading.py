@@ -157,8 +157,6 @@ def load_model(
     check_names(name, read)
     check_model(model, name)
     model.pack = shared_row(model)
-    if not model.pack:
-        print("  each text has a row of its own: this model, or this transformers, would mix them")
     if device == "cpu" and model.num_parameters() < 4e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # threads cost more than they save on matrices this small
     return model

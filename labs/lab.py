@@ -138,7 +138,9 @@ def main(solved: bool | None = None) -> None:
     """Run the lab that was started: `python labs/01_two_points.py`, or with --solved."""
     torch.set_num_threads(1)  # the problems are small
     module = sys.modules["__main__"]
-    if flags().parse_args().solved if solved is None else solved:
+    if solved is None:
+        solved = flags().parse_args().solved
+    if solved:
         solve(module)
     sys.exit(judge(module))
 

@@ -426,13 +426,15 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("what", UNUSUAL)
 @pytest.mark.parametrize("method", ["mezo", "senszoq"])
-def test_unusual_models_train(what, method, folder, tmp_path):
-    """Models whose layers are called in unusual ways run with either kind of method."""
+def test_unusual_models_train(what, method, folder, tmp_path, capsys):
+    """Models called in unusual ways run with either kind of method; a row of its own is said."""
     kind, changes = UNUSUAL[what]
     model = write(tmp_path / "model", kind, changes, folder / "model")
     flags = SENSZOQ if method == "senszoq" else ["--method=mezo", "--lr=1e-3"]
     result = run(folder, tmp_path / "run", f"--model={model}", *flags, "--steps=2")
     assert result["skipped"] == 0
+    said = capsys.readouterr().out.count("each text has a row of its own")
+    assert said == (what == "blocks that share weights")  # its Mamba blocks know no such mask
 
 
 def test_a_matrix_too_small_for_a_place_stays_as_it_is():
