@@ -9,9 +9,9 @@
 
 How it works
     Algorithm 1 writes +ε ẑ, −2ε ẑ and +ε ẑ into the weights. Here a probe writes nothing. Every
-    parameter that moves gets a *parametrization* (torch.nn.utils.parametrize): a small module that
-    torch calls whenever a layer asks for `self.weight`. It answers θ while no probe is open, and
-    θ + a m(θ)⊙z while one is, with a = +ε or −ε. The layer computes with the answer and drops it.
+    parameter that moves gets a `MaskedWeight`, and `self.weight` of its layer becomes a property
+    that asks it (quant.read_as). It answers θ while no probe is open, and θ + a m(θ)⊙z while one
+    is, with a = +ε or −ε. The layer computes with the answer and drops it.
 
     So the mask of S-MeZO is made anew in every probe, from the θ_t that no probe touches, and again
     in the update. It is not stored, and cannot come from a perturbed weight.
@@ -39,22 +39,21 @@ from copy import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import masks
 import quant
 import zo
 
 
-class MaskedWeight(nn.Module):
+class MaskedWeight:
     """One tensor that moves by a rule of masks.py: a parameter, or [Q]'s vector of k values."""
 
     def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int):
-        super().__init__()
         self.patch, self.name, self.stream = patch, name, stream
         self.layer = name.rpartition(".")[0]  # its owner; of a tied weight, the first
         self.uses = 0  # of a tied weight, more than one
-        self.held = (theta,)  # in a tuple, or nn.Module would register it once more
+        self.parameter = theta
+        self.views = zo.Halves(theta)
         self.word = zo.word(stream)
         self.was_read = False
         self.state = patch.rule.prepare(self.theta, stream)  # such as [S]'s threshold h
@@ -62,7 +61,14 @@ class MaskedWeight(nn.Module):
     @property
     def theta(self) -> Tensor:
         """θ itself, whatever a probe lets the layer read."""
-        return self.held[0].detach()
+        return self.parameter.detach()
+
+    @property
+    def halves(self) -> zo.Halves:
+        """θ for zo.apply."""
+        if self.views.flat.data_ptr() != self.parameter.data_ptr():  # it was moved, or copied
+            self.views = zo.Halves(self.parameter)
+        return self.views
 
     def mask(self) -> Tensor:
         """m(θ) as it is now, boolean, θ's shape."""
@@ -73,7 +79,7 @@ class MaskedWeight(nn.Module):
             start += theta.numel()
         return torch.cat(parts).view_as(self.theta)
 
-    def forward(self, theta: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor) -> Tensor:
         """What a layer gets when it asks for its weight."""
         patch = self.patch
         if patch.shift is None:
@@ -83,13 +89,19 @@ class MaskedWeight(nn.Module):
             patch.copies = {w: copy for w, copy in patch.copies.items() if w.uses > 1}
             patch.reading = self.layer
         if self not in patch.copies:  # a layer may ask several times, for a dtype or an expert
-            patch.copies[self] = self.plus(patch.shift, out=patch.scratch(theta))
+            patch.copies[self] = self.perturbed()
         return patch.copies[self]
 
-    def plus(self, shift: zo.Shift, out: Tensor | None = None, stochastic: bool = False) -> Tensor:
-        """θ + a m(θ)⊙z, into `out` or a new tensor."""
-        return zo.apply(
-            self.theta, shift, self.word, self.patch.rule.mask, self.state,
+    def perturbed(self) -> Tensor:
+        """θ + a m(θ)⊙z of the open probe."""
+        scratch = self.patch.scratch(self.halves)
+        self.add(self.patch.shift, out=scratch)
+        return scratch.flat.view(self.parameter.shape)  # a new view, as `holders` counts views
+
+    def add(self, shift: zo.Shift, out: zo.Halves | None = None, stochastic: bool = False) -> None:
+        """out ← θ + a m(θ)⊙z, or θ ← θ + a m(θ)⊙z."""
+        zo.apply(
+            self.halves, shift, self.word, self.patch.rule.mask, self.state,
             out=out, stochastic=stochastic, fused=self.patch.fused,
         )  # fmt: skip
 
@@ -106,7 +118,6 @@ class Patch:
     fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
     For a rule only: select, a regular expression, and only parameters whose name matches move,
     whatever their requires_grad; rounding, of updates to 16-bit weights, "stochastic" or "nearest".
-    Save the model after `remove`: before, its parameters have the parametrizations' names.
     """
 
     def __init__(
@@ -123,7 +134,8 @@ class Patch:
         if splits and select:
             raise ValueError(f"select {select!r}: all values of a DenseSparse move")
         known = MaskedWeight if splits else (MaskedWeight, quant.Parts)
-        if any(isinstance(module, known) for module in model.modules()):
+        there = {part for module in model.modules() for part in quant.answers(module).values()}
+        if any(isinstance(answer, known) for answer in there):
             raise ValueError(
                 "this model is patched or split already; call remove() on that patch, or "
                 "quant.join(model), first"
@@ -137,32 +149,28 @@ class Patch:
         self.shift: zo.Shift | None = None  # a probe is open while it is set
         self.reading: str | None = None  # the layer that reads
         self.copies: dict[MaskedWeight, Tensor] = {}  # its perturbed weights, and tied ones
-        self.buffers: list[tuple[Tensor, int]] = []
+        self.buffers: list[Scratch] = []
         self.weights: list[MaskedWeight] = []
-        self.before: dict[nn.Module, dict[str, nn.Parameter]] = {}  # what each module had
         self.sparse = what_moves if splits else None
         self.rule = masks.Everything() if splits else copy(what_moves)  # its state is one model's
         if splits:
-            here = {module for module in model.modules() if isinstance(module, quant.Parts)}
             for name in self.sparse.index:
-                if self.sparse.parts.get(name) not in here:
+                if self.sparse.parts.get(name) not in there:
                     raise ValueError(f"{name} is not split in this model: split(model, name) first")
             self.weights = [MaskedWeight(self, "values", self.sparse.values, 0)]
         else:
-            self._parametrize(select)
+            self._ask(select)
         self.device = self.weights[0].theta.device
         self.modules = list(model.modules())  # to find them anew takes 4 ms at 7B, in every probe
 
-    def _parametrize(self, select: str) -> None:
-        """Give every parameter that moves a `MaskedWeight`, and every module that has it, too."""
+    def _ask(self, select: str) -> None:
+        """Give every parameter that moves a `MaskedWeight`, which all modules that have it ask."""
         found = {}
         for stream, (name, p) in enumerate(self.model.named_parameters()):
             if not re.search(select, name) or not p.numel():
                 continue  # the streams of the others stay theirs
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
-            owner = self.model.get_submodule(name.rpartition(".")[0])
-            quant.check_parametrizations(owner, name)
             p.data = p.data.contiguous()
             try:
                 found[p] = MaskedWeight(self, name, p, stream)
@@ -172,28 +180,25 @@ class Patch:
             raise ValueError(f"nothing moves: no parameter's name matches {select!r}")
         masks.check_moves(self.rule.density, found)
         self.weights = list(found.values())
-        for module in list(self.model.modules()):
-            for name, p in list(module._parameters.items()):
+        for module in self.model.modules():
+            for name, p in module._parameters.items():
                 if p in found:
                     found[p].uses += 1
-                    self.before.setdefault(module, dict(module._parameters))
-                    parametrize.register_parametrization(module, name, found[p], unsafe=True)
-        self.model.eval()  # what torch has added, too
+                    quant.read_as(module, name, found[p])
 
-    def scratch(self, like: Tensor) -> Tensor:
+    def scratch(self, like: zo.Halves) -> zo.Halves:
         """Memory for a perturbed copy of `like`: that of an earlier copy which nobody holds now.
 
-        Fresh memory costs page faults, as much time as the noise. torch counts who still holds a
-        copy or a view of one.
+        Fresh memory costs page faults, as much time as the noise.
         """
-        for buffer, alone in self.buffers:
-            fits = buffer.dtype == like.dtype and buffer.numel() >= like.numel()
-            if fits and holders(buffer) == alone:
-                return buffer[: like.numel()].view(like.shape)
-        held = [pair for pair in self.buffers if holders(pair[0]) > pair[1]]  # free ones do not fit
-        buffer = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
-        self.buffers = [*held, (buffer, holders(buffer))]
-        return buffer.view(like.shape)
+        n = like.flat.numel()
+        for buffer in self.buffers:
+            if buffer.memory.dtype == like.flat.dtype and buffer.memory.numel() >= n:
+                if buffer.is_free():
+                    return buffer.first(n)
+        self.buffers = [buffer for buffer in self.buffers if not buffer.is_free()]  # these fit not
+        self.buffers.append(Scratch(like.flat))
+        return self.buffers[-1].first(n)
 
     # ------------------------------------------------------------------ probes
 
@@ -206,7 +211,7 @@ class Patch:
         assert self.weights, "this patch was removed; make a new one"
         self.shift = zo.Shift.of(a, seed)
         if self.sparse:
-            self.sparse.visible = self.weights[0].plus(self.shift)
+            self.sparse.visible = self.weights[0].perturbed()
         try:
             yield
         finally:
@@ -244,7 +249,7 @@ class Patch:
         assert self.weights, "this patch was removed; make a new one"
         shift = zo.Shift.of(a, seed)
         for weight in self.weights:
-            weight.plus(shift, out=weight.theta, stochastic=self.stochastic)
+            weight.add(shift, stochastic=self.stochastic)
 
     def refresh(self, step: int) -> None:
         """Before step `step`, from 0 on: the rule's state anew, such as h, where it says so."""
@@ -286,12 +291,32 @@ class Patch:
 
     def remove(self) -> None:
         """An ordinary model again, with the weights as they are now. [Q]'s: see quant.join."""
-        for module, parameters in self.before.items():
-            module._parameters.clear()  # or those that moved would come last
-            quant.unparametrize(module, parameters)
-        self.before, self.weights, self.buffers, self.modules, self.sparse = {}, [], [], [], None
+        for module in self.modules:
+            if not set(self.weights).isdisjoint(quant.answers(module).values()):
+                quant.read_plainly(module)
+        self.weights, self.buffers, self.modules, self.sparse = [], [], [], None
 
 
-def holders(buffer: Tensor) -> int:
-    """How many tensors use its memory, itself and a handle for asking included."""
-    return torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
+class Scratch:
+    """Memory for perturbed copies, and what zo.apply needs to write to its first n elements."""
+
+    def __init__(self, like: Tensor):
+        self.memory = torch.empty_like(like)
+        self.storage = self.memory.untyped_storage()
+        self.halves: dict[int, zo.Halves] = {}
+        self.alone = self.holders()
+
+    def first(self, n: int) -> zo.Halves:
+        """Its first n elements. Call it where `is_free`."""
+        if n not in self.halves:
+            self.halves[n] = zo.Halves(self.memory[:n])
+            self.alone = self.holders()
+        return self.halves[n]
+
+    def is_free(self) -> bool:
+        """Whether nobody holds a copy, or a view of one."""
+        return self.holders() == self.alone
+
+    def holders(self) -> int:
+        """How many tensors use the memory, those here included."""
+        return torch._C._storage_Use_Count(self.storage._cdata)

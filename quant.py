@@ -11,13 +11,13 @@
 
 How it works
     `DenseSparse` owns `values`, and a step of [Q] is Algorithm 1 on that vector: `values += a z`.
-    Every matrix of the index gets a parametrization (torch.nn.utils.parametrize), `Parts`. When
-    a layer asks for its weight, `Parts` makes the dense matrix, puts its slice of `visible` into
-    the moving places and answers with that. `visible` is `values`, or `values ± ε z` while a probe
-    is open (model_patch.py). With bits=4 the dense matrix is decoded from its codes, with bits=16
-    it is a copy of the parameter as it was loaded. That is the only difference between the two.
-    Embeddings, head, norms, biases, and matrices that the index lacks stay as they were loaded. So
-    do, with NF4, matrices whose size is no multiple of 64.
+    Every matrix of the index gets its `Parts`. When a layer asks for its weight, `Parts` makes the
+    dense matrix, puts its slice of `visible` into the moving places and answers with that.
+    `visible` is `values`, or `values ± ε z` while a probe is open (model_patch.py). With bits=4 the
+    dense matrix is decoded from its codes, with bits=16 it is a copy of the parameter as it was
+    loaded. That is the only difference between the two. Embeddings, head, norms, biases, and
+    matrices that the index lacks stay as they were loaded. So do, with NF4, matrices whose size is
+    no multiple of 64.
 
     The k values are taken out before quantisation. NF4 sees a 0 in their places, and k-means gives
     them weight 0. So a large value neither stretches its block's scale nor takes a level of its
@@ -53,7 +53,6 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import masks
 
@@ -138,7 +137,6 @@ class DenseSparse:
         """
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        check_parametrizations(module, name)
         parameter = getattr(module, attribute)
         weight = parameter.detach() if weight is None else weight
         masks.check_places(self.index[name], weight.numel(), name)
@@ -152,22 +150,19 @@ class DenseSparse:
             parameter = nn.Parameter(weight.new_empty(0), requires_grad=False)
         for owner, n in owners:  # a tied matrix has several
             owner._parameters[n] = parameter
-            parametrize.register_parametrization(owner, n, part, unsafe=True)
-            owner.train(owner.training)  # its new children, too
+            read_as(owner, n, part)
 
     def __str__(self):
         kinds = Counter(getattr(part.packed, "kind", part.dtype) for part in self.parts.values())
         return " and ".join(f"{kind} ({n})" for kind, n in kinds.items()).replace("torch.", "")
 
 
-class Parts(nn.Module):
-    """The dense and the sparse part of one matrix: what torch asks when a layer wants a weight."""
+class Parts:
+    """The dense and the sparse part of one matrix: what a layer asks for its weight."""
 
     def __init__(self, sparse: DenseSparse, name: str, places: Tensor, weight: Tensor):
-        super().__init__()
         self.sparse, self.slice, self.places = sparse, sparse.slices[name], places
         self.shape, self.was_read = weight.shape, False
-        # Plain attributes: transformers leaves buffers empty when it is done loading.
         self.packed, self.dtype = None, weight.dtype
         if sparse.bits == 4 and sparse.codebooks is not None:
             fitted = (sparse.codebooks[f"{name}.{kind}"] for kind in FITTED)
@@ -183,7 +178,7 @@ class Parts(nn.Module):
             return parameter.detach().clone(memory_format=torch.contiguous_format)
         return self.packed.decode().view(self.shape)
 
-    def forward(self, parameter: Tensor) -> Tensor:
+    def __call__(self, parameter: Tensor) -> Tensor:
         self.was_read = True
         weight = self.dense(parameter)
         weight.view(-1)[self.places] = self.sparse.visible[self.slice].to(weight.dtype)
@@ -196,32 +191,48 @@ def join(model: nn.Module) -> None:
     They are on the CPU, as a GPU that holds the model in 4 bits may not in 16.
     """
     whole: dict[Parts, nn.Parameter] = {}
-    for module in list(model.modules()):
-        lists = getattr(module, "parametrizations", {})
-        parts = {name: part for name, (part, *_) in lists.items() if isinstance(part, Parts)}
+    for module in model.modules():
+        parts = {name: part for name, part in answers(module).items() if isinstance(part, Parts)}
         for name, part in parts.items():
             if part not in whole:
                 whole[part] = nn.Parameter(getattr(module, name).cpu(), requires_grad=False)
+            module._parameters[name] = whole[part]
         if parts:
-            unparametrize(module, {name: whole[part] for name, part in parts.items()})
+            read_plainly(module)
 
 
-def check_parametrizations(module: nn.Module, name: str) -> None:
-    """ValueError where a module has others than `Parts`: `unparametrize` would take them, too."""
-    for others in getattr(module, "parametrizations", {}).values():
-        if not all(isinstance(other, Parts) for other in others):
-            raise ValueError(f"the module of {name} has a parametrization; remove that first")
+# ------------------------------------------------------------------ how a weight reads
 
 
-def unparametrize(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    """A module without parametrizations, with these parameters in their places.
+def read_as(module: nn.Module, name: str, answer) -> None:
+    """From now on `module.name` is answer(parameter). The parameter stays in its place.
 
-    torch's own way takes the property from the class, and so from deep copies of the module, too.
+    torch.nn.utils.parametrize does this, too, but moves the parameter to another name, and takes
+    several times as long for each read.
     """
-    del module.parametrizations
-    module.__class__ = type(module).__bases__[0]
-    for name, parameter in parameters.items():
-        module.register_parameter(name, parameter)
+    vars(module).setdefault("answers", {})[name] = answer
+
+    def read(module):
+        try:
+            return module.answers[name](module._parameters[name])
+        except AttributeError as error:  # nn.Module would answer with the parameter
+            raise RuntimeError(f"{name}: {error}") from error
+
+    kind = type(module)
+    inside = {name: property(read), "reads": True, "__module__": kind.__module__}
+    module.__class__ = type(kind.__name__, (kind,), inside)
+
+
+def answers(module: nn.Module) -> dict:
+    """{name: answer} of the module's parameters that do not read as they are."""
+    return vars(module).get("answers", {})
+
+
+def read_plainly(module: nn.Module) -> None:
+    """Undo `read_as`, for all names."""
+    while "reads" in vars(type(module)):
+        module.__class__ = type(module).__bases__[0]
+    del module.answers
 
 
 # ------------------------------------------------------------------ k-means, [Q]'s quantiser

@@ -18,13 +18,13 @@ One step, from the loop down:
         Patch.refresh             thresholds again, where --refresh-every asks for it
         measure_step              the minibatch, by tasks.minibatch, and the seed
             losses                l⁺ and l⁻: Patch.losses opens a probe with a = +ε, then with −ε
-                tasks.loss        a forward pass. For each weight it asks MaskedWeight.forward
+                tasks.loss        a forward pass. For each weight it asks a MaskedWeight
                     zo.apply      θ + a m⊙z: Threefry's words, z of them, the rule's m, the sum
         Patch.update              zo.apply in place, with a = −η · proj_grad, if that is finite
         evaluated                 validation and active density, every --eval-every steps
         StepLog.append            the line in steps.csv; now the step is done
 
-[Q]'s layers ask quant.Parts.forward instead. zo.apply runs when a probe opens, on all k values.
+[Q]'s layers ask quant.Parts instead. zo.apply runs when a probe opens, on all k values.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues

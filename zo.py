@@ -181,8 +181,7 @@ def word(number: int) -> Tensor:
     """The low 32 bits of a number, as a 0-dim int32 tensor.
 
     It is on the CPU, also where θ is on a GPU. The kernel gets it as an argument. Made on the GPU
-    it would cost a launch, and every read of it a load. It is a new one each time: where two
-    arguments are the same tensor, the compiler makes a loop for that case.
+    it would cost a launch, and every read of it a load.
     """
     low = (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
     return torch.full((), low, dtype=torch.int32, device="cpu")
@@ -195,7 +194,7 @@ def keys(seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Shift(NamedTuple):
-    """a and the two words of z's seed. As Python numbers each would get a loop of its own."""
+    """a and the two words of z's seed. Python numbers would become part of a compiled loop."""
 
     a: Tensor  # 0-dim fp32
     key0: Tensor  # 0-dim int32: the run's seed
@@ -241,16 +240,13 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
 
     `outs` and `thetas` are pairs. The second of a pair begins `half` elements after the first.
     They are flat, or on a GPU rows of `ROW` elements.
-    `start` and `half` are 32-bit words: with Python's integers Triton would compute in 64 bits.
     """
-    if thetas[0].ndim == 2 and thetas[0].shape[1] == ROW:
-        pass  # asked, the compiler makes a loop for rows of this very length
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device)
     draw = draw.view(thetas[0].shape) + start
     words = threefry(draw, stream, shift.key0, shift.key1)
     for i, z in enumerate(normal_pair(*words)):
         theta, out, element = thetas[i], outs[i], draw + i * half
-        n = len(theta)  # the second half of an odd number is one shorter
+        n = theta.shape[0]  # the second half of an odd number is one shorter
         m = mask(theta, element[:n], state)
         value = shifted(theta, shift.a, m, z[:n])
         if stochastic and out.dtype.itemsize < 4:  # 32 bits are rounded to nearest
@@ -258,10 +254,46 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
         out.copy_(value)  # rounds to nearest
 
 
+# draws at a time without a compiler: some 10 temporaries of that size, and 200 launches on a GPU
+CHUNK, GPU_CHUNK = 1 << 16, 1 << 22
+ROW = 16  # of rows of a known length Triton reads and writes 16 bytes at once
+
+
+class Halves:
+    """A contiguous tensor as `apply` takes it: views of it, flat and in halves.
+
+    To make them takes longer than the loop over a small tensor, so they are made once.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.flat = flat = tensor.detach().view(-1)
+        n = flat.numel()
+        assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
+        self.start = (n + 1) // 2  # of the second half
+        self.start_word = word(self.start)
+        rows = flat.is_cuda and n % (2 * ROW) == 0
+        halves = flat[: n // 2], flat[self.start :]  # without the middle of an odd number
+        self.pair = [half.view(-1, ROW) if rows else half for half in halves]
+        self.kind = flat.dtype, flat.device, rows
+
+
 @functools.cache
-def _compiled():
-    """`_apply` as one fused loop. It is made at first use, as importing the compiler takes time."""
-    torch._dynamo.config.recompile_limit = 256  # a loop for each rule and dtype; by default 8
+def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
+    """`_apply` as one compiled loop, for the halves of all tensors of a kind, whatever their size.
+
+    `kind`: that of `Halves`. `state`: (dtype, device, shape), where 2 is any size above 1. The loop
+    is made at first use, which takes seconds. torch.compile would make the same one, but it asks at
+    every call whether the loop fits, which takes longer than the loop over a small tensor.
+    """
+    import torch._inductor  # takes time, and only this needs it
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def loop(a, key0, key1, half, stream, state, *halves):
+        assert not rows or halves[0].shape[1] == ROW  # asked, the compiler makes it a constant
+        shift = Shift(a, key0, key1)
+        _apply(halves[-2:], halves[:2], 0, half, shift, stream, mask, state, stochastic)
+        return ()
+
     # torch 2.13 keeps compiled loops on disk and forgets for which vectors: a loop for AVX-512 that
     # is taken up by an AVX2 process leaves half of the elements out, without an error
     vectors = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
@@ -269,52 +301,48 @@ def _compiled():
         "triton.autotune_pointwise": False,  # its trials would copy what is written
         "assume_aligned_inputs": True,  # those that are not are copied for the call
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
-        "cpp.dynamic_threads": True,  # a kernel first compiled for a small tensor is not serial
+        "cpp.dynamic_threads": True,  # as many as there are at the call
         # the compiler traces an expression anew wherever it is read, unless it has so many
         # operations; by default 30, which takes four times as long
         "realize_opcount_threshold": 16,
         "max_fusion_size": 1000,  # by default 64, which would split R-MeZO's loop
         "cpp.simdlen": vectors,
     }
-    return torch.compile(_apply, dynamic=True, fullgraph=True, options=options)
+
+    # examples: the compiler takes sizes for equal where they are so here, and keeps 0 and 1
+    dtype, device, shape = state
+    sizes = [size if size < 2 else 100 + i for i, size in enumerate(shape)]
+    example = [*Shift.of(0.0, 0), word(0), word(0), torch.empty(sizes, dtype=dtype, device=device)]
+    dtype, device, rows = kind
+    for _ in range(2 if in_place else 4):
+        sizes = (1 << 16, ROW) if rows else (1 << 20,)
+        example.append(torch.empty(sizes, dtype=dtype, device=device))
+    graph = make_fx(loop, tracing_mode="symbolic")(*example).graph
+    inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    return torch._inductor.compile(torch.fx.GraphModule({}, graph), inputs, options)
 
 
-@functools.lru_cache(1024)
-def _place(start: int, half: int) -> tuple[Tensor, Tensor]:
-    """Both as words. They are kept, as a compiled loop checks a tensor longer that is new to it."""
-    return word(start), word(half)
-
-
-# draws at a time without a compiler: some 10 temporaries of that size, and 200 launches on a GPU
-CHUNK, GPU_CHUNK = 1 << 16, 1 << 22
-ROW = 16  # of rows of a known length Triton reads and writes 16 bytes at once
-
-
-@torch.no_grad()
 def apply(
-    theta: Tensor, shift: Shift, stream: Tensor, mask, state: Tensor, *,
-    out: Tensor | None = None, stochastic: bool = False, fused: bool = False,
-) -> Tensor:  # fmt: skip
-    """θ + a·m⊙z of a whole contiguous tensor, in its dtype: `out`, which may be θ, or a new tensor.
+    theta: Halves, shift: Shift, stream: Tensor, mask, state: Tensor, *,
+    out: Halves | None = None, stochastic: bool = False, fused: bool = False,
+) -> None:  # fmt: skip
+    """out ← θ + a·m⊙z, or without `out` in place, θ ← θ + a·m⊙z.
 
-    `stream`: `word(number)`. `mask(theta, element, state)`: a rule of masks.py.
+    `out`: of θ's size and dtype. `stream`: `word(number)`. `mask(theta, element, state)`: that of a
+    rule of masks.py.
     `fused`: one compiled loop, as fast as memory allows. Otherwise the same lines run in chunks,
     ten times slower. The two agree to the last bit or two of z.
     """
-    result = torch.empty_like(theta) if out is None else out
-    flat, into = (t.detach().view(-1).data for t in (theta, result))
-    n, half = flat.numel(), (flat.numel() + 1) // 2
-    in_place = into.data_ptr() == flat.data_ptr()
-    assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
-    chunk = GPU_CHUNK if flat.is_cuda else CHUNK
-    step = max(1, n // 2) if fused else chunk
-    for start in range(0, half, step):
-        ends = [(start, min(start + step, half)), (half + start, min(half + start + step, n))]
-        shape = (-1, ROW) if flat.is_cuda and n % (2 * ROW) == 0 else (-1,)
-        thetas = [flat[a:b].view(shape).data for a, b in ends]
-        # in place the very same objects: of two that overlap the compiler makes a base, or fails
-        outs = thetas if in_place else [into[a:b].view(shape).data for a, b in ends]
-        # of an odd number the element in the middle has no partner, and no loop of its own
-        kernel = _compiled() if fused and thetas[0].shape == thetas[1].shape else _apply
-        kernel(outs, thetas, *_place(start, half), shift, stream, mask, state, stochastic)
-    return result
+    out = theta if out is None else out
+    n, half = theta.flat.numel(), theta.start
+    assert out.kind == theta.kind and out.flat.numel() == n, "out is not of θ's kind and size"
+    if fused and n > 1:
+        kind = state.dtype, state.device, tuple(min(size, 2) for size in state.shape)
+        loop = _fused(mask, stochastic, out is theta, theta.kind, kind)
+        outs = () if out is theta else out.pair
+        loop(*shift, theta.start_word, stream, state, *theta.pair, *outs)
+    chunk = GPU_CHUNK if theta.flat.is_cuda else CHUNK
+    for start in range(n // 2 if fused else 0, half, chunk):  # fused: the middle of an odd number
+        ends = [(start, min(start + chunk, half)), (half + start, min(half + start + chunk, n))]
+        outs, thetas = ([whole.flat[a:b] for a, b in ends] for whole in (out, theta))
+        _apply(outs, thetas, start, half, shift, stream, mask, state, stochastic)

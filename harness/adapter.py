@@ -17,7 +17,6 @@ import warnings
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 import masks
 import quant
@@ -59,8 +58,7 @@ def attach(model, config):
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
             layers = [module for module in model.modules() if hasattr(module, "lora_A")]
             for layer in layers if config.method == "s-mezo" else ():  # m on the product A B
-                m = MaskedProduct(layer, config.density)
-                parametrize.register_parametrization(layer.base_layer, "weight", m, unsafe=True)
+                quant.read_as(layer.base_layer, "weight", MaskedProduct(layer, config.density))
                 layer.merged_adapters.append("default")  # so peft adds nothing itself
             return model.eval()
         tokens = torch.randint(model.get_input_embeddings().num_embeddings, (1, TOKENS))
@@ -74,16 +72,15 @@ def attach(model, config):
     return model
 
 
-class MaskedProduct(nn.Module):
+class MaskedProduct:
     """θ_0 + m ⊙ (α/r B A): what a layer with S-MeZO's LoRA gets when it asks for its weight."""
 
     def __init__(self, layer, density: float):
-        super().__init__()
-        self.layer = (layer,)  # in a tuple: the layer has the weight, not the weight the layer
+        self.layer = layer
         self.h = masks.threshold(layer.base_layer.weight, density)
 
-    def forward(self, theta):
-        product = self.layer[0].get_delta_weight("default")  # of A and B as a probe has them read
+    def __call__(self, theta):
+        product = self.layer.get_delta_weight("default")  # of A and B as a probe has them read
         return zo.shifted(theta, 1, masks.get_mask(theta, self.h), product).to(theta.dtype)
 
 
@@ -92,7 +89,8 @@ def merged(model):
 
     Other models are returned as they are.
     """
-    held = [module for module in model.modules() if hasattr(module, "parametrizations")]
+    held = [module for module in model.modules() if quant.answers(module)]
     for module in held:
-        quant.unparametrize(module, {"weight": nn.Parameter(module.weight.detach(), False)})
+        module._parameters["weight"] = nn.Parameter(module.weight.detach(), False)
+        quant.read_plainly(module)
     return model.unload() if held else model

@@ -285,13 +285,15 @@ def compiles(setting: str, patch) -> bool:
     if setting == "no" or setting == "auto" and patch.device.type == "cpu" and sum(sizes) < 10e6:
         return False
     weight, nowhere = patch.weights[sizes.index(max(sizes))], zo.Shift.of(0.0, 0)
+    out = zo.Halves(torch.empty_like(weight.theta))
+    where = weight.halves, nowhere, weight.word, patch.rule.mask, weight.state
     try:
-        zo.apply(weight.theta, nowhere, weight.word, patch.rule.mask, weight.state, fused=True)
+        zo.apply(*where, out=out, fused=True)
         return True
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no C++ compiler, no Triton: whatever the backend raises
-        print(f"  torch.compile fails, so noise is ten times slower: {first_line(error)[:200]}")
+        print(f"  no compiled loop, so noise is ten times slower: {first_line(error)[:200]}")
         return False
 
 

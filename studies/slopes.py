@@ -32,7 +32,7 @@ def slope(patch: Patch, gradients: dict, seed: int) -> float:
     for weight in patch.weights:
         z = torch.zeros_like(weight.theta, dtype=torch.float32)  # 0 + 1·z: zo.gaussian's, but fast
         every, state = masks.Everything.mask, z.new_empty(0)
-        zo.apply(z, shift, weight.word, every, state, out=z, fused=patch.fused)
+        zo.apply(zo.Halves(z), shift, weight.word, every, state, fused=patch.fused)
         total += float((gradients[weight.name] * weight.mask() * z).sum(dtype=torch.float64))
     return total
 

@@ -216,7 +216,7 @@ class Trial:
         zo.perturb_parameters([p.detach() for p in down.parameters()], -EPS, SEED, moving)
         patch = Patch(model, masks.SmallWeights(0.25), eps=EPS, rounding="nearest")
         plus, minus = patch.losses(batch(model), loss_of, SEED)
-        held = [w.held[0] for w in patch.weights]
+        held = [w.parameter for w in patch.weights]
         expect(all(map(torch.equal, held, theta)), "a probe wrote to the weights")
         want = zo.sparse_mezo_step(
             theta, lambda: self.loss(literal), lambda _: moving, lr=LR, eps=EPS, seed=SEED

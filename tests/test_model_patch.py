@@ -78,7 +78,7 @@ def compare(model, rule, inputs, **how):
     minus_model = moved(literal, get_masks, -EPS)
     patch = Patch(model, rule, eps=EPS, rounding="nearest", **how)
     plus, minus = patch.losses(inputs, loss_of, SEED)
-    assert all(torch.equal(w.held[0], before[w.name]) for w in patch.weights), "a probe wrote to θ"
+    assert all(torch.equal(w.theta, before[w.name]) for w in patch.weights), "a probe wrote to θ"
     assert minus == loss_of(minus_model, inputs)  # it is θ − ε ẑ, rounded once
     old = copy.deepcopy(literal)
     want_plus, want_minus, grad = zo.sparse_mezo_step(
@@ -381,8 +381,8 @@ def test_no_read_ever_overwrites_what_somebody_holds(data):
     model = nn.ModuleList(layers).eval()
     patch = Patch(model, masks.Everything())
     names = [(layer, n) for layer in layers for n in ("weight", "bias")] + [(layers[1], "tied")]
-    streams = {id(w.held[0]): (w.held[0].detach(), w.stream) for w in patch.weights}
-    originals = [streams[id(layer.parametrizations[n].original)] for layer, n in names]
+    streams = {id(w.parameter): (w.parameter.detach(), w.stream) for w in patch.weights}
+    originals = [streams[id(layer._parameters[n])] for layer, n in names]
     held = []
     for a in data.draw(st.lists(st.sampled_from([EPS, -EPS]), min_size=1, max_size=3)):
         with patch.probe(SEED, a), torch.no_grad():
@@ -402,9 +402,9 @@ def test_no_read_ever_overwrites_what_somebody_holds(data):
 def test_a_probe_draws_every_weight_once(monkeypatch):
     """Also a tied one, whose layers are the model's first and its last."""
     patch, drawn = Patch(build("llama-tied"), SMALL), []
-    plus = MaskedWeight.plus
+    add = MaskedWeight.add
     monkeypatch.setattr(
-        MaskedWeight, "plus", lambda self, *a, **k: drawn.append(self.name) or plus(self, *a, **k)
+        MaskedWeight, "add", lambda self, *a, **k: drawn.append(self.name) or add(self, *a, **k)
     )
     patch.losses(batch(), loss_of, SEED)
     assert sorted(drawn) == sorted([w.name for w in patch.weights] * 2)
@@ -419,7 +419,7 @@ def test_copies_do_not_pile_up(name):
     patch = Patch(model, masks.Everything())
 
     def count(*_):
-        sizes.append(sum(buffer.numel() for buffer, _ in patch.buffers))
+        sizes.append(sum(buffer.memory.numel() for buffer in patch.buffers))
 
     for module in model.modules():
         module.register_forward_hook(count)
@@ -517,18 +517,32 @@ def test_the_modes_and_models_that_cannot_be_patched_are_refused():
         Patch(split, sparse, select="up_proj")
 
 
-def test_a_module_with_a_parametrization_of_its_own_is_refused():
-    """`remove` and `join` would take that with theirs, and its weights; nothing is changed."""
+def test_a_module_with_a_parametrization_of_its_own_keeps_it():
+    """A probe reads what that makes of the perturbed tensors, and `remove` leaves it in place."""
     model = build("llama")
-    nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj, "weight")
-    model.model.layers[1].mlp.up_proj.bias = nn.Parameter(torch.zeros(48))
-    name, before = "model.layers.1.mlp.up_proj.bias", bits(model.eval())
-    with pytest.raises(ValueError, match=f"the module of {name} has a parametrization"):
-        Patch(model, masks.Everything())
-    with pytest.raises(ValueError, match=f"the module of {name} has a parametrization"):
-        quant.DenseSparse({name: torch.tensor([1])}).split(model, name)
-    assert same(bits(model), before)
-    Patch(model, masks.Everything(), select="down_proj").losses(batch(), loss_of, SEED)
+    layer = model.model.layers[1].mlp.up_proj
+    layer.bias = nn.Parameter(torch.zeros(48))
+    nn.utils.parametrizations.weight_norm(layer, "weight")
+    literal, before = copy.deepcopy(model.eval()), bits(model)
+    theta = [p.detach() for p in literal.parameters()]
+    zo.perturb_parameters(theta, EPS, SEED, [torch.ones_like(t, dtype=torch.bool) for t in theta])
+    patch = Patch(model, masks.Everything(), eps=EPS)
+    assert patch.losses(batch(), loss_of, SEED)[0] == loss_of(literal, batch())
+    patch.remove()
+    assert same(bits(model), before) and nn.utils.parametrize.is_parametrized(layer, "weight")
+
+
+def test_an_error_of_a_rule_is_not_hidden():
+    """Not even an AttributeError, after which nn.Module would look for the parameter itself."""
+
+    class Typo(masks.Everything):
+        @staticmethod
+        def mask(theta, element, state):
+            return theta.abss() < 1
+
+    patch = Patch(build("llama"), Typo())
+    with pytest.raises(RuntimeError, match="weight: 'Tensor' object has no attribute 'abss'"):
+        patch.losses(batch(), loss_of, SEED)
 
 
 def test_weights_that_cannot_move_are_refused_by_name():
@@ -589,7 +603,7 @@ def test_a_constant_mask_stays_or_is_taken_again_by_the_same_threshold():
     for kind, every in itertools.product((masks.ConstantMask, masks.PackedMask), (0, 4)):
         patch = Patch(build("llama"), kind(0.3, refresh_every=every))
         weight = patch.weights[0]
-        before, theta = weight.mask(), weight.held[0].data
+        before, theta = weight.mask(), weight.parameter.data
         h = masks.threshold(theta, 0.3)
         theta.copy_(torch.randn_like(theta))
         patch.refresh(3)
@@ -617,7 +631,7 @@ def test_the_threshold_stays_or_is_refreshed():
     refreshed = Patch(build("llama"), masks.SmallWeights(0.3, refresh_every=4))
     for patch in (fixed, refreshed):
         for weight in patch.weights:
-            weight.held[0].data.mul_(2)
+            weight.parameter.data.mul_(2)
         for step in range(4):
             patch.refresh(step)
         assert patch.active_density() < 0.2
@@ -689,7 +703,7 @@ def test_on_a_gpu_fused_equals_eager(rule, dtype, rounding):
         before = bits(model)
         patch = Patch(model, RULES[rule], eps=EPS, rounding=rounding, fused=fused)
         losses.append(torch.stack(patch.losses(inputs, loss_of, SEED)))
-        assert all(torch.equal(w.held[0], before[w.name]) for w in patch.weights)
+        assert all(torch.equal(w.parameter, before[w.name]) for w in patch.weights)
         patch.update(SEED, 0.01)
         patch.remove()
     unit = 4 * torch.finfo(dtype).eps

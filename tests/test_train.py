@@ -87,7 +87,7 @@ def steps_of(directory):
 
 def moving(model):
     """The weights of a model: of a split one its values, else all."""
-    parts = [m for m in model.modules() if isinstance(m, quant.Parts)]
+    parts = [part for module in model.modules() for part in quant.answers(module).values()]
     return [parts[0].sparse.values] if parts else [p.detach() for p in model.parameters()]
 
 
@@ -870,15 +870,15 @@ def test_without_a_compiler_a_run_goes_on(monkeypatch, capsys):
     assert not loading.compiles("auto", patch) and not loading.compiles("no", patch)
 
     def fail(error):
-        def compiled():
+        def compiled(*_):
             raise error
 
-        monkeypatch.setattr(zo, "_compiled", compiled)
+        monkeypatch.setattr(zo, "_fused", compiled)
 
     fail(RuntimeError("no C++ compiler\nand more"))
     assert loading.compiles("yes", patch) is False
     (line,) = capsys.readouterr().out.splitlines()
-    assert "torch.compile fails" in line and line.endswith("no C++ compiler")
+    assert "no compiled loop" in line and line.endswith("no C++ compiler")
     fail(torch.OutOfMemoryError("out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         loading.compiles("yes", patch)

@@ -1,6 +1,5 @@
 """zo.py: noise against published answers, Algorithms 1 and 2 written out, the loop against both."""
 
-import functools
 import math
 
 import pytest
@@ -250,9 +249,13 @@ def small_thirds(theta, element, state):
     return (theta.abs() <= state) & (element % 3 > 0)
 
 
-def move(theta, a=1.0, seed=LAST, mask=small_thirds, **how):
+def move(theta, a=1.0, seed=LAST, mask=small_thirds, *, out=None, **how):
+    """`out`, which may be θ, or a new tensor."""
     h, stream = torch.tensor(0.5, dtype=theta.dtype), zo.word(zo.MASK_STREAM - 1)
-    return zo.apply(theta, zo.Shift.of(a, seed), stream, mask, h, **how)
+    out = torch.empty_like(theta) if out is None else out
+    into = None if out is theta else zo.Halves(out)
+    zo.apply(zo.Halves(theta), zo.Shift.of(a, seed), stream, mask, h, out=into, **how)
+    return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
@@ -264,8 +267,15 @@ def test_the_eager_loop_is_the_primitive_in_chunks(n, dtype):
     mask = small_thirds(theta, torch.arange(n), 0.5)
     want = zo.shifted(theta, -0.25, mask, z).to(dtype)
     assert torch.equal(move(theta, -0.25), want) and torch.equal(theta, before)
-    assert move(theta, -0.25, out=other) is other and torch.equal(other, want)
-    assert move(theta, -0.25, out=theta) is theta and torch.equal(theta, want)
+    assert torch.equal(move(theta, -0.25, out=other), want)
+    assert torch.equal(move(theta, -0.25, out=theta), want)
+
+
+@pytest.mark.parametrize("other", [torch.empty(8, dtype=torch.bfloat16), torch.empty(9)])
+def test_the_result_has_the_dtype_and_size_of_the_tensor(other):
+    """Where `out` is of another kind, a compiled loop would write where it must not."""
+    with pytest.raises(AssertionError, match="not of θ's kind"):
+        move(weight(8), out=other, fused=True)
 
 
 def test_a_tensor_with_more_elements_than_the_noise_is_refused():
@@ -278,22 +288,21 @@ def test_a_tensor_on_another_device_takes_its_numbers_from_the_cpu():
     """θ, h and z may be on any device, while seed, stream and a are 0-dim tensors on the CPU."""
     theta = torch.empty(33, device="meta", dtype=torch.bfloat16)
     shift, h = zo.Shift.of(1.0, LAST), theta[0]
-    moved = zo.apply(theta, shift, zo.word(1), masks.SmallWeights.mask, h, stochastic=True)
-    assert moved.is_meta and zo.gaussian(LAST, 1, (33,), device="meta").is_meta
+    halves = zo.Halves(theta)
+    zo.apply(halves, shift, zo.word(1), masks.SmallWeights.mask, h, stochastic=True)
+    assert zo.gaussian(LAST, 1, (33,), device="meta").is_meta
     with torch.device("meta"):  # nor does torch's default device matter
-        numbers = *shift, *zo.Shift.of(1.0, LAST), zo.word(1), *zo._place(7, 8)
+        numbers = *shift, *zo.Shift.of(1.0, LAST), zo.word(1), zo.Halves(theta).start_word
     assert not any(number.device.type != "cpu" or number.dim() for number in numbers)
 
 
 def test_the_fused_loop_is_one_on_all_threads():
     """The longest, R-MeZO's, stores nothing between; a tiny tensor's is parallel for large ones."""
     theta, rule = weight(64, torch.bfloat16), masks.RandomMask(0.5)
-    torch.compiler.reset()
+    where = zo.Halves(theta), zo.Shift.of(1.0, LAST), zo.word(1), rule.mask, rule.prepare(theta, 1)
+    zo._fused.cache_clear()
     with torch._inductor.config.patch(force_disable_caches=True):
-        _, (code,) = run_and_get_code(
-            zo.apply, theta, zo.Shift.of(1.0, LAST), zo.word(1), rule.mask, rule.prepare(theta, 1),
-            out=theta, stochastic=True, fused=True,
-        )  # fmt: skip
+        _, (code,) = run_and_get_code(zo.apply, *where, stochastic=True, fused=True)
     assert code.count("#pragma omp parallel") == code.count("#pragma omp for") == 1
     assert "= empty_strided_cpu(" not in code
 
@@ -326,23 +335,20 @@ def test_rows_give_the_bits_of_the_flat_tensor(make, dtype):
     for shape in ((n // 2,), (n // 2 // zo.ROW, zo.ROW)):
         halves = [half.view(shape) for half in theta.split(n // 2)]
         outs = [torch.empty_like(half) for half in halves]
-        words = zo.word(0), zo.word(n // 2)
-        zo._apply(outs, halves, *words, shift, zo.word(3), rule.mask, state, True)
+        zo._apply(outs, halves, 0, n // 2, shift, zo.word(3), rule.mask, state, True)
         found.append(torch.cat([out.view(-1) for out in outs]))
     assert torch.equal(*found) and not torch.equal(found[0], theta)
-    assert torch.equal(found[0], zo.apply(theta, shift, zo.word(3), rule.mask, state,
-                                          stochastic=True))  # fmt: skip
+    zo.apply(zo.Halves(theta), shift, zo.word(3), rule.mask, state, stochastic=True)
+    assert torch.equal(found[0], theta)
 
 
 def test_one_fused_loop_serves_every_step_and_tensor():
     """Seed, stream, size and a are arguments: no values of theirs, equal or not, have a loop."""
-    loops, state = torch._dynamo.utils.counters["stats"], torch.tensor(0.5)
-    apply = functools.partial(zo.apply, mask=small_thirds, state=state, fused=True)
-    apply(weight(128), zo.Shift.of(1.0, 5), zo.word(7))
-    before = loops["unique_graphs"]
-    for n, stream, step in ((64, 0, 0), (64, 32, 32), (96, 3, 0), (128, 0, 64)):
-        apply(weight(n), zo.Shift.of(-0.5, zo.step_seed(0, step)), zo.word(stream))
-    assert loops["unique_graphs"] == before
+    move(weight(128), fused=True)
+    before = zo._fused.cache_info().currsize
+    for n, seed in ((2, 0), (3, 0), (64, zo.step_seed(0, 32)), (96, 5), (128, zo.step_seed(3, 3))):
+        move(weight(n), -0.5, seed, fused=True)
+    assert zo._fused.cache_info().currsize == before
 
 
 # ------------------------------------------------------------------ stochastic rounding

@@ -148,7 +148,7 @@ def other_weights(rank):
     def open_patch(*arguments):
         patch = original(*arguments)
         if rank == 1:
-            patch.weights[-1].held[0].data.view(-1)[-1] += 1e-3
+            patch.weights[-1].parameter.data.view(-1)[-1] += 1e-3
         return patch
 
     train.open_patch = open_patch
