@@ -222,8 +222,9 @@ class Trial:
             theta, lambda: self.loss(literal), lambda _: moving, lr=LR, eps=EPS, seed=SEED
         )
         expect(plus.isfinite() and plus != minus, f"the losses are {plus} and {minus}")
-        expect(plus.item() == want[0], f"l+ is {plus.item()}, literally {want[0]}")
-        expect(minus == self.loss(down), f"l- is {minus.item()}, literally {self.loss(down)}")
+        down = self.loss(down)  # two architectures round otherwise on a CPU without AVX-512
+        expect(near(plus, want[0], 2e-7), f"l+ is {plus.item()}, literally {want[0]}")
+        expect(near(minus, down, 2e-7), f"l- is {minus.item()}, literally {down.item()}")
         patch.update(SEED, -LR * want[2])
         patch.remove()
         for (name, p), q in zip(model.named_parameters(), theta, strict=True):
