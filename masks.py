@@ -130,7 +130,8 @@ class Rule:
 
         `theta` (n,) has their values, `state` is what `prepare` or `refresh` returned. On a GPU
         both may be (n / 16, 16). The method is static, so one compiled loop serves every tensor
-        and every run. The loop is made once, so a number that changes belongs into the state.
+        and every run. The loop is made once. So a number that changes belongs in the state, and the
+        method may compute with a size, but not ask for one.
         """
         raise NotImplementedError
 

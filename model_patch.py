@@ -53,7 +53,7 @@ class MaskedWeight:
         self.layer = name.rpartition(".")[0]  # its owner; of a tied weight, the first
         self.uses = 0  # of a tied weight, more than one
         self.parameter = theta
-        self.views = zo.Halves(theta)
+        self.views, self.place = zo.Halves(theta), place(theta)
         self.word = zo.word(stream)
         self.was_read = False
         self.state = patch.rule.prepare(self.theta, stream)  # such as [S]'s threshold h
@@ -65,9 +65,9 @@ class MaskedWeight:
 
     @property
     def halves(self) -> zo.Halves:
-        """θ for zo.apply."""
-        if self.views.flat.data_ptr() != self.parameter.data_ptr():  # it was moved, or copied
-            self.views = zo.Halves(self.parameter)
+        """Views of θ for zo.apply, made anew where θ is elsewhere now."""
+        if self.place != place(self.parameter):  # the model was moved, or copied
+            self.views, self.place = zo.Halves(self.parameter), place(self.parameter)
         return self.views
 
     def mask(self) -> Tensor:
@@ -81,6 +81,7 @@ class MaskedWeight:
 
     def __call__(self, theta: Tensor) -> Tensor:
         """What a layer gets when it asks for its weight."""
+        assert theta is self.parameter, f"{self.name} was replaced after patching; patch anew"
         patch = self.patch
         if patch.shift is None:
             return theta
@@ -96,7 +97,7 @@ class MaskedWeight:
         """θ + a m(θ)⊙z of the open probe."""
         scratch = self.patch.scratch(self.halves)
         self.add(self.patch.shift, out=scratch)
-        return scratch.flat.view(self.parameter.shape)  # a new view, as `holders` counts views
+        return scratch.flat.view(self.parameter.shape)  # a new one, so that `is_free` sees it kept
 
     def add(self, shift: zo.Shift, out: zo.Halves | None = None, stochastic: bool = False) -> None:
         """out ← θ + a m(θ)⊙z, or θ ← θ + a m(θ)⊙z."""
@@ -171,6 +172,8 @@ class Patch:
                 continue  # the streams of the others stay theirs
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            quant.check_answers(owner, name, MaskedWeight)
             p.data = p.data.contiguous()
             try:
                 found[p] = MaskedWeight(self, name, p, stream)
@@ -191,14 +194,12 @@ class Patch:
 
         Fresh memory costs page faults, as much time as the noise.
         """
-        n = like.flat.numel()
         for buffer in self.buffers:
-            if buffer.memory.dtype == like.flat.dtype and buffer.memory.numel() >= n:
-                if buffer.is_free():
-                    return buffer.first(n)
-        self.buffers = [buffer for buffer in self.buffers if not buffer.is_free()]  # these fit not
-        self.buffers.append(Scratch(like.flat))
-        return self.buffers[-1].first(n)
+            if buffer.fits(like.flat) and buffer.is_free():
+                return buffer.first(like.flat.numel())
+        held = [buffer for buffer in self.buffers if not buffer.is_free()]  # free ones do not fit
+        self.buffers = [*held, Scratch(like.flat)]
+        return self.buffers[-1].first(like.flat.numel())
 
     # ------------------------------------------------------------------ probes
 
@@ -301,13 +302,18 @@ class Scratch:
     """Memory for perturbed copies, and what zo.apply needs to write to its first n elements."""
 
     def __init__(self, like: Tensor):
-        self.memory = torch.empty_like(like)
+        with torch.inference_mode(False):  # or only another inference mode could write to it
+            self.memory = torch.empty_like(like)
         self.storage = self.memory.untyped_storage()
         self.halves: dict[int, zo.Halves] = {}
         self.alone = self.holders()
 
+    def fits(self, like: Tensor) -> bool:
+        same = self.memory.dtype == like.dtype and self.memory.device == like.device
+        return same and self.memory.numel() >= like.numel()
+
     def first(self, n: int) -> zo.Halves:
-        """Its first n elements. Call it where `is_free`."""
+        """Its first n elements. Call it only while it is free, as it counts anew."""
         if n not in self.halves:
             self.halves[n] = zo.Halves(self.memory[:n])
             self.alone = self.holders()
@@ -317,6 +323,14 @@ class Scratch:
         """Whether nobody holds a copy, or a view of one."""
         return self.holders() == self.alone
 
+    def __deepcopy__(self, memo):
+        return Scratch(self.memory)  # with counts of its own
+
     def holders(self) -> int:
         """How many tensors use the memory, those here included."""
         return torch._C._storage_Use_Count(self.storage._cdata)
+
+
+def place(tensor: Tensor) -> tuple:
+    """Where its elements are."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()

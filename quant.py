@@ -114,7 +114,7 @@ class DenseSparse:
     `index`: {parameter name: flat positions, (k,) int, sorted}. `values` has the places of the
     matrices one after the other, in the order of their names. bits: 4; or 16, which leaves the
     dense part in the dtype that it was loaded in. `codebooks`: what `fit_codebooks` gave; None:
-    NF4.
+    NF4. Save the model after `join`: before, its parameters are not what its layers read.
     """
 
     def __init__(self, index: dict, bits: int = 4, device="cpu", codebooks: dict | None = None):
@@ -207,32 +207,41 @@ def join(model: nn.Module) -> None:
 def read_as(module: nn.Module, name: str, answer) -> None:
     """From now on `module.name` is answer(parameter). The parameter stays in its place.
 
-    torch.nn.utils.parametrize does this, too, but moves the parameter to another name, and takes
-    several times as long for each read.
+    The module keeps the answer in an attribute `_answers`, so a deep copy has its own.
+    torch.nn.utils.parametrize does the same, but moves the parameter to another name and takes
+    several times as long for each read. ValueError where other answers are there.
     """
-    vars(module).setdefault("answers", {})[name] = answer
+    check_answers(module, name, type(answer))
+    vars(module).setdefault("_answers", {})[name] = answer
 
     def read(module):
         try:
-            return module.answers[name](module._parameters[name])
-        except AttributeError as error:  # nn.Module would answer with the parameter
+            return module._answers[name](module._parameters[name])
+        except AttributeError as error:  # else nn.Module answers with the parameter
             raise RuntimeError(f"{name}: {error}") from error
 
     kind = type(module)
-    inside = {name: property(read), "reads": True, "__module__": kind.__module__}
+    inside = {name: property(read), "_reads": True, "__module__": kind.__module__}
     module.__class__ = type(kind.__name__, (kind,), inside)
 
 
 def answers(module: nn.Module) -> dict:
     """{name: answer} of the module's parameters that do not read as they are."""
-    return vars(module).get("answers", {})
+    return vars(module).get("_answers", {})
+
+
+def check_answers(module: nn.Module, name: str, kind: type) -> None:
+    """ValueError where one more of this kind would replace another, or be undone with it."""
+    there = answers(module)
+    if name in there or any(type(answer) is not kind for answer in there.values()):
+        raise ValueError(f"{name}: its module reads a weight as another already; undo that first")
 
 
 def read_plainly(module: nn.Module) -> None:
-    """Undo `read_as`, for all names."""
-    while "reads" in vars(type(module)):
+    """Undo `read_as`, for all names of the module."""
+    while "_reads" in vars(type(module)):
         module.__class__ = type(module).__bases__[0]
-    del module.answers
+    del module._answers
 
 
 # ------------------------------------------------------------------ k-means, [Q]'s quantiser

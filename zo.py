@@ -139,7 +139,7 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     two upper bits are the signs. Logarithm, cosine and sine are polynomials, to 2e-7: torch's
     own functions serve all arguments, and cost more. Each polynomial is the closest of its degree.
     """
-    unit = math.radians(90) * 2.0**-30  # Dynamo takes math.pi for an input, in fp64
+    unit = math.pi / 2 * 2.0**-30
     x = minus_two_log((word0 & 0x7FFFFFFF).float() * 2.0**-31 + 2.0**-32)  # of u in (0, 1]
     radius = x * x.rsqrt()  # √x: on a GPU one instruction, where √ rounded right takes a dozen
     angle = (word1 & 0x3FFFFFFF).float() * unit + unit / 2  # (0, π/2]
@@ -260,12 +260,13 @@ ROW = 16  # of rows of a known length Triton reads and writes 16 bytes at once
 
 
 class Halves:
-    """A contiguous tensor as `apply` takes it: views of it, flat and in halves.
+    """Views of a contiguous tensor for `apply`: flat, and its two halves.
 
-    To make them takes longer than the loop over a small tensor, so they are made once.
+    Making views takes longer than the loop over a small tensor, so they are kept.
     """
 
     def __init__(self, tensor: Tensor):
+        assert tensor.is_contiguous(), "its elements are not in order"
         self.flat = flat = tensor.detach().view(-1)
         n = flat.numel()
         assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
@@ -281,15 +282,18 @@ class Halves:
 def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
     """`_apply` as one compiled loop, for the halves of all tensors of a kind, whatever their size.
 
-    `kind`: that of `Halves`. `state`: (dtype, device, shape), where 2 is any size above 1. The loop
-    is made at first use, which takes seconds. torch.compile would make the same one, but it asks at
-    every call whether the loop fits, which takes longer than the loop over a small tensor.
+    `kind`: that of `Halves`. `state`: (dtype, device, shape), in which None is any size above 1.
+    The loop is made at first use, which takes seconds. torch.compile would make the same one, but
+    it asks at every call whether the loop fits. That takes longer than the loop over a small
+    tensor. Here nobody asks, so a mask that asks for a size cannot be compiled: ValueError.
     """
     import torch._inductor  # takes time, and only this needs it
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def loop(a, key0, key1, half, stream, state, *halves):
-        assert not rows or halves[0].shape[1] == ROW  # asked, the compiler makes it a constant
+        # the compiler makes constants of sizes that are asked for
+        assert not rows or halves[0].shape[1] == ROW
+        assert all(n in (None, size) for n, size in zip(shape, state.shape, strict=True))
         shift = Shift(a, key0, key1)
         _apply(halves[-2:], halves[:2], 0, half, shift, stream, mask, state, stochastic)
         return ()
@@ -301,7 +305,7 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
         "triton.autotune_pointwise": False,  # its trials would copy what is written
         "assume_aligned_inputs": True,  # those that are not are copied for the call
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
-        "cpp.dynamic_threads": True,  # as many as there are at the call
+        "cpp.dynamic_threads": True,  # as many threads as there are at the call
         # the compiler traces an expression anew wherever it is read, unless it has so many
         # operations; by default 30, which takes four times as long
         "realize_opcount_threshold": 16,
@@ -309,17 +313,21 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
         "cpp.simdlen": vectors,
     }
 
-    # examples: the compiler takes sizes for equal where they are so here, and keeps 0 and 1
+    # an example: sizes that are equal here the compiler takes for always equal
     dtype, device, shape = state
-    sizes = [size if size < 2 else 100 + i for i, size in enumerate(shape)]
+    sizes = [100 + i if n is None else n for i, n in enumerate(shape)]
     example = [*Shift.of(0.0, 0), word(0), word(0), torch.empty(sizes, dtype=dtype, device=device)]
     dtype, device, rows = kind
     for _ in range(2 if in_place else 4):
         sizes = (1 << 16, ROW) if rows else (1 << 20,)
         example.append(torch.empty(sizes, dtype=dtype, device=device))
-    graph = make_fx(loop, tracing_mode="symbolic")(*example).graph
-    inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
-    return torch._inductor.compile(torch.fx.GraphModule({}, graph), inputs, options)
+    traced = make_fx(loop, tracing_mode="symbolic")(*example)
+    sizes = traced.shape_env
+    if asked := {str(sizes.simplify(guard.expr)) for guard in sizes.guards} - {"True"}:
+        raise ValueError(f"a mask may compute with a size, but not ask for one: {min(asked)}")
+    inputs = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
+    whole = torch.fx.GraphModule(traced, traced.graph)  # without `shape_env`, it can be cached
+    return torch._inductor.compile(whole, inputs, options)
 
 
 def apply(
@@ -328,16 +336,19 @@ def apply(
 ) -> None:  # fmt: skip
     """out ← θ + a·m⊙z, or without `out` in place, θ ← θ + a·m⊙z.
 
-    `out`: of θ's size and dtype. `stream`: `word(number)`. `mask(theta, element, state)`: that of a
-    rule of masks.py.
-    `fused`: one compiled loop, as fast as memory allows. Otherwise the same lines run in chunks,
-    ten times slower. The two agree to the last bit or two of z.
+    `out`: of θ's size, dtype and device, without a common element. `stream`: `word(number)`.
+    `mask(theta, element, state)`: that of a rule of masks.py.
+    `fused`: one compiled loop, as fast as memory allows. Otherwise, and in fp64, the same lines run
+    in chunks, ten times slower. The two agree to the last bit or two of z.
     """
     out = theta if out is None else out
     n, half = theta.flat.numel(), theta.start
     assert out.kind == theta.kind and out.flat.numel() == n, "out is not of θ's kind and size"
-    if fused and n > 1:
-        kind = state.dtype, state.device, tuple(min(size, 2) for size in state.shape)
+    fused = fused and n > 1 and theta.flat.dtype != torch.float64
+    if fused:
+        few, state = state.numel() <= 4, state.contiguous()
+        shape = tuple(size if few or size < 2 else None for size in state.shape)
+        kind = state.dtype, state.device, shape
         loop = _fused(mask, stochastic, out is theta, theta.kind, kind)
         outs = () if out is theta else out.pair
         loop(*shift, theta.start_word, stream, state, *theta.pair, *outs)

@@ -141,7 +141,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "torch.searchsorted(ends, k)", "torch.searchsorted(ends, k + 1)",
      "test_masks::test_the_kth_smallest_is_that_of_the_sorted_values"),
     ("a compiled loop for every size", "zo",
-     "tuple(min(size, 2) for size in state.shape)", "tuple(state.shape)",
+     "size if few or size < 2 else None", "size",
      "test_masks::test_compiled_masks_are_the_rules_own[ConstantMask]"),
     # ------------------------------------------------------------ §3.3, a weight reads as θ + ε ẑ
     ("±ε in place, then restored", "model_patch",
@@ -182,7 +182,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "if set(tensors) not in (set(), fitted):", "if False:",
      "test_mask_command::test_a_file_that_is_no_mask_is_refused_in_one_line[extra]"),
     ("scratch handed out while somebody holds it", "model_patch",
-     "if buffer.is_free():", "if True:",
+     "if buffer.fits(like.flat) and buffer.is_free():", "if buffer.fits(like.flat):",
      "test_model_patch::test_weights_that_are_alive_at_once_share_no_memory", CURVE),
     ("a copy of the layer before kept for this one", "model_patch",
      "if self.layer != patch.reading:", "if False:",

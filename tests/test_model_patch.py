@@ -477,7 +477,10 @@ def test_a_copy_of_a_patched_model_is_a_model_of_its_own():
     model, inputs = build("llama-tied"), batch()
     plain = loss_of(model, inputs)
     patch = Patch(model, masks.Everything(), eps=EPS)
+    want = patch.losses(inputs, loss_of, SEED)
     copied, other = copy.deepcopy(model), copy.deepcopy(patch)
+    assert other.buffers and all(buffer.is_free() for buffer in other.buffers)
+    assert other.losses(inputs, loss_of, SEED) == want
     with patch.probe(SEED, 0.1):
         assert loss_of(copied, inputs) == plain != loss_of(model, inputs)
     patch.update(SEED, 0.1)
@@ -530,6 +533,30 @@ def test_a_module_with_a_parametrization_of_its_own_keeps_it():
     assert patch.losses(batch(), loss_of, SEED)[0] == loss_of(literal, batch())
     patch.remove()
     assert same(bits(model), before) and nn.utils.parametrize.is_parametrized(layer, "weight")
+
+
+def test_a_layer_that_reads_a_weight_in_another_way_is_not_patched():
+    """Neither way of reading may replace the other, nor be undone with it."""
+    model = build("llama")
+    layer, inputs = model.model.layers[1].mlp.up_proj, batch()
+    quant.read_as(layer, "weight", lambda theta: 2 * theta)
+    before = loss_of(model, inputs)
+    with pytest.raises(ValueError, match="up_proj.weight: its module reads a weight as another"):
+        Patch(model, masks.Everything())
+    with pytest.raises(ValueError, match="reads a weight as another"):
+        quant.read_as(layer, "weight", lambda theta: 3 * theta)
+    assert loss_of(model, inputs) == before
+    quant.read_plainly(layer)
+    assert type(layer) is nn.Linear and loss_of(model, inputs) != before
+
+
+def test_a_parameter_that_was_replaced_is_not_read():
+    """The patch has the old one: a probe of it would be another model's."""
+    model = build("llama")
+    patch = Patch(model, masks.Everything())
+    model.load_state_dict(build("llama").state_dict(), assign=True)
+    with pytest.raises(AssertionError, match="embed_tokens.weight was replaced after patching"):
+        patch.losses(batch(), loss_of, SEED)
 
 
 def test_an_error_of_a_rule_is_not_hidden():

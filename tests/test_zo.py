@@ -342,6 +342,28 @@ def test_rows_give_the_bits_of_the_flat_tensor(make, dtype):
     assert torch.equal(found[0], theta)
 
 
+def first_of_three(theta, element, state):
+    """A mask that asks for the size of its state, and has a tensor of its own."""
+    return theta.abs() <= (state[0] if len(state) == 3 else state[1]) * torch.tensor(1.0)
+
+
+def asks_for_a_size(theta, element, state):
+    return theta.abs() <= (state if theta.shape[0] > 50 else 0 * state)
+
+
+def test_a_mask_that_asks_for_a_size_is_compiled_for_it_or_refused():
+    """A state of few numbers is known by its shape; nothing else that is asked could be kept."""
+    found, theta = [], weight(1001)
+    for fused in (False, True):
+        into = zo.Halves(torch.empty_like(theta))
+        where = zo.Halves(theta), zo.Shift.of(1.0, LAST), zo.word(1), first_of_three
+        zo.apply(*where, torch.tensor([0.5, 9.0, 9.0]), out=into, fused=fused)
+        found.append(into.flat)
+    torch.testing.assert_close(*found, rtol=3e-7, atol=6e-7)
+    with pytest.raises(ValueError, match="may compute with a size, but not ask for one"):
+        move(theta, mask=asks_for_a_size, fused=True)
+
+
 def test_one_fused_loop_serves_every_step_and_tensor():
     """Seed, stream, size and a are arguments: no values of theirs, equal or not, have a loop."""
     move(weight(128), fused=True)
