@@ -409,7 +409,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
     ("sensitive weights clustered with the rest", "quant",
      "        importance.view(-1)[places.to(scores.device, torch.int64)] = 0\n", "",
      "test_quant::test_what_moves_counts_for_nothing"),
-    ("packed row by row, as bitsandbytes' CPU kernel gets wrong", "quant",
+    ("packed row by row, as bitsandbytes gets wrong with AVX-512", "quant",
      "weight.view(-1, BLOCK), blocksize", "weight, blocksize",
      "test_quant::test_blocks_that_straddle_rows_are_unpacked_rightly"),
     ("the 16-bit matrix as scratch", "quant",
