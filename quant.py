@@ -137,6 +137,7 @@ class DenseSparse:
         """
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
+        check_answers(module, name, Parts)
         parameter = getattr(module, attribute)
         weight = parameter.detach() if weight is None else weight
         masks.check_places(self.index[name], weight.numel(), name)
@@ -233,7 +234,7 @@ def answers(module: nn.Module) -> dict:
 def check_answers(module: nn.Module, name: str, kind: type) -> None:
     """ValueError where one more of this kind would replace another, or be undone with it."""
     there = answers(module)
-    if name in there or any(type(answer) is not kind for answer in there.values()):
+    if name.rpartition(".")[2] in there or {type(answer) for answer in there.values()} - {kind}:
         raise ValueError(f"{name}: its module reads a weight as another already; undo that first")
 
 

@@ -290,6 +290,9 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
     import torch._inductor  # takes time, and only this needs it
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    dtype, device, rows = kind
+    state_dtype, state_device, shape = state
+
     def loop(a, key0, key1, half, stream, state, *halves):
         # the compiler makes constants of sizes that are asked for
         assert not rows or halves[0].shape[1] == ROW
@@ -314,14 +317,12 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
     }
 
     # an example: sizes that are equal here the compiler takes for always equal
-    dtype, device, shape = state
-    sizes = [100 + i if n is None else n for i, n in enumerate(shape)]
-    example = [*Shift.of(0.0, 0), word(0), word(0), torch.empty(sizes, dtype=dtype, device=device)]
-    dtype, device, rows = kind
-    for _ in range(2 if in_place else 4):
-        sizes = (1 << 16, ROW) if rows else (1 << 20,)
-        example.append(torch.empty(sizes, dtype=dtype, device=device))
-    traced = make_fx(loop, tracing_mode="symbolic")(*example)
+    size = (1 << 16, ROW) if rows else (1 << 20,)
+    halves = [torch.empty(size, dtype=dtype, device=device) for _ in range(2 if in_place else 4)]
+    size = [100 + i if n is None else n for i, n in enumerate(shape)]
+    example = torch.empty(size, dtype=state_dtype, device=state_device)
+    words = *Shift.of(0.0, 0), word(0), word(0)
+    traced = make_fx(loop, tracing_mode="symbolic")(*words, example, *halves)
     sizes = traced.shape_env
     if asked := {str(sizes.simplify(guard.expr)) for guard in sizes.guards} - {"True"}:
         raise ValueError(f"a mask may compute with a size, but not ask for one: {min(asked)}")

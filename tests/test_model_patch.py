@@ -511,6 +511,8 @@ def test_the_modes_and_models_that_cannot_be_patched_are_refused():
         patch.probe(SEED, 1e-3).__enter__()
     split = build("llama")
     sparse = dense_sparse(split, 4)
+    with pytest.raises(ValueError, match="reads a weight as another already"):
+        sparse.split(split, min(sparse.index))
     with pytest.raises(ValueError, match="patched or split already"):
         Patch(split, masks.Everything())
     for other in (build("llama"), copy.deepcopy(split)):  # their layers do not read its values
