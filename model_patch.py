@@ -95,7 +95,7 @@ class MaskedWeight:
 
     def perturbed(self) -> Tensor:
         """θ + a m(θ)⊙z of the open probe."""
-        scratch = self.patch.scratch(self.halves)
+        scratch = self.patch.scratch(self.parameter)
         self.add(self.patch.shift, out=scratch)
         return scratch.flat.view(self.parameter.shape)  # a new one, so that `is_free` sees it kept
 
@@ -189,17 +189,17 @@ class Patch:
                     found[p].uses += 1
                     quant.read_as(module, name, found[p])
 
-    def scratch(self, like: zo.Halves) -> zo.Halves:
+    def scratch(self, like: Tensor) -> zo.Halves:
         """Memory for a perturbed copy of `like`: that of an earlier copy which nobody holds now.
 
         Fresh memory costs page faults, as much time as the noise.
         """
         for buffer in self.buffers:
-            if buffer.fits(like.flat) and buffer.is_free():
-                return buffer.first(like.flat.numel())
+            if buffer.fits(like) and buffer.is_free():
+                return buffer.first(like.numel())
         held = [buffer for buffer in self.buffers if not buffer.is_free()]  # free ones do not fit
-        self.buffers = [*held, Scratch(like.flat)]
-        return self.buffers[-1].first(like.flat.numel())
+        self.buffers = [*held, Scratch(like)]
+        return self.buffers[-1].first(like.numel())
 
     # ------------------------------------------------------------------ probes
 
@@ -303,12 +303,13 @@ class Scratch:
 
     def __init__(self, like: Tensor):
         with torch.inference_mode(False):  # or only another inference mode could write to it
-            self.memory = torch.empty_like(like)
+            self.memory = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
         self.storage = self.memory.untyped_storage()
         self.halves: dict[int, zo.Halves] = {}
         self.alone = self.holders()
 
     def fits(self, like: Tensor) -> bool:
+        """Whether a copy of `like` has room here, in its dtype and on its device."""
         same = self.memory.dtype == like.dtype and self.memory.device == like.device
         return same and self.memory.numel() >= like.numel()
 

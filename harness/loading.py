@@ -285,10 +285,9 @@ def compiles(setting: str, patch) -> bool:
     if setting == "no" or setting == "auto" and patch.device.type == "cpu" and sum(sizes) < 10e6:
         return False
     weight, nowhere = patch.weights[sizes.index(max(sizes))], zo.Shift.of(0.0, 0)
-    out = zo.Halves(torch.empty_like(weight.theta))
     where = weight.halves, nowhere, weight.word, patch.rule.mask, weight.state
     try:
-        zo.apply(*where, out=out, fused=True)
+        zo.apply(*where, out=patch.scratch(weight.theta), fused=True)
         return True
     except torch.OutOfMemoryError:
         raise

@@ -182,7 +182,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "if set(tensors) not in (set(), fitted):", "if False:",
      "test_mask_command::test_a_file_that_is_no_mask_is_refused_in_one_line[extra]"),
     ("scratch handed out while somebody holds it", "model_patch",
-     "if buffer.fits(like.flat) and buffer.is_free():", "if buffer.fits(like.flat):",
+     "if buffer.fits(like) and buffer.is_free():", "if buffer.fits(like):",
      "test_model_patch::test_weights_that_are_alive_at_once_share_no_memory", CURVE),
     ("a copy of the layer before kept for this one", "model_patch",
      "if self.layer != patch.reading:", "if False:",

@@ -370,10 +370,22 @@ def test_a_mask_that_asks_for_a_size_is_compiled_for_it_or_refused(monkeypatch):
 
 def test_one_fused_loop_serves_every_step_and_tensor():
     """Seed, stream, size and a are arguments: no values of theirs, equal or not, have a loop."""
-    move(weight(128), fused=True)
+
+    def apply(n, a, stream, step):
+        shift, h = zo.Shift.of(a, zo.step_seed(0, step)), torch.tensor(0.5)
+        zo.apply(zo.Halves(weight(n)), shift, zo.word(stream), small_thirds, h, fused=True)
+
+    apply(128, 1.0, 7, 5)
     before = zo._fused.cache_info().currsize
-    for n, seed in ((2, 0), (3, 0), (64, zo.step_seed(0, 32)), (96, 5), (128, zo.step_seed(3, 3))):
-        move(weight(n), -0.5, seed, fused=True)
+    for n, stream, step in (
+        (64, 0, 0),
+        (64, 32, 32),
+        (96, 3, 0),
+        (128, 0, 64),
+        (2, 1, 1),
+        (3, 2, 0),
+    ):
+        apply(n, -0.5, stream, step)
     assert zo._fused.cache_info().currsize == before
 
 
