@@ -110,6 +110,7 @@ def main(argv=None) -> tasks.Score:
         if run is None:
             what, model, examples = open_model(config, model_config, data, examples, shots or 0)
         else:
+            tasks.check_examples(data, examples, config.max_length, model_config)
             what, model = open_run(config, run, data, step or "best")
         score = train.score(config, model, data.tokenizer, examples)
         print(f"{what}, {data.source}: {split} {data.metric} {score}")

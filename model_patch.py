@@ -20,8 +20,8 @@ How it works
     layer reads its own. Tied weights are one parameter with one noise stream. Their copy stays for
     the whole probe, so that it is drawn once. Nothing here depends on the architecture.
 
-    [Q] is the same on one vector that moves as a whole: the k values of quant.DenseSparse. A probe
-    makes values ± ε z once, when it opens, and the layers read them from there.
+    [Q] is the same on one parameter that moves as a whole: the k values of quant.DenseSparse. Its
+    layers read the values from there, and values ± ε z stays for the whole probe.
 
 What differs from Algorithm 1
     l⁻ is taken at θ − ε ẑ itself, not on the way back from θ + ε ẑ. The two agree up to rounding.
@@ -48,12 +48,12 @@ import zo
 class MaskedWeight:
     """One tensor that moves by a rule of masks.py: a parameter, or [Q]'s vector of k values."""
 
-    def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int):
+    def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int, owners: list):
         self.patch, self.name, self.stream = patch, name, stream
-        self.layer = name.rpartition(".")[0]  # its owner; of a tied weight, the first
-        self.uses = 0  # of a tied weight, more than one
-        self.parameter = theta
-        self.views, self.place = zo.Halves(theta), place(theta)
+        self.owners = owners  # [(module, its name there)]; a tied weight has several
+        self.layer = name.rpartition(".")[0]  # the first of them
+        self.parameter, self.shape = theta, theta.shape
+        self.views = zo.Halves(theta)
         self.word = zo.word(stream)
         self.was_read = False
         self.state = patch.rule.prepare(self.theta, stream)  # such as [S]'s threshold h
@@ -66,8 +66,8 @@ class MaskedWeight:
     @property
     def halves(self) -> zo.Halves:
         """Views of θ for zo.apply, made anew where θ is elsewhere now."""
-        if self.place != place(self.parameter):  # the model was moved, or copied
-            self.views, self.place = zo.Halves(self.parameter), place(self.parameter)
+        if not self.views.tensor.is_set_to(self.parameter):  # the model was moved, or copied
+            self.views = zo.Halves(self.parameter)
         return self.views
 
     def mask(self) -> Tensor:
@@ -87,7 +87,7 @@ class MaskedWeight:
             return theta
         self.was_read = True
         if self.layer != patch.reading:  # a new layer reads: all copies go, but for tied ones
-            patch.copies = {w: copy for w, copy in patch.copies.items() if w.uses > 1}
+            patch.copies = {w: copy for w, copy in patch.copies.items() if w.owners[1:]}
             patch.reading = self.layer
         if self not in patch.copies:  # a layer may ask several times, for a dtype or an expert
             patch.copies[self] = self.perturbed()
@@ -135,7 +135,8 @@ class Patch:
         if splits and select:
             raise ValueError(f"select {select!r}: all values of a DenseSparse move")
         known = MaskedWeight if splits else (MaskedWeight, quant.Parts)
-        there = {part for module in model.modules() for part in quant.answers(module).values()}
+        modules = [*model.modules(), *([what_moves] if splits else [])]
+        there = {part for module in modules for part in quant.answers(module).values()}
         if any(isinstance(answer, known) for answer in there):
             raise ValueError(
                 "this model is patched or split already; call remove() on that patch, or "
@@ -146,7 +147,7 @@ class Patch:
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding {rounding!r}: stochastic or nearest")
         self.model, self.eps, self.fused = model, eps, fused
-        self.stochastic = rounding == "stochastic" and not splits  # [Q]'s values are of 32 bits
+        self.stochastic = rounding == "stochastic"
         self.shift: zo.Shift | None = None  # a probe is open while it is set
         self.reading: str | None = None  # the layer that reads
         self.copies: dict[MaskedWeight, Tensor] = {}  # its perturbed weights, and tied ones
@@ -158,36 +159,30 @@ class Patch:
             for name in self.sparse.index:
                 if self.sparse.parts.get(name) not in there:
                     raise ValueError(f"{name} is not split in this model: split(model, name) first")
-            self.weights = [MaskedWeight(self, "values", self.sparse.values, 0)]
-        else:
-            self._ask(select)
+        self._ask(self.sparse if splits else model, select)
+        self.readers = self.sparse.parts if splits else {w.name: w for w in self.weights}
         self.device = self.weights[0].theta.device
         self.modules = list(model.modules())  # to find them anew takes 4 ms at 7B, in every probe
 
-    def _ask(self, select: str) -> None:
+    def _ask(self, holder: nn.Module, select: str) -> None:
         """Give every parameter that moves a `MaskedWeight`, which all modules that have it ask."""
-        found = {}
-        for stream, (name, p) in enumerate(self.model.named_parameters()):
+        for stream, (name, p) in enumerate(holder.named_parameters()):
             if not re.search(select, name) or not p.numel():
                 continue  # the streams of the others stay theirs
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
-            owner = self.model.get_submodule(name.rpartition(".")[0])
-            quant.check_answers(owner, name, MaskedWeight)
+            owners = quant.owners(holder, p, name, MaskedWeight)
             p.data = p.data.contiguous()
             try:
-                found[p] = MaskedWeight(self, name, p, stream)
+                self.weights.append(MaskedWeight(self, name, p, stream, owners))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        if not found:
+        if not self.weights:
             raise ValueError(f"nothing moves: no parameter's name matches {select!r}")
-        masks.check_moves(self.rule.density, found)
-        self.weights = list(found.values())
-        for module in self.model.modules():
-            for name, p in module._parameters.items():
-                if p in found:
-                    found[p].uses += 1
-                    quant.read_as(module, name, found[p])
+        masks.check_moves(self.rule.density, self.moving())
+        for weight in self.weights:
+            for module, name in weight.owners:
+                quant.read_as(module, name, weight)
 
     def scratch(self, like: Tensor) -> zo.Halves:
         """Memory for a perturbed copy of `like`: that of an earlier copy which nobody holds now.
@@ -209,16 +204,12 @@ class Patch:
         training = any(module.training for module in self.modules)
         assert not training, "the model was put into training mode after patching"
         assert self.shift is None, "a probe is open already"
-        assert self.weights, "this patch was removed; make a new one"
+        assert self.readers, "this patch was removed, or its model joined; make a new one"
         self.shift = zo.Shift.of(a, seed)
-        if self.sparse:
-            self.sparse.visible = self.weights[0].perturbed()
         try:
             yield
         finally:
             self.shift, self.reading, self.copies = None, None, {}
-            if self.sparse:
-                self.sparse.visible = self.sparse.values
 
     @torch.no_grad()
     def losses(self, batch, loss_fn, seed: int) -> list:
@@ -231,8 +222,7 @@ class Patch:
         for a in (+self.eps, -self.eps):
             with self.probe(seed, a):
                 losses.append(loss_fn(self.model, batch))
-        parts = self.sparse.parts if self.sparse else {w.name: w for w in self.weights}
-        if unread := [name for name, part in parts.items() if not part.was_read]:
+        if unread := [name for name, reader in self.readers.items() if not reader.was_read]:
             way_out = "its mask cannot be of use" if self.sparse else "leave it out with --select"
             raise ValueError(
                 f"no forward reads {unread[0]} ({len(unread)} such in all), so only noise would "
@@ -266,11 +256,8 @@ class Patch:
 
     def active(self) -> tuple[int, int]:
         """(how many weights are inside the mask now, of how many in the tensors that move)."""
-        if self.sparse:
-            whole = sum(part.shape.numel() for part in self.sparse.parts.values())
-            return self.sparse.values.numel(), whole
         inside = sum(int(weight.mask().count_nonzero()) for weight in self.weights)
-        return inside, sum(theta.numel() for theta in self.moving())
+        return inside, sum(reader.shape.numel() for reader in self.readers.values())
 
     def active_density(self) -> float:
         """Share of the weights of moving tensors that are inside the mask now."""
@@ -286,16 +273,17 @@ class Patch:
         return sum(shape.numel() for shape in shapes)
 
     def __str__(self):
-        move, tensors = self.active()[0], len(self.sparse.parts if self.sparse else self.weights)
+        move, tensors = self.active()[0], len(self.readers)
         rest = f"; the rest of these is in {self.sparse}" if self.sparse else ""
         return f"{move:,} of {self.total:,} weights move, in {tensors} tensors{rest}"
 
     def remove(self) -> None:
         """An ordinary model again, with the weights as they are now. [Q]'s: see quant.join."""
-        for module in self.modules:
-            if not set(self.weights).isdisjoint(quant.answers(module).values()):
+        for weight in self.weights:
+            for module, _ in weight.owners:
                 quant.read_plainly(module)
-        self.weights, self.buffers, self.modules, self.sparse = [], [], [], None
+        self.weights, self.readers, self.buffers, self.modules = [], {}, [], []
+        self.sparse = None
 
 
 class Scratch:
@@ -330,8 +318,3 @@ class Scratch:
     def holders(self) -> int:
         """How many tensors use the memory, those here included."""
         return torch._C._storage_Use_Count(self.storage._cdata)
-
-
-def place(tensor: Tensor) -> tuple:
-    """Where its elements are."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -12,12 +12,11 @@
 How it works
     `DenseSparse` owns `values`, and a step of [Q] is Algorithm 1 on that vector: `values += a z`.
     Every matrix of the index gets its `Parts`. When a layer asks for its weight, `Parts` makes the
-    dense matrix, puts its slice of `visible` into the moving places and answers with that.
-    `visible` is `values`, or `values ± ε z` while a probe is open (model_patch.py). With bits=4 the
-    dense matrix is decoded from its codes, with bits=16 it is a copy of the parameter as it was
-    loaded. That is the only difference between the two. Embeddings, head, norms, biases, and
-    matrices that the index lacks stay as they were loaded. So do, with NF4, matrices whose size is
-    no multiple of 64.
+    dense matrix, puts its slice of `values` into the moving places and answers with that. While a
+    probe is open, `values` reads as values ± ε z (model_patch.py). With bits=4 the dense matrix is
+    decoded from its codes, with bits=16 it is a copy of the parameter as it was loaded. That is the
+    only difference between the two. Embeddings, head, norms, biases, and matrices that the index
+    lacks stay as they were loaded. So do, with NF4, matrices whose size is no multiple of 64.
 
     The k values are taken out before quantisation. NF4 sees a 0 in their places, and k-means gives
     them weight 0. So a large value neither stretches its block's scale nor takes a level of its
@@ -63,7 +62,6 @@ NF4 = (  # bitsandbytes' table; the middle of the two halves is an exact 0
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64
-FITTED = ("codes", "levels")  # what `Codebooks` needs of a matrix, by name
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it does not need
 
 
@@ -103,7 +101,7 @@ class NF4Blocks:
         return dequantize_4bit(self.codes, self.scales)
 
 
-class DenseSparse:
+class DenseSparse(nn.Module):
     """[Q]'s model: the matrices of an index read as dense + sparse, and only `values` moves.
 
     sparse = DenseSparse(index, bits=4)
@@ -113,21 +111,21 @@ class DenseSparse:
 
     `index`: {parameter name: flat positions, (k,) int, sorted}. `values` has the places of the
     matrices one after the other, in the order of their names. bits: 4; or 16, which leaves the
-    dense part in the dtype that it was loaded in. `codebooks`: what `fit_codebooks` gave; None:
-    NF4. Save the model after `join`: before, its parameters are not what its layers read.
+    dense part in the dtype that it was loaded in. `codebooks`: {name: what `Codebooks.fit` gave},
+    else NF4. Save the model after `join`: before, its parameters are not what its layers read.
     """
 
     def __init__(self, index: dict, bits: int = 4, device="cpu", codebooks: dict | None = None):
+        super().__init__()
         if bits not in (4, 16):
             raise ValueError(f"bits {bits}: 4, or 16 for the dense part as it was loaded")
         self.index, self.bits = dict(sorted(index.items())), bits
-        self.codebooks = codebooks
+        self.codebooks = dict(codebooks or {})  # until their matrices are split
         self.slices, end = {}, 0
         for name, places in self.index.items():
             self.slices[name] = slice(end, end + len(places))
             end += len(places)
-        self.values = torch.zeros(end, device=device)
-        self.visible = self.values  # to the layers
+        self.values = nn.Parameter(torch.zeros(end, device=device), requires_grad=False)
         self.parts: dict[str, Parts] = {}
 
     def split(self, model: nn.Module, name: str, weight: Tensor | None = None) -> None:
@@ -136,22 +134,19 @@ class DenseSparse:
         ValueError where the places cannot be such, or a weight is not finite.
         """
         path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        check_answers(module, name, Parts)
-        parameter = getattr(module, attribute)
+        parameter = model.get_submodule(path)._parameters[attribute]
+        users = owners(model, parameter, name, Parts)
         weight = parameter.detach() if weight is None else weight
         masks.check_places(self.index[name], weight.numel(), name)
         masks.check_finite(weight, name)
         places = self.index[name].to(weight.device, torch.int64)
         self.values[self.slices[name]] = weight.reshape(-1)[places].float()
         self.parts[name] = part = Parts(self, name, places, weight)
-        owners = [(m, n) for m in model.modules() for n, p in m._parameters.items()
-                  if p is parameter]  # fmt: skip
         if part.packed is not None:  # a tensor without elements holds the name
             parameter = nn.Parameter(weight.new_empty(0), requires_grad=False)
-        for owner, n in owners:  # a tied matrix has several
-            owner._parameters[n] = parameter
-            read_as(owner, n, part)
+        for module, attribute in users:
+            module._parameters[attribute] = parameter
+            read_as(module, attribute, part)
 
     def __str__(self):
         kinds = Counter(getattr(part.packed, "kind", part.dtype) for part in self.parts.values())
@@ -165,9 +160,8 @@ class Parts:
         self.sparse, self.slice, self.places = sparse, sparse.slices[name], places
         self.shape, self.was_read = weight.shape, False
         self.packed, self.dtype = None, weight.dtype
-        if sparse.bits == 4 and sparse.codebooks is not None:
-            fitted = (sparse.codebooks[f"{name}.{kind}"] for kind in FITTED)
-            self.packed = Codebooks(*fitted, weight)
+        if name in sparse.codebooks:
+            self.packed = Codebooks(*sparse.codebooks.pop(name), weight)
         elif sparse.bits == 4 and weight.numel() % BLOCK == 0:  # else it fills no blocks
             dense = weight.detach().clone(memory_format=torch.contiguous_format)
             dense.view(-1)[places] = 0
@@ -182,7 +176,7 @@ class Parts:
     def __call__(self, parameter: Tensor) -> Tensor:
         self.was_read = True
         weight = self.dense(parameter)
-        weight.view(-1)[self.places] = self.sparse.visible[self.slice].to(weight.dtype)
+        weight.view(-1)[self.places] = self.sparse.values[self.slice].to(weight.dtype)
         return weight
 
 
@@ -198,6 +192,7 @@ def join(model: nn.Module) -> None:
             if part not in whole:
                 whole[part] = nn.Parameter(getattr(module, name).cpu(), requires_grad=False)
             module._parameters[name] = whole[part]
+            part.sparse.parts.clear()  # a patch of it can probe nothing any more
         if parts:
             read_plainly(module)
 
@@ -205,14 +200,28 @@ def join(model: nn.Module) -> None:
 # ------------------------------------------------------------------ how a weight reads
 
 
+def owners(model: nn.Module, parameter: Tensor, name: str, kind: type) -> list:
+    """[(module, its name there)] of a parameter, several where it is tied.
+
+    ValueError where one more answer of this kind would replace another, or be undone with it.
+    """
+    found = [(m, n) for m in model.modules() for n, p in m._parameters.items() if p is parameter]
+    for module, attribute in found:
+        there = answers(module)
+        if attribute in there or {type(answer) for answer in there.values()} - {kind}:
+            raise ValueError(
+                f"{name}: its module reads a weight as another already; undo that first"
+            )
+    return found
+
+
 def read_as(module: nn.Module, name: str, answer) -> None:
     """From now on `module.name` is answer(parameter). The parameter stays in its place.
 
     The module keeps the answer in an attribute `_answers`, so a deep copy has its own.
     torch.nn.utils.parametrize does the same, but moves the parameter to another name and takes
-    several times as long for each read. ValueError where other answers are there.
+    several times as long for each read.
     """
-    check_answers(module, name, type(answer))
     vars(module).setdefault("_answers", {})[name] = answer
 
     def read(module):
@@ -231,18 +240,11 @@ def answers(module: nn.Module) -> dict:
     return vars(module).get("_answers", {})
 
 
-def check_answers(module: nn.Module, name: str, kind: type) -> None:
-    """ValueError where one more of this kind would replace another, or be undone with it."""
-    there = answers(module)
-    if name.rpartition(".")[2] in there or {type(answer) for answer in there.values()} - {kind}:
-        raise ValueError(f"{name}: its module reads a weight as another already; undo that first")
-
-
 def read_plainly(module: nn.Module) -> None:
     """Undo `read_as`, for all names of the module."""
     while "_reads" in vars(type(module)):
         module.__class__ = type(module).__bases__[0]
-    del module._answers
+    vars(module).pop("_answers", None)
 
 
 # ------------------------------------------------------------------ k-means, [Q]'s quantiser
@@ -333,13 +335,3 @@ class Codebooks:
     def decode(self) -> Tensor:
         codes = torch.stack([self.codes >> 4, self.codes & 15], 1).flatten()[: self.shape.numel()]
         return self.levels.gather(1, codes.view(self.shape).long())
-
-
-def fit_codebooks(weights: dict, scores: dict, index: dict) -> dict[str, Tensor]:
-    """{f"{name}.codes": …, f"{name}.levels": …} of the matrices of an index, by `Codebooks.fit`."""
-    found = {}
-    for name, places in index.items():
-        fitted = Codebooks.fit(weights[name].detach(), scores[name], places)
-        names = (f"{name}.{kind}" for kind in FITTED)
-        found |= zip(names, fitted, strict=True)
-    return found

@@ -24,7 +24,7 @@ One step, from the loop down:
         evaluated                 validation and active density, every --eval-every steps
         StepLog.append            the line in steps.csv; now the step is done
 
-[Q]'s layers ask quant.Parts instead. zo.apply runs when a probe opens, on all k values.
+[Q]'s layers ask quant.Parts instead, which ask a MaskedWeight for all k values, drawn once a probe.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues
@@ -183,7 +183,6 @@ def open_patch(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
             sparse.split(model, name, weight)
 
         model = loading.load_model(*how, split=split, index=found.index)
-        sparse.codebooks = None  # the parts have them now, on the device
     select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(model, moves, eps=config.eps, select=select, rounding=config.rounding)
     patch.fused = loading.compiles(config.compile, patch)

@@ -165,8 +165,7 @@ def minus_two_log(u: Tensor) -> Tensor:
 
 def horner(x: Tensor, coefficients: list[float]) -> Tensor:
     """The polynomial c₀ + c₁ x + c₂ x² + …"""
-    *rest, last = coefficients
-    value = torch.full_like(x, last)
+    *rest, value = coefficients
     for c in reversed(rest):
         value = value * x + c
     return value
@@ -267,7 +266,8 @@ class Halves:
 
     def __init__(self, tensor: Tensor):
         assert tensor.is_contiguous(), "its elements are not in order"
-        self.flat = flat = tensor.detach().view(-1)
+        self.tensor = tensor.detach()
+        self.flat = flat = self.tensor.view(-1)
         n = flat.numel()
         assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
         self.start = (n + 1) // 2  # of the second half

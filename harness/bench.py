@@ -235,18 +235,13 @@ class Peak:
     """Peak memory since `restart_peak`, in bytes above what there was when this was made."""
 
     def __init__(self, device: str):
-        self.gpu, self.before = device.startswith("cuda"), 0
-        self.known = os.access("/proc/self/clear_refs", os.W_OK)  # of a CPU, on Linux
+        self.device, self.before = torch.device(device), 0
+        self.known = device.startswith("cuda") or os.access("/proc/self/clear_refs", os.W_OK)
         loading.restart_peak()  # an earlier row's model is freed before this one is made
         self.before = self.read()  # the interpreter and its libraries: not the model's doing
 
     def read(self) -> float:
-        if self.gpu:
-            return torch.cuda.max_memory_allocated() - self.before
-        if not self.known:
-            return math.nan
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 - self.before
+        return loading.peak_memory(self.device) - self.before if self.known else math.nan
 
 
 def timed(function, device: str) -> float:

@@ -260,12 +260,9 @@ def _check_method(config: Config) -> None:
             f"--adapter {config.adapter} is for --method {methods}, not for {config.method}"
         )
     method = config.method + (f" --adapter {config.adapter}" if config.adapter else "")
-    for f in fields(config):
-        methods = USES.get(f.name, [method])
-        if method not in methods and getattr(config, f.name) != f.default:
-            raise ValueError(
-                f"{flag(f.name)} is for --method {', '.join(methods)}, not for {method}"
-            )
+    for name, methods in USES.items():
+        if method not in methods and getattr(config, name) != getattr(Config, name):
+            raise ValueError(f"{flag(name)} is for --method {', '.join(methods)}, not for {method}")
     if config.above and config.mask_kind != "dynamic":
         raise ValueError(f"--above {config.above} is for --mask-kind dynamic")
     if config.quantiser == "kmeans" and config.bits == 16:
@@ -453,7 +450,7 @@ def save(run: Path, config: Config) -> None:
 
 def absolute(settings: dict) -> dict:
     """The settings with absolute paths, where these exist."""
-    names = ("model", "data_dir", "train_file", "validation_file", "test_file", "text")
+    names = ("model", "data_dir", "train_file", "validation_file", "test_file", "text", "mask")
     paths = {name: Path(locate(settings[name])) for name in names if settings.get(name)}
     return settings | {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 

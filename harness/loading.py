@@ -321,22 +321,26 @@ def restart_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes, since `restart_peak`: of the GPU's allocator, on Linux of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # getrusage would count what the process was started from
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return None
+
+
 def machine(device: torch.device) -> dict:
     """Versions, hardware and peak memory: a figure without them is no result."""
     import transformers
 
+    hardware = f"{processor()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        hardware, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated()
-    else:
-        hardware, peak = f"{processor()}, {torch.get_num_threads()} threads", None
-        with contextlib.suppress(ImportError):  # Windows
-            import resource
-
-            unit = 1 if platform.system() == "Darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        hardware = torch.cuda.get_device_name(device)
     return {
         "hardware": hardware,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak_memory(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

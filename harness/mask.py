@@ -56,7 +56,7 @@ def make(config, path, data=None) -> dict[str, Tensor]:
     """
     settings = MaskConfig(**{
         name: getattr(config, name) for name in MaskConfig.__dataclass_fields__
-        if hasattr(config, name) and name != "out"
+        if hasattr(config, name)
     })  # fmt: skip
     device, sensitive = loading.take_device(settings.device), settings.kind == "sensitive"
     about = {name: getattr(settings, name) for name in ("model", "kind", "density", "seed")}
@@ -76,8 +76,8 @@ def make(config, path, data=None) -> dict[str, Tensor]:
     weights, codebooks = masks.decoder_linears(model), {}
 
     def fit(scores, index):
-        if settings.quantiser == "kmeans":
-            codebooks.update(quant.fit_codebooks(weights, scores, index))
+        for name, places in index.items() if settings.quantiser == "kmeans" else ():
+            codebooks[name] = quant.Codebooks.fit(weights[name].detach(), scores[name], places)
 
     if sensitive:
         index = masks.sensitive_index(
@@ -114,6 +114,11 @@ def what_is_scored(settings: MaskConfig, tokenizer, model_config, data) -> tuple
 # ------------------------------------------------------------------ the file
 
 
+def _fitted(name: str) -> tuple[str, str]:
+    """What a matrix's codes and levels are called in the file."""
+    return f"{name}.codes", f"{name}.levels"
+
+
 def _sample(weight: Tensor) -> list[float]:
     """Eight values of a matrix, which tell one model from another."""
     flat = weight.detach().flatten()
@@ -128,7 +133,7 @@ def _bits(weight: Tensor) -> int:
 def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | None = None) -> None:
     """Write {name: positions}, which weights they are of, and where they come from (JSON values).
 
-    `codebooks`: other tensors, as quant.Codebooks needs them. A file of that name is replaced by a
+    `codebooks`: {name: what quant.Codebooks.fit gave}. A file of that name is replaced by a
     complete one or not at all.
     """
     matrices = {n: {"shape": list(weights[n].shape), "sample": _sample(weights[n])} for n in index}
@@ -136,7 +141,9 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
         for name in index:
             matrices[name]["bits"] = _bits(weights[name])
     about = {"provenance": provenance, "matrices": matrices}
-    tensors = index | (codebooks or {})
+    tensors = dict(index)
+    for name, fitted in (codebooks or {}).items():
+        tensors |= zip(_fitted(name), fitted, strict=True)
     new = Path(f"{path}.tmp")
     # `save_file` would let nobody else read it, whatever the umask
     new.write_bytes(to_bytes(tensors, {key: json.dumps(value) for key, value in about.items()}))
@@ -150,7 +157,7 @@ class MaskFile(NamedTuple):
     index: dict[str, Tensor]
     provenance: dict
     matrices: dict[str, dict]  # shapes and values of the model that the mask was made for
-    codebooks: dict[str, Tensor] | None  # for the quantiser kmeans
+    codebooks: dict[str, tuple]  # what quant.Codebooks.fit gave, for the quantiser kmeans
 
 
 def load(path: Path, quantiser: str = "nf4") -> MaskFile:
@@ -165,8 +172,7 @@ def load(path: Path, quantiser: str = "nf4") -> MaskFile:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}  # not read yet
         provenance, matrices = json.loads(about["provenance"]), json.loads(about["matrices"])
         index = {name: tensors.pop(name) for name in sorted(matrices)}
-        fitted = {f"{name}.{kind}" for name in index for kind in quant.FITTED}
-        if set(tensors) not in (set(), fitted):
+        if set(tensors) not in (set(), {key for name in index for key in _fitted(name)}):
             raise ValueError("its matrices are not those it speaks of")
     for name, places in index.items():
         masks.check_places(places, zo.MAX_ELEMENTS, f"{path}: {name}")
@@ -175,7 +181,8 @@ def load(path: Path, quantiser: str = "nf4") -> MaskFile:
             f"{path} has no codebooks, which are fitted while a mask is made; make one with "
             "python -m harness.mask --quantiser kmeans"
         )
-    codebooks = tensors if quantiser == "kmeans" else None
+    wanted = index if quantiser == "kmeans" else ()
+    codebooks = {name: tuple(tensors[key] for key in _fitted(name)) for name in wanted}
     return MaskFile(path, index, provenance, matrices, codebooks)
 
 

@@ -35,7 +35,7 @@ def join() -> None:
 
 def leave() -> None:
     """Close the connections, where there are any."""
-    if SIZE > 1 and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -50,7 +50,8 @@ from studies.slopes import patched, slope
 
 DENSITIES = (1e-4, 1e-3, 1e-2, 1e-1)
 MASK = 1e-3  # [Q]'s density
-PARTS = ("scores", "cosine", "increase", "tuning")  # `scores`: the table's first four
+# {part: the last table of its answer}
+PARTS = {"scores": "magnitude", "cosine": "cosine", "increase": "increase", "tuning": "tuning"}
 UNLIKE = ("out", "tasks", "parts")  # in these, answers of one file may differ
 RULES = {"MeZO": masks.Everything(), "S-MeZO": masks.SmallWeights(0.25)}
 
@@ -94,9 +95,7 @@ class Study:
 
     def answer(self, task: str) -> None:
         """Every part for one task, unless it is there."""
-        known = {part for part, of in self.found.items() if task in of}
-        known |= {"scores"} if "magnitude" in known else set()
-        missing = [part for part in self.args.parts if part not in known]
+        missing = [part for part in self.args.parts if task not in self.found.get(PARTS[part], {})]
         if not missing:
             return
         args = self.args
@@ -104,8 +103,7 @@ class Study:
         _, model_config, data = dataset.load(settings)
         tasks.check_examples(data, data.train, args.max_length, model_config)
         for part in missing:
-            answer = getattr(self, part)(data)
-            for name, rows in (answer if part == "scores" else {part: answer}).items():
+            for name, rows in getattr(self, part)(data).items():
                 self.found.setdefault(name, {})[task] = rows
             write_json(self.file, self.found | {"machine": loading.machine(self.model.device)})
 
@@ -186,7 +184,7 @@ class Study:
             patch.remove()
             found[name] = sum(slopes) / len(slopes) / (norm * math.sqrt(d))
             found[f"{name}, by chance"] = math.sqrt(2 / math.pi / d * inside) / norm
-        return found
+        return {"cosine": found}
 
     def increase(self, data) -> dict:
         """Share of single steps from θ_0 that increase the loss, per method and batch."""
@@ -217,7 +215,7 @@ class Study:
             if patch is not None:
                 patch.remove()
             counts |= {f"{name}, {which}": n / trials for which, n in worse.items()}
-        return counts
+        return {"increase": counts}
 
     def tuning(self, data) -> dict:
         """Of weights that Adam moves: whose masks still cover the task's squared gradient?
@@ -247,7 +245,7 @@ class Study:
             for p, theta in start:
                 p.copy_(theta)
         self.model.zero_grad(set_to_none=True)
-        return found
+        return {"tuning": found}
 
 
 # ------------------------------------------------------------------ tables and picture

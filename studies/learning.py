@@ -76,6 +76,22 @@ ROWS = {  # name: (program and flags, grid of rates for the tiny model, for one 
 }
 DENSITIES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 KINDS = ("sensitive", "task", "largest", "random")
+QUARTERS = (0.25, 0.5, 0.75)
+HALVES = [(d, r) for d in ("bfloat16", "float16") for r in ("stochastic", "nearest")]
+OF_S_MEZO = {  # part: {row: flags}
+    "sparsity": {f"{1 - d:g}": f"--density={d:g}" for d in DENSITIES},
+    "groups": {f"0–{d:g}": f"--density={d:g}" for d in (*QUARTERS, 1)}
+    | {f"{a:g}–{a + 0.25:g}": f"--density=0.25 --above={a:g}" for a in QUARTERS},
+    "refresh": {
+        "mask of every step, h of before": "",
+        "h of every 100th": "--refresh-every=100",
+        "h of every 5th": "--refresh-every=5",
+        "mask of before": "--mask-kind=constant",
+        "mask of every 5th": "--mask-kind=constant --refresh-every=5",
+    },
+    "precision": {"float32": "--dtype=float32"}
+    | {f"{d}, {r}": f"--dtype={d} --rounding={r}" for d, r in HALVES},
+}
 RUNS_OWN = {  # settings that the study gives to each
     "task", "train_file", "test_file", "validation_file", "seed", "lr", "method", "eval_every",
 }  # fmt: skip
@@ -306,36 +322,6 @@ class Study:
                 known[name] = eval.main(argv).value
         return known[name]
 
-    def sparsity(self, task: str) -> dict:
-        rows = {f"{1 - d:g}": f"train --method=s-mezo --density={d:g}" for d in DENSITIES}
-        return self.short(task, rows)
-
-    def groups(self, task: str) -> dict:
-        quarters = (0.25, 0.5, 0.75)
-        rows = {f"0–{d:g}": f"train --method=s-mezo --density={d:g}" for d in (*quarters, 1)}
-        rows |= {
-            f"{a:g}–{a + 0.25:g}": f"train --method=s-mezo --density=0.25 --above={a:g}"
-            for a in quarters
-        }
-        return self.short(task, rows)
-
-    def refresh(self, task: str) -> dict:
-        rows = {"mask of every step, h of before": "", "h of every 100th": " --refresh-every=100"}
-        rows |= {"h of every 5th": " --refresh-every=5"}
-        constant = " --mask-kind=constant"
-        rows |= {"mask of before": constant, "mask of every 5th": f"{constant} --refresh-every=5"}
-        rows = {name: f"train --method=s-mezo{flags}" for name, flags in rows.items()}
-        return self.short(task, rows)
-
-    def precision(self, task: str) -> dict:
-        halves = [(d, r) for d in ("bfloat16", "float16") for r in ("stochastic", "nearest")]
-        rows = {"float32": "train --method=s-mezo --dtype=float32"}
-        rows |= {
-            f"{dtype}, {rounding}": f"train --method=s-mezo --dtype={dtype} --rounding={rounding}"
-            for dtype, rounding in halves
-        }
-        return self.short(task, rows)
-
     def masks(self, task: str) -> dict:
         rows = {
             f"{kind}, {density:g}": f"train --method=senszoq --bits=16 --mask={kind}-{density:g}"
@@ -473,7 +459,12 @@ def main(argv=None) -> None:
             raise ValueError("--num-validation 0: validation chooses the rates")
         for task in args.tasks:
             for part in args.parts:
-                rows = getattr(study, part)(task)
+                if part in OF_S_MEZO:
+                    flags = OF_S_MEZO[part].items()
+                    commands = {row: f"train --method=s-mezo {more}" for row, more in flags}
+                    rows = study.short(task, commands)
+                else:
+                    rows = getattr(study, part)(task)
                 study.tables.setdefault(task, {})[part] = rows
                 write_json(study.file, study.found)
                 print(table(f"{task}, {part}", rows), flush=True)

@@ -48,7 +48,7 @@ def measure(args) -> dict[str, dict[str, float]]:
     index = masks.sensitive(scores, args.density)
     books = {}
     for name in tqdm(index, "k-means"):
-        books |= quant.fit_codebooks(weights, scores, {name: index[name]})
+        books[name] = quant.Codebooks.fit(weights[name].detach(), scores[name], index[name])
     found, losses, errors = {}, {}, {}
     for kind, codebooks in {"as loaded": None, "NF4": None, "k-means": books}.items():
         packed, row = loading.load_model(args.model, device="cpu"), found.setdefault(kind, {})

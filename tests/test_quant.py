@@ -213,8 +213,7 @@ def test_a_model_in_codebooks_is_one_of_its_decoded_weights(name, dtype):
     index, books = index_of(model), {}
     for number, (n, places) in enumerate(index.items()):
         w = plain.get_parameter(n).detach()
-        codes, levels = quant.Codebooks.fit(w, heavy(*w.shape, number), places)
-        books |= {f"{n}.codes": codes, f"{n}.levels": levels}
+        codes, levels = books[n] = quant.Codebooks.fit(w, heavy(*w.shape, number), places)
         decoded, flat = quant.Codebooks(codes, levels, w).decode(), places.long()
         decoded.view(-1)[flat] = w.flatten()[flat]
         w.copy_(decoded)
