@@ -27,10 +27,9 @@ One step, from the loop down:
 [Q]'s layers ask quant.Parts instead, which ask a MaskedWeight for all k values, drawn once a probe.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
-steps.csv gets one line per finished step and is the checkpoint (harness/log.py). --resume continues
-a run that was stopped by Ctrl-C, kill -9 or a power failure. The weights are the same to the bit on
-the same machine, and up to rounding elsewhere. --resume takes the last logged step again. If that
-or the training examples differ, it ends with an error. If other examples differ, it says so.
+steps.csv is the checkpoint (harness/log.py): --resume rebuilds the weights from it, to the bit on
+the same machine, and takes the last logged step again. It ends with an error if that, or the
+training examples, are not those of before.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """

@@ -20,7 +20,9 @@ from harness.config import ROOT, TINY
 from harness.log import StepLog
 from studies import learning
 
-FEW = ["--short=2", "--every=2", "--seeds=1", "--num-validation=4", "--num-test=4"]
+# a loop would take longer to compile than these few steps take
+COMMON = ["--num-validation=4", "--num-test=4", "--compile=no"]
+FEW = ["--short=2", "--every=2", "--seeds=1", *COMMON]
 
 
 def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
@@ -50,7 +52,7 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
 
 def test_a_run_that_is_longer_than_asked_for_is_whole(tmp_path):
     """Where a longer part was stopped on its way, a shorter one takes the run and not as broken."""
-    common = [f"--model={TINY}", "--num-validation=4", "--num-test=4"]
+    common = [f"--model={TINY}", *COMMON]
     run = learning.Run("rte", "train --method=mezo", 1e-3, 0, 5)
     learning.carry_out(run, tmp_path / "run", 2, common)
     found = learning.carry_out(run._replace(steps=2), tmp_path / "run", 2, common)
@@ -60,7 +62,7 @@ def test_a_run_that_is_longer_than_asked_for_is_whole(tmp_path):
 
 def test_what_may_pass_is_no_result(tmp_path):
     """A run that another process holds is tried again; one whose weights broke is not."""
-    common = [f"--model={TINY}", "--num-validation=4", "--num-test=4"]
+    common = [f"--model={TINY}", *COMMON]
     run = learning.Run("rte", "train --method=mezo", 1e-3, 0, 2)
     learning.carry_out(run, tmp_path / "run", 2, common)
     other = StepLog(tmp_path / "run", write=True)
@@ -83,7 +85,7 @@ def test_ctrl_c_ends_all_jobs(tmp_path):
         "--short=1000000",
         "--every=1000000",
     ]
-    argv += ["--jobs=2", "--num-validation=4", "--num-test=4", f"--out={tmp_path}"]
+    argv += ["--jobs=2", *COMMON, f"--out={tmp_path}"]
     command = [sys.executable, "-m", "studies.learning", *argv]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
     with (
