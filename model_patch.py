@@ -166,15 +166,16 @@ class Patch:
 
     def _ask(self, holder: nn.Module, select: str) -> None:
         """Give every parameter that moves a `MaskedWeight`, which all modules that have it ask."""
+        owners = quant.owners(holder)
         for stream, (name, p) in enumerate(holder.named_parameters()):
             if not re.search(select, name) or not p.numel():
                 continue  # the streams of the others stay theirs
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
-            owners = quant.owners(holder, p, name, MaskedWeight)
+            quant.check_owners(owners[p], name, MaskedWeight)
             p.data = p.data.contiguous()
             try:
-                self.weights.append(MaskedWeight(self, name, p, stream, owners))
+                self.weights.append(MaskedWeight(self, name, p, stream, owners[p]))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         if not self.weights:

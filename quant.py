@@ -135,7 +135,8 @@ class DenseSparse(nn.Module):
         """
         path, _, attribute = name.rpartition(".")
         parameter = model.get_submodule(path)._parameters[attribute]
-        users = owners(model, parameter, name, Parts)
+        users = owners(model)[parameter]
+        check_owners(users, name, Parts)
         weight = parameter.detach() if weight is None else weight
         masks.check_places(self.index[name], weight.numel(), name)
         masks.check_finite(weight, name)
@@ -200,19 +201,23 @@ def join(model: nn.Module) -> None:
 # ------------------------------------------------------------------ how a weight reads
 
 
-def owners(model: nn.Module, parameter: Tensor, name: str, kind: type) -> list:
-    """[(module, its name there)] of a parameter, several where it is tied.
+def owners(model: nn.Module) -> dict[Tensor, list]:
+    """{parameter: [(module, its name there)]}; a tied parameter has several."""
+    found = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            found.setdefault(parameter, []).append((module, name))
+    return found
 
-    ValueError where one more answer of this kind would replace another, or be undone with it.
-    """
-    found = [(m, n) for m in model.modules() for n, p in m._parameters.items() if p is parameter]
-    for module, attribute in found:
+
+def check_owners(owners: list, name: str, kind: type) -> None:
+    """ValueError where one more answer of this kind would replace another, or be undone with it."""
+    for module, attribute in owners:
         there = answers(module)
         if attribute in there or {type(answer) for answer in there.values()} - {kind}:
             raise ValueError(
                 f"{name}: its module reads a weight as another already; undo that first"
             )
-    return found
 
 
 def read_as(module: nn.Module, name: str, answer) -> None:

@@ -190,7 +190,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "if w.owners[1:]}", "if w.owners[9:]}",
      "test_model_patch::test_a_probe_draws_every_weight_once"),
     ("a tied weight's second layer not looked at before the first is changed", "quant",
-     "for module, attribute in found:", "for module, attribute in found[:1]:",
+     "for module, attribute in owners:", "for module, attribute in owners[:1]:",
      "test_model_patch::test_a_tied_weight_that_one_layer_reads_in_another_way_is_left_alone"),
     ("an error of a rule hidden, as nn.Module then answers with θ", "quant",
      "except AttributeError as error:", "except ZeroDivisionError as error:",
