@@ -11,6 +11,7 @@ import model_patch
 import quant
 import zo
 
+STEPS = 30
 SOUND = {"zo": zo, "masks": masks, "quant": quant, "model_patch": model_patch}
 
 
@@ -53,5 +54,5 @@ def curves(folder):
         "R-MeZO": patched(lab.Small(), m.masks.RandomMask(0.25)),
         "dense + sparse": patched(model, sparse, lr=0.05),
     }
-    return {way: [float(sum(step(m.zo.step_seed(9, t)))) / 2 for t in range(30)]
+    return {way: [float(sum(step(m.zo.step_seed(9, t)))) / 2 for t in range(STEPS)]
             for way, step in ways.items()}  # fmt: skip

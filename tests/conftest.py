@@ -4,13 +4,10 @@ import gc
 import os
 from pathlib import Path
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others are processes, to be started
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test waits for a network
 
 import pytest
-import torch
-from models import write_task
-
-from harness import log
 
 
 def pytest_configure(config):
@@ -26,10 +23,12 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """What is imported is for good: garbage collections need not walk it again, and are fast."""
+    import torch  # not above: the process that hands out the tests needs none of it
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     gc.freeze()
 
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
@@ -37,7 +36,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 def no_picture(request, monkeypatch):
     """A run's picture takes a third of a short run's time: only tests marked `picture` draw it."""
     if "picture" not in request.keywords:
-        monkeypatch.setattr(log, "draw_curve", lambda *_: None)
+        monkeypatch.setattr("harness.log.draw_curve", lambda *_: None)
 
 
 @pytest.fixture
@@ -51,6 +50,8 @@ def shared():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A folder with model/, train.jsonl and test.jsonl: `models.write_task`. Not to be changed."""
+    from models import write_task
+
     path = tmp_path_factory.mktemp("task")
     write_task(path)
     return path

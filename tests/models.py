@@ -29,6 +29,7 @@ HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period":
 ARCHITECTURES = {  # name: (model type, what differs from SIZES; None: left out)
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-one": ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 1}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None}),
     "opt-350m": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "mistral": ("mistral", {"sliding_window": 8}),
@@ -121,13 +122,13 @@ def write_model(path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(path)
-    build("llama-tied").save_pretrained(path)
+    build("llama-one").save_pretrained(path)
 
 
 def write_task(path) -> None:
     """Such a model, and a task for it: which of two words came first?"""
     write_model(path / "model")
-    for name, count in (("train", 90), ("test", 40)):
+    for name, count in (("train", 36), ("test", 20)):
         with open(path / f"{name}.jsonl", "w") as file:
             for i in range(count):
                 label = i % 2

@@ -250,7 +250,7 @@ def test_the_loop_of_the_readme_trains():
     (loop,) = re.findall(r"```python\n(.*?)```", text, re.S)
     model = AutoModelForCausalLM.from_pretrained(TINY / "model").eval()
     batch = torch.randint(100, (8, 16), generator=torch.Generator().manual_seed(0))
-    names = {"model": model, "batch": batch, "steps": 30, "lr": 1e-3}
+    names = {"model": model, "batch": batch, "steps": 12, "lr": 1e-3}
     names |= {"masks": masks, "model_patch": model_patch, "zo": zo}
 
     def loss_fn(model, batch):
@@ -262,13 +262,13 @@ def test_the_loop_of_the_readme_trains():
     assert not any(map(quant.answers, model.modules()))
 
 
-@pytest.mark.parametrize("number, steps, falls", [(1, 50, 0.5), (2, 12, 1.0)])
+@pytest.mark.parametrize("number, steps, falls", [(1, 50, 0.5), (2, 6, 1.0)])
 def test_the_loops_of_ones_own_train(number, steps, falls, monkeypatch, capsys):
     """YOUR_OWN.md's loops, as printed: the loss falls, the model is ordinary again."""
     text = (TINY.parent / "YOUR_OWN.md").read_text("utf-8")
     loops, names = re.findall(r"```python\n(.*?)```", text, re.S), {}
     monkeypatch.chdir(TINY.parent)
-    exec(loops[number].replace("range(60)", "range(12)"), names)
+    exec(loops[number].replace("range(60)", "range(6)"), names)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == steps and min(losses) < losses[0] * falls
     assert not any(map(quant.answers, names["model"].modules()))

@@ -1,5 +1,6 @@
 """zo.py: noise against published answers, Algorithms 1 and 2 written out, the loop against both."""
 
+import functools
 import math
 
 import pytest
@@ -296,15 +297,14 @@ def test_a_tensor_on_another_device_takes_its_numbers_from_the_cpu():
     assert not any(number.device.type != "cpu" or number.dim() for number in numbers)
 
 
-def test_the_fused_loop_is_one_on_all_threads():
+def test_the_fused_loop_is_one_on_all_threads(monkeypatch):
     """The longest, R-MeZO's, stores nothing between; a tiny tensor's is parallel for large ones."""
     theta, rule = weight(64, torch.bfloat16), masks.RandomMask(0.5)
     want, how = theta.clone(), (zo.Shift.of(1.0, LAST), zo.word(1), rule.mask)
     how = *how, rule.prepare(theta, 1)
     zo.apply(zo.Halves(want), *how, stochastic=True)
-    zo._fused.cache_clear()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        _, (code,) = run_and_get_code(zo.apply, zo.Halves(theta), *how, stochastic=True, fused=True)
+    monkeypatch.setattr(zo, "_fused", functools.cache(zo._fused.__wrapped__))  # or it is known
+    _, (code,) = run_and_get_code(zo.apply, zo.Halves(theta), *how, stochastic=True, fused=True)
     assert code.count("#pragma omp parallel") == code.count("#pragma omp for") == 1
     assert "= empty_strided_cpu(" not in code
     assert (theta == want).double().mean() > 0.95 and (theta != weight(64, torch.bfloat16)).any()
@@ -323,8 +323,9 @@ def test_the_fused_loop_is_the_eager_one(dtype):
         torch.testing.assert_close(got, want, **close)
         still = ~small_thirds(theta, torch.arange(n), 0.5)
         assert torch.equal(got[still], theta[still])
-        move(theta, stochastic=True, fused=True, out=theta)
-        assert torch.equal(theta, got)
+        if dtype == torch.bfloat16:  # in place is a loop of its own, and the same for all
+            move(theta, stochastic=True, fused=True, out=theta)
+            assert torch.equal(theta, got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -372,8 +373,10 @@ def test_one_fused_loop_serves_every_step_and_tensor():
     """Seed, stream, size and a are arguments: no values of theirs, equal or not, have a loop."""
 
     def apply(n, a, stream, step):
-        shift, h = zo.Shift.of(a, zo.step_seed(0, step)), torch.tensor(0.5)
-        zo.apply(zo.Halves(weight(n)), shift, zo.word(stream), small_thirds, h, fused=True)
+        theta, h = weight(n, torch.bfloat16), torch.tensor(0.5, dtype=torch.bfloat16)
+        shift = zo.Shift.of(a, zo.step_seed(0, step))
+        how = {"out": zo.Halves(torch.empty_like(theta)), "stochastic": True, "fused": True}
+        zo.apply(zo.Halves(theta), shift, zo.word(stream), small_thirds, h, **how)
 
     apply(128, 1.0, 7, 5)
     before = zo._fused.cache_info().currsize

@@ -19,7 +19,7 @@ def without_rate(folder, out) -> list[str]:
 def test_the_advice_is_the_rate_of_the_long_runs(tmp_path, capsys):
     """Of rates a decade apart it names the one that the tiny model's table has."""
     rates = "--rates=1e-3,1e-2,1e-1"
-    few = ["--short=24", "--num-validation=1", "--num-test=1", f"--out={tmp_path}/run"]
+    few = ["--short=12", "--num-validation=1", "--num-test=1", f"--out={tmp_path}/run"]
     find_lr.main(["--task=rte", rates, *few])
     said = capsys.readouterr().out
     assert f"try --lr {configs.TINY_RATES['s-mezo']['rte']}" in said and "go on" not in said
@@ -40,9 +40,9 @@ def test_every_rate_starts_from_the_same_weights(flags, folder, tmp_path, monkey
     monkeypatch.setattr(find_lr, "short_run", kept)
     for number, rates in enumerate(("1e-3,1e-2,0.1", "1e-2")):
         out = tmp_path / str(number)
-        find_lr.main([*without_rate(folder, out), *flags, f"--rates={rates}", "--short=6"])
+        find_lr.main([*without_rate(folder, out), *flags, f"--rates={rates}", "--short=3"])
     first, second = losses[0.01]
-    assert first == second and len(first) == 6 and first != losses[0.1][0]
+    assert first == second and len(first) == 3 and first != losses[0.1][0]
     assert "try --lr 0.01, " in (said := capsys.readouterr().out)  # of one rate
     assert "it is the highest that was tried: --rates can go on" in said
 

@@ -15,6 +15,8 @@ import torch
 from models import ARCHITECTURES, SIZES, build
 from safetensors.torch import load_file, save_file
 from test_train import ROOT, SENSZOQ, arguments, code, files, refused, run, steps_of
+from test_train import base as base  # fixtures
+from test_train import ready as ready
 from test_workers import together
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -124,14 +126,19 @@ def forget_the_format(config, tensors):
     del config["quantization_config"]
 
 
+def one_layer_more(config, tensors):
+    for name in [name for name in tensors if "layers.0" in name]:
+        tensors[name.replace("layers.0", "layers.1")] = tensors[name].clone()
+
+
 INCOMPLETE = {  # what is done to the checkpoint: what the line must name
     "scales without a format": (forget_the_format, "proj.weight as F8_E4M3"),
     "no head": (lambda c, t: c.update(tie_word_embeddings=False), "lm_head.weight"),
-    "one layer too many": (lambda c, t: c.update(num_hidden_layers=3), "model.layers.2."),
-    "one layer too few": (lambda c, t: c.update(num_hidden_layers=1), "model.layers.1."),
+    "one layer too many": (lambda c, t: c.update(num_hidden_layers=2), "model.layers.1."),
+    "one layer too few": (one_layer_more, "model.layers.1."),
     "a bias more": (lambda c, t: c.update(attention_bias=True), "self_attn.k_proj.bias"),
     "a matrix less": (
-        lambda c, t: t.pop("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight",
+        lambda c, t: t.pop("model.layers.0.mlp.up_proj.weight"), "layers.0.mlp.up_proj.weight",
     ),
     "another width": (lambda c, t: c.update(intermediate_size=64), "cannot load the weights"),
     "names of another library": (
@@ -267,7 +274,7 @@ def test_a_line_that_cannot_be_read_is_named(line, folder, tmp_path, capsys):
     bad.write_bytes(good.encode() + line.encode("latin-1") + b"\n")
     argv = [f"--model={folder}/model", f"--train-file={bad}", f"--test-file={folder}/test.jsonl"]
     error = refused(train.main, [*argv, "--lr=1e-3", "--steps=1", f"--out={tmp_path}/run"], capsys)
-    assert f"{bad}:91 is not" in error
+    assert f"{bad}:37 is not" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -431,7 +438,8 @@ def test_unusual_models_train(what, method, folder, tmp_path, capsys):
     kind, changes = UNUSUAL[what]
     model = write(tmp_path / "model", kind, changes, folder / "model")
     flags = SENSZOQ if method == "senszoq" else ["--method=mezo", "--lr=1e-3"]
-    result = run(folder, tmp_path / "run", f"--model={model}", *flags, "--steps=2")
+    few = ["--steps=2", "--num-train=8", "--num-validation=2"]
+    result = run(folder, tmp_path / "run", f"--model={model}", *flags, *few)
     assert result["skipped"] == 0
     said = capsys.readouterr().out.count("each text has a row of its own")
     assert said == (what == "blocks that share weights")  # its Mamba blocks know no such mask
@@ -672,13 +680,12 @@ def test_runs_that_is_no_folder_is_one_line(kind, folder, tmp_path, monkeypatch,
     [("lr", "abc"), ("steps", "4"), ("steps", 4.5), ("seed", None), ("model", ["a"]),
      ("select", 5), ("method", "foo"), ("dtype", "float64"), ("trust_remote_code", 1)],
 )  # fmt: skip
-def test_an_edited_configuration_is_one_line(name, value, folder, tmp_path, capsys):
+def test_an_edited_configuration_is_one_line(name, value, ready, capsys):
     """A value of another type, or none of the choices, names the field."""
-    run(folder, tmp_path / "run", "--steps=1")
-    path = tmp_path / "run/config.json"
+    path = ready / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     for main, flag in ((train.main, "--resume"), (eval.main, "--run")):
-        assert f"{name} is {value!r}" in refused(main, [f"{flag}={tmp_path}/run"], capsys)
+        assert f"{name} is {value!r}" in refused(main, [f"{flag}={ready}"], capsys)
 
 
 def test_examples_of_both_sets_are_counted(folder, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The labs: as they are they fail and help, solved they pass, and the edit is small."""
 
+import functools
 import runpy
 import subprocess
 import sys
@@ -11,30 +12,39 @@ import quant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "labs"))
+import four_ways  # noqa: E402
 import lab  # noqa: E402
 import race  # noqa: E402
 
+TINY = functools.cache(race.Tiny)
+FEW = {  # lab: its constants, so that it takes a second
+    "01": {"DRAWS": 200},
+    "05": {"CYCLES": 30, "ALL_EPS": (1e-3,)},
+    "08": {"STEPS": 9},
+}
 LABS = sorted((ROOT / "labs").glob("[0-9]*.py"))
 each = pytest.mark.parametrize("path", LABS, ids=[path.stem for path in LABS])
 
 
 @pytest.fixture(autouse=True)
-def pictures(tmp_path, monkeypatch):
-    """A folder for pictures and copies of the source, empty at first; a tenth of lab 6's runs."""
+def pictures(request, tmp_path, monkeypatch):
+    """A folder for pictures and copies of the source, empty at first; a twentieth of lab 6."""
     monkeypatch.setattr(lab, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr(race, "STEPS", 24)
     monkeypatch.setattr(race, "SEEDS", race.SEEDS[:1])
+    monkeypatch.setattr(race, "Tiny", TINY)
+    monkeypatch.setattr(four_ways, "STEPS", 10)
+    if "picture" not in request.keywords:
+        monkeypatch.setattr(lab, "save", lambda *_: None)
     monkeypatch.setattr(race, "RATES", race.RATES[:1])
 
 
 def judged(module, capsys) -> tuple[int, str]:
     """Exit code, and the last sentence before the picture's name."""
-    if "05" in module.__name__:
-        module.CYCLES = 100  # a tenth of its probes
-    if "08" in module.__name__:
-        module.STEPS = 30  # a third of its steps
+    for name, few in FEW.get(module.__name__[:2], {}).items():
+        setattr(module, name, few)
     code = lab.judge(module)
-    *_, verdict, picture = capsys.readouterr().out.strip().splitlines()
-    assert Path(picture.removeprefix("picture: ")).stat().st_size > 5000
+    *_, verdict, _ = capsys.readouterr().out.strip().splitlines()
     return code, verdict
 
 
@@ -52,12 +62,14 @@ def test_a_lab_as_it_is_fails_and_helps(path, capsys):
     assert code == 1 and verdict.startswith("Not yet. ") and len(verdict) > 40
 
 
+@pytest.mark.picture
 @each
 def test_a_solved_lab_passes(path, capsys):
-    """With the solution's functions every number is met."""
+    """With the solution's functions every number is met, and there is a picture."""
     module = lab.load(path)
     lab.solve(module)
     assert judged(module, capsys) == (0, "All numbers are met.")
+    assert (lab.PICTURES / f"{path.stem}.png").stat().st_size > 5000
 
 
 @each

@@ -2,12 +2,12 @@
 
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +20,8 @@ from harness.config import ROOT, TINY
 from harness.log import StepLog
 from studies import learning
 
-# a loop would take longer to compile than these few steps take
-COMMON = ["--num-validation=4", "--num-test=4", "--compile=no"]
+SMALL = ["--num-train=16", "--num-validation=4", "--num-test=4"]
+COMMON = [*SMALL, "--compile=no"]  # a loop takes longer to compile than these few steps
 FEW = ["--short=2", "--every=2", "--seeds=1", *COMMON]
 
 
@@ -52,8 +52,8 @@ def test_a_small_study_of_the_tiny_model(tmp_path, capsys, monkeypatch):
 
 def test_a_run_that_is_longer_than_asked_for_is_whole(tmp_path):
     """Where a longer part was stopped on its way, a shorter one takes the run and not as broken."""
-    common = [f"--model={TINY}", *COMMON]
-    run = learning.Run("rte", "train --method=mezo", 1e-3, 0, 5)
+    common = [f"--model={TINY}", *SMALL]  # compiled, as a study's runs are
+    run = learning.Run("rte", "train --method=s-mezo", 1e-3, 0, 5)
     learning.carry_out(run, tmp_path / "run", 2, common)
     found = learning.carry_out(run._replace(steps=2), tmp_path / "run", 2, common)
     assert found["stopped"] is None and found["steps"] == 6 and len(found["loss"]) == 3
@@ -74,6 +74,17 @@ def test_what_may_pass_is_no_result(tmp_path):
     assert "no log-probability" in broken["stopped"] and broken["test"] is None
 
 
+def life(argv, said):
+    """The command, as a terminal would start it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = open(said, "w", buffering=1)
+    try:
+        learning.main(argv)
+    except SystemExit as stop:
+        os._exit(stop.code)
+    os._exit(0)
+
+
 @pytest.mark.long
 def test_ctrl_c_ends_all_jobs(tmp_path):
     """Two runs that would take a day end with the command that made them, which can go on."""
@@ -86,23 +97,20 @@ def test_ctrl_c_ends_all_jobs(tmp_path):
         "--every=1000000",
     ]
     argv += ["--jobs=2", *COMMON, f"--out={tmp_path}"]
-    command = [sys.executable, "-m", "studies.learning", *argv]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
-    with (
-        open(tmp_path / "said", "w") as said,
-        subprocess.Popen(command, cwd=ROOT, stderr=said, preexec_fn=heard) as process,
-    ):
+    process = get_context("fork").Process(target=life, args=(argv, tmp_path / "said"))
+    process.start()
+    try:
         logs = []
         while len(logs) < 2:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.2)
             logs = list(tmp_path.glob("runs/*/steps.csv"))
-        process.send_signal(signal.SIGINT)
-        try:
-            assert process.wait(timeout=120) == 130
-            assert "stopped; the same command goes on" in (tmp_path / "said").read_text()
-        finally:
-            process.kill()
+        os.kill(process.pid, signal.SIGINT)
+        process.join(120)
+        assert process.exitcode == 130
+        assert "stopped; the same command goes on" in (tmp_path / "said").read_text()
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
