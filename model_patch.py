@@ -238,7 +238,7 @@ class Patch:
         `seed` is the probes' own. Computed in fp32 and rounded once, to θ's dtype.
         """
         assert abs(a) < float("inf"), f"an update of {a} leaves no weight finite; skip the step"
-        assert self.weights, "this patch was removed; make a new one"
+        assert self.readers, "this patch was removed, or its model joined; make a new one"
         shift = zo.Shift.of(a, seed)
         for weight in self.weights:
             weight.add(shift, stochastic=self.stochastic)

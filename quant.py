@@ -120,7 +120,7 @@ class DenseSparse(nn.Module):
         if bits not in (4, 16):
             raise ValueError(f"bits {bits}: 4, or 16 for the dense part as it was loaded")
         self.index, self.bits = dict(sorted(index.items())), bits
-        self.codebooks = dict(codebooks or {})  # until their matrices are split
+        self.codebooks = codebooks
         self.slices, end = {}, 0
         for name, places in self.index.items():
             self.slices[name] = slice(end, end + len(places))
@@ -161,8 +161,8 @@ class Parts:
         self.sparse, self.slice, self.places = sparse, sparse.slices[name], places
         self.shape, self.was_read = weight.shape, False
         self.packed, self.dtype = None, weight.dtype
-        if name in sparse.codebooks:
-            self.packed = Codebooks(*sparse.codebooks.pop(name), weight)
+        if sparse.bits == 4 and sparse.codebooks:
+            self.packed = Codebooks(*sparse.codebooks[name], weight)
         elif sparse.bits == 4 and weight.numel() % BLOCK == 0:  # else it fills no blocks
             dense = weight.detach().clone(memory_format=torch.contiguous_format)
             dense.view(-1)[places] = 0

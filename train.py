@@ -182,6 +182,7 @@ def open_patch(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
             sparse.split(model, name, weight)
 
         model = loading.load_model(*how, split=split, index=found.index)
+        sparse.codebooks = None  # the parts have them now, on the device
     select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(model, moves, eps=config.eps, select=select, rounding=config.rounding)
     patch.fused = loading.compiles(config.compile, patch)

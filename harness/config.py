@@ -450,7 +450,7 @@ def save(run: Path, config: Config) -> None:
 
 def absolute(settings: dict) -> dict:
     """The settings with absolute paths, where these exist."""
-    names = ("model", "data_dir", "train_file", "validation_file", "test_file", "text", "mask")
+    names = ("model", "data_dir", "train_file", "validation_file", "test_file", "text")
     paths = {name: Path(locate(settings[name])) for name in names if settings.get(name)}
     return settings | {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
 

@@ -325,7 +325,7 @@ def peak_memory(device: torch.device) -> int | None:
     """Bytes, since `restart_peak`: of the GPU's allocator, on Linux of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # getrusage would count what the process was started from
+    with contextlib.suppress(OSError, IndexError):  # getrusage would count who started the process
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     return None

@@ -522,8 +522,9 @@ def test_the_modes_and_models_that_cannot_be_patched_are_refused():
     with pytest.raises(ValueError, match="patched or split already"):
         Patch(split, sparse)
     quant.join(split)
-    with pytest.raises(AssertionError, match="or its model joined"):
-        patch.losses(batch(), loss_of, SEED)
+    for step in (lambda: patch.losses(batch(), loss_of, SEED), lambda: patch.update(SEED, 0.1)):
+        with pytest.raises(AssertionError, match="or its model joined"):
+            step()
     with pytest.raises(ValueError, match="all values of a DenseSparse move"):
         Patch(split, sparse, select="up_proj")
 

@@ -218,7 +218,7 @@ def test_a_model_in_codebooks_is_one_of_its_decoded_weights(name, dtype):
         decoded.view(-1)[flat] = w.flatten()[flat]
         w.copy_(decoded)
         assert codes.nbytes == w.numel() / 2 and levels.shape == (len(w), 16)
-    sparse, other = split(model, 4, index, books), split(plain, 16, index)
+    sparse, other = split(model, 4, index, books), split(plain, 16, index, books)
     patches = [Patch(model, sparse, eps=EPS), Patch(plain, other, eps=EPS)]
     assert str(patches[0]).endswith(f"the rest of these is in 4-bit k-means ({len(index)})")
     assert patches[0].total == patches[1].total
