@@ -184,7 +184,8 @@ class Parts:
 def join(model: nn.Module) -> None:
     """An ordinary model again: every split matrix a parameter with the weights it stood for.
 
-    They are on the CPU, as a GPU that holds the model in 4 bits may not in 16.
+    They are on the CPU, as a GPU that holds the model in 4 bits may not in 16. While a probe is
+    open they would be perturbed for good: call it after the probe.
     """
     whole: dict[Parts, nn.Parameter] = {}
     for module in model.modules():
