@@ -4,7 +4,6 @@ unexport PYTHONDONTWRITEBYTECODE  # with it, each process of the tests compiles 
 RUN = .venv/bin/python
 NUMERICAL = tests/test_zo.py tests/test_masks.py
 LOOPS = tests/test_zo.py::test_the_fused_loop_is_one_on_all_threads \
-  tests/test_zo.py::test_the_fused_loop_is_the_eager_one[dtype0] \
   tests/test_zo.py::test_the_fused_loop_is_the_eager_one[dtype1] \
   tests/test_masks.py::test_compiled_masks_are_the_rules_own[ConstantMask]
 

@@ -226,8 +226,9 @@ def read_as(module: nn.Module, name: str, answer) -> None:
 
     The module keeps the answer in an attribute `_answers`, so a deep copy has its own.
     torch.nn.utils.parametrize does the same, but moves the parameter to another name and takes
-    several times as long for each read.
+    several times as long for each read. ValueError where other answers are there.
     """
+    check_owners([(module, name)], name, type(answer))
     vars(module).setdefault("_answers", {})[name] = answer
 
     def read(module):

@@ -29,7 +29,6 @@ HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period":
 ARCHITECTURES = {  # name: (model type, what differs from SIZES; None: left out)
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-one": ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 1}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None}),
     "opt-350m": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "mistral": ("mistral", {"sliding_window": 8}),
@@ -77,10 +76,10 @@ def needs_gpu(test):
     return pytest.mark.cuda(skip(test))
 
 
-def build(name: str, dtype=torch.float32, seed: int = 0):
+def build(name: str, dtype=torch.float32, seed: int = 0, **more):
     """A tiny random model in eval mode; its norms are perturbed, so that no weight is exactly 1."""
     model_type, changes = ARCHITECTURES[name]
-    sizes = {key: size for key, size in {**SIZES, **changes}.items() if size is not None}
+    sizes = {key: size for key, size in (SIZES | changes | more).items() if size is not None}
     config = AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
@@ -122,7 +121,7 @@ def write_model(path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(path)
-    build("llama-one").save_pretrained(path)
+    build("llama-tied", num_hidden_layers=1).save_pretrained(path)
 
 
 def write_task(path) -> None:

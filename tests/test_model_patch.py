@@ -450,6 +450,21 @@ def test_an_exception_inside_a_probe_leaves_an_ordinary_model(error):
     assert patch.losses(inputs, loss_of, SEED) == want
 
 
+def test_values_that_cannot_be_made_leave_no_probe_open(monkeypatch):
+    """Where memory is short for [Q]'s values, the next probe is as if nothing had happened."""
+    model, inputs = build("llama"), batch()
+    patch = Patch(model, dense_sparse(model, 4))
+    plain, want = loss_of(model, inputs), patch.losses(inputs, loss_of, SEED)
+    with monkeypatch.context() as short, pytest.raises(torch.OutOfMemoryError):
+        short.setattr(patch, "scratch", fails_for_memory)
+        patch.losses(inputs, loss_of, SEED)
+    assert loss_of(model, inputs) == plain and patch.losses(inputs, loss_of, SEED) == want
+
+
+def fails_for_memory(like):
+    raise torch.OutOfMemoryError
+
+
 def test_remove_gives_an_ordinary_model_back(tmp_path):
     """Names, their order, classes and ties are as before, and the model saves and reloads."""
     from transformers import AutoModelForCausalLM
@@ -565,6 +580,8 @@ def test_a_layer_that_reads_a_weight_in_another_way_is_not_patched():
     before = loss_of(model, inputs)
     with pytest.raises(ValueError, match="up_proj.weight: its module reads a weight as another"):
         Patch(model, masks.Everything())
+    with pytest.raises(ValueError, match="reads a weight as another"):
+        quant.read_as(layer, "weight", lambda theta: 3 * theta)
     assert loss_of(model, inputs) == before
     quant.read_plainly(layer)
     assert type(layer) is nn.Linear and loss_of(model, inputs) != before

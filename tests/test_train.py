@@ -128,7 +128,7 @@ def base(folder, tmp_path_factory):
         tensors["model.norm.weight"][-1] += 1 if name == "late" else math.nan
         save_file(tensors, base / name / "model.safetensors", metadata={"format": "pt"})
     shutil.copytree(folder / "model", base / "other")
-    build("llama-one", seed=5).save_pretrained(base / "other")
+    build("llama-tied", seed=5, num_hidden_layers=1).save_pretrained(base / "other")
     text = (folder / "train.jsonl").read_text()
     flipped = text.replace('"label": 0', '"label": 2').replace('"label": 1', '"label": 0')
     (base / "flipped.jsonl").write_text(flipped.replace('"label": 2', '"label": 1'))
@@ -144,13 +144,15 @@ def ready(base, tmp_path):
 # ------------------------------------------------------------------ what a run is
 
 
+@pytest.mark.picture
 @pytest.mark.parametrize("flags", METHODS, ids=" ".join)
 def test_the_log_rebuilds_the_last_weights_to_the_bit(flags, folder, tmp_path, trained):
     """A run of every method is whole, and its log gives its last weights to the bit."""
     out = tmp_path / "run"
     result = run(folder, out, *flags)
-    names = {"config.json", "steps.csv", "result.json"}
+    names = {"config.json", "steps.csv", "result.json", "curve.png"}
     assert {p.name for p in out.iterdir()} - {"mask.safetensors"} == names
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     found = log.StepLog(out)
     lines = [found.start, *found.steps]
     assert [line.step for line in lines] == list(range(9))
@@ -652,6 +654,19 @@ def test_the_peak_of_memory_counts_from_its_restart():
     before = loading.machine(cpu)["peak_memory_bytes"]
     loading.restart_peak()
     assert loading.machine(cpu)["peak_memory_bytes"] < before - 4e8
+
+
+@pytest.mark.parametrize("status", ["VmRSS: 5 kB", FileNotFoundError()], ids=repr)
+def test_a_system_that_does_not_tell_its_peak_has_none(status, monkeypatch):
+    """A run that has ended must not fail at its last line."""
+
+    def read(path):
+        if isinstance(status, str):
+            return status
+        raise status
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert loading.machine(torch.device("cpu"))["peak_memory_bytes"] is None
 
 
 def test_a_run_brings_its_own_mask(folder, tmp_path, capsys):
