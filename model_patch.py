@@ -34,6 +34,7 @@ What it costs
 """
 
 import re
+import threading
 from contextlib import contextmanager
 from copy import copy
 
@@ -43,6 +44,8 @@ from torch import Tensor, nn
 import masks
 import quant
 import zo
+
+ONE_READS = threading.RLock()  # at a time: a loss may run its forward passes in threads
 
 
 class MaskedWeight:
@@ -82,16 +85,16 @@ class MaskedWeight:
     def __call__(self, theta: Tensor) -> Tensor:
         """What a layer gets when it asks for its weight."""
         assert theta is self.parameter, f"{self.name} was replaced after patching; patch anew"
-        patch = self.patch
+        self.was_read, patch = True, self.patch
         if patch.shift is None:
             return theta
-        self.was_read = True
-        if self.layer != patch.reading:  # a new layer reads: all copies go, but for tied ones
-            patch.copies = {w: copy for w, copy in patch.copies.items() if w.owners[1:]}
-            patch.reading = self.layer
-        if self not in patch.copies:  # a layer may ask several times, for a dtype or an expert
-            patch.copies[self] = self.perturbed()
-        return patch.copies[self]
+        with ONE_READS:
+            if self.layer != patch.reading:  # a new layer reads: all copies go, but for tied ones
+                patch.copies = {w: copy for w, copy in patch.copies.items() if w.owners[1:]}
+                patch.reading = self.layer
+            if self not in patch.copies:  # a layer may ask several times, for a dtype or an expert
+                patch.copies[self] = self.perturbed()
+            return patch.copies[self]
 
     def perturbed(self) -> Tensor:
         """θ + a m(θ)⊙z of the open probe."""
@@ -114,6 +117,7 @@ class Patch:
     loss_plus, loss_minus = patch.losses(batch, loss_fn, seed)
     patch.update(seed, float(-lr * zo.projected_grad(loss_plus, loss_minus, patch.eps)))
 
+    model: the whole one. A tied weight that is read outside of it reads as θ.
     what_moves: a rule of masks.py ([S], MeZO), which is copied, or a quant.DenseSparse ([Q]).
     eps: ε, 1e-3 in [S].
     fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
@@ -173,7 +177,9 @@ class Patch:
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
             quant.check_owners(owners[p], name, MaskedWeight)
-            p.data = p.data.contiguous()
+            if not p.is_contiguous():
+                check_alone(p, name, owners)
+                p.data = p.data.contiguous()
             try:
                 self.weights.append(MaskedWeight(self, name, p, stream, owners[p]))
             except ValueError as error:
@@ -222,7 +228,7 @@ class Patch:
         losses = []
         for a in (+self.eps, -self.eps):
             with self.probe(seed, a):
-                losses.append(loss_fn(self.model, batch))
+                losses.append(1.0 * loss_fn(self.model, batch))  # a copy: both may be one tensor
         if unread := [name for name, reader in self.readers.items() if not reader.was_read]:
             way_out = "its mask cannot be of use" if self.sparse else "leave it out with --select"
             raise ValueError(
@@ -285,6 +291,14 @@ class Patch:
                 quant.read_plainly(module)
         self.weights, self.readers, self.buffers, self.modules = [], {}, [], []
         self.sparse = None
+
+
+def check_alone(parameter: Tensor, name: str, parameters) -> None:
+    """ValueError where another parameter lies in the same memory, which only one could keep."""
+    memory = parameter.untyped_storage().data_ptr()
+    others = (p for p in parameters if p is not None and p is not parameter)
+    if any(p.untyped_storage().data_ptr() == memory for p in others):
+        raise ValueError(f"{name} is another parameter transposed; make it one of its own")
 
 
 class Scratch:

@@ -310,13 +310,13 @@ def option_tokens(tokenizer, full: str, option: str, special: bool = True) -> tu
     length = sum(end > (first if begin >= first else word) for begin, end in spans)
     ends = [0, *(end for _, end in spans if end)]
     begins = [*(begin for begin, end in spans if end), len(text)]
+    # an EOS that the tokenizer adds is no part of the option
+    ids = ids[: max((i for i, (_, end) in enumerate(spans, start=1) if end), default=0)]
     if any(text[end:begin].strip() for end, begin in zip(ends, begins, strict=True)):
         # The vocabulary lacks a character and dropped it (BPE without <unk> or bytes), which
         # shifts later spans: here an option token is one that the prompt does not begin with.
         prompt = tokenize(text[:word])["input_ids"]
         length = len(ids) - len(commonprefix([prompt, ids]))
-    else:  # an EOS that the tokenizer adds is no part of the option
-        ids = ids[: max(i for i, (_, end) in enumerate(spans, start=1) if end)]
     return ids, length
 
 

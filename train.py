@@ -196,6 +196,8 @@ def replay(config: Config, patch, data, logged: list[log.Step], run, after: int)
     Where `after` is 0, the step that is taken again is the first.
     """
     checked = max(after, 1)
+    for reader in patch.readers.values():
+        reader.was_read = True  # or the run had not begun; one batch may not reach every expert
     for step in logged[:checked]:
         if None in step[1:5] or not 0 <= step.seed < zo.MAX_RUN_SEED << 32:
             raise ValueError(f"{run}/steps.csv: {step.line()!r} is no step of a run of train.py")
@@ -309,16 +311,16 @@ def begin(config: Config, run: Path) -> tuple:
     if record.start is None and workers.RANK == 0:
         configs.save(run, config)  # from here on the run can be resumed
     examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
-    trained = zlib.crc32(repr(data.train).encode())
-    result = {"zero_shot": None, "examples": examples, "train": trained, "seconds": 0}
+    seen = zlib.crc32(repr((data.train, data.validation)).encode())  # by a run so far
+    result = {"zero_shot": None, "examples": examples, "seen": seen, "seconds": 0}
     if record.start is not None and (run / "result.json").exists():
         with reworded(f"{run}/result.json is torn", "; remove it"):
             kept = json.loads((run / "result.json").read_text())
         result = {name: kept.get(name, value) for name, value in result.items()}
-    if result["train"] != trained:
+    if result["seen"] != seen:
         raise ValueError(
-            f"{run}: the training examples are not those that the run began with; --data-dir, "
-            "--train-file, --num-train, --num-validation and --data-seed choose them"
+            f"{run}: the training or validation examples are not those that the run began with; "
+            "--data-dir, the files, --num-train, --num-validation and --data-seed choose them"
         )
     patch = open_patch(config, run, data)
     print(f"  {patch}\n  {run}/")
@@ -327,8 +329,8 @@ def begin(config: Config, run: Path) -> tuple:
     # workers share their losses, so nothing else would show that their data differ
     workers.check_same(examples, "data")
     if record.start is None:
-        measure_step(config, patch, data, 0)  # is every weight that moves read?
         zero_shot = score(config, patch.model, data.tokenizer, data.test)
+        measure_step(config, patch, data, 0)  # was every weight that moves read by now?
         start = "untrained prefix," if config.adapter == "prefix" else "zero-shot"
         start += " in 4 bits," if config.bits == 4 else ""
         print(f"{start} test {data.metric} {zero_shot}")
@@ -337,7 +339,7 @@ def begin(config: Config, run: Path) -> tuple:
         record.append(evaluated(config, patch, data, log.Step(0)))
     else:
         if result["examples"] != examples:
-            print("  the examples are not all those that the run began with")
+            print("  the test examples are not those that the run began with")
             result["zero_shot"] = None  # of the examples of then
         replay(config, patch, data, record.steps, run, after=len(record.steps))
         print(f"  going on after step {len(record.steps)} of {config.steps}")

@@ -243,7 +243,7 @@ USES = {  # setting: the methods that have a use for it
 
 # A resumed run keeps these. In 16 bits log.compare bears much rounding, and might miss a change.
 KEPT = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh_every",
-        "rounding", "seed", "bits", "lr", "eps", "batch_size")  # fmt: skip
+        "rounding", "seed", "bits", "lr", "eps", "batch_size", "max_length")  # fmt: skip
 
 
 def _check_method(config: Config) -> None:

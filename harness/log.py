@@ -167,7 +167,8 @@ def compare(logged: Step, again: Step, dtype: str, run) -> None:
     same = again.seed == logged.seed
     tolerance = {"bfloat16": 2e-2, "float16": 3e-3}.get(dtype, 1e-4)
     for ours, theirs in zip(again[3:5], logged[3:5], strict=True):
-        same &= math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance / 10)
+        close = math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance / 10)
+        same &= close or math.isnan(ours) and math.isnan(theirs)
     # the log's own losses give the log's own a, unless --lr or --eps is another one
     slopes = [s.loss_plus - s.loss_minus for s in (logged, again)]
     if same and all(slopes) and math.isfinite(logged.a):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -224,6 +225,17 @@ def test_a_weight_that_lies_transposed_moves_like_any_other():
     assert same(bits(model), bits(other))
 
 
+def test_a_weight_that_is_another_one_transposed_is_refused():
+    """It could not stay in one memory with it; a parameter of the same order can, and does."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)).eval()
+    model[1].weight = nn.Parameter(model[0].weight.detach().T)
+    with pytest.raises(ValueError, match=r"^1\.weight is another parameter transposed"):
+        Patch(model, SMALL)
+    model[1].weight = nn.Parameter(model[0].weight.detach().view(4, 6))
+    Patch(model, SMALL).update(SEED, 0.1)
+    assert torch.equal(model[1].weight.view(6, 4), model[0].weight)
+
+
 def test_small_updates_of_16_bit_weights_arrive_by_stochastic_rounding():
     """An update below half the spacing moves some weights by one unit, and none if to nearest."""
     shares = []
@@ -408,6 +420,26 @@ def test_a_probe_draws_every_weight_once(monkeypatch):
     )
     patch.losses(batch(), loss_of, SEED)
     assert sorted(drawn) == sorted([w.name for w in patch.weights] * 2)
+
+
+def test_a_loss_may_run_its_passes_in_threads():
+    """l⁺ and l⁻ are those of the same passes one after the other."""
+    patch, parts = Patch(build("llama"), SMALL), [batch()] * 8
+
+    def in_threads(model, parts):
+        with ThreadPoolExecutor(8) as pool:
+            return sum(pool.map(lambda part: float(loss_of(model, part)), parts))
+
+    want = patch.losses(parts, lambda m, parts: sum(float(loss_of(m, p)) for p in parts), SEED)
+    for _ in range(5):
+        assert patch.losses(parts, in_threads, SEED) == want
+
+
+def test_a_loss_may_write_to_one_place():
+    """l⁺ is kept where a loss function puts l⁻ into the same tensor."""
+    patch, place = Patch(build("llama"), SMALL), torch.zeros(())
+    want = patch.losses(batch(), loss_of, SEED)
+    assert patch.losses(batch(), lambda m, b: place.copy_(loss_of(m, b)), SEED) == want
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "opt", "gpt2"])

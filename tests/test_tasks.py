@@ -646,6 +646,13 @@ def test_dropped_characters(stories):
         assert row_texts(tokenizer, replies[0]) == row_texts(tokenizer, replies[1])
     with pytest.raises(ValueError, match="option ' 🙂' .* 0 of"):
         encode(tokenizer, Example("It was", (" 🙂", " great"), 0))
+    tokenizer = copy.deepcopy(tokenizer)
+    closing = {"special_tokens": [("<s>", 1), ("</s>", 2)]}  # an EOS that the tokenizer adds
+    processor = processors.TemplateProcessing(single="<s> $A </s>", **closing)
+    tokenizer.backend_tokenizer.post_processor = processor
+    for prompt in ("so\n", "é so\n"):
+        yes_no = encode(tokenizer, Example(prompt, ("Yes", "No"), 0))
+        assert row_texts(tokenizer, yes_no) == [["Y", "es"], ["N", "o"]]
 
 
 def test_merging_pieces():

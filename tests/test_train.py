@@ -400,7 +400,7 @@ def test_resume_refuses_a_config_that_was_edited(edit, ready, capsys):
     "typed",
     ["--seed=1", "--method=mezo", "--density=0.5", "--select=layers.0", "--mask-kind=constant",
      "--above=0.1", "--refresh-every=0", "--rounding=nearest", "--lr=0.02", "--eps=0.01",
-     "--batch-size=8"],
+     "--batch-size=8", "--max-length=32"],
 )  # fmt: skip
 def test_a_resumed_run_moves_what_it_moved(typed, ready, capsys):
     """Refused before anything is loaded: 16 bits bear much rounding, and might miss a change."""
@@ -444,25 +444,70 @@ def test_rounding_is_said_and_no_obstacle(ready, monkeypatch, capsys):
     assert len(steps_of(ready)) == 10
 
 
+def test_a_loss_that_is_no_number_comes_out_again(capsys):
+    """A step with one such loss, taken again on another machine, is the same step."""
+    logged = log.Step(4, 3, math.nan, math.nan, 0.7)
+    log.compare(logged, logged._replace(loss_minus=0.7000001), "float32", "run")
+    assert "but for rounding" in capsys.readouterr().out
+    for other in ({"loss_plus": 0.7}, {"loss_minus": math.nan}, {"loss_minus": 0.8}):
+        with pytest.raises(ValueError, match="step 4 does not come out as it was logged"):
+            log.compare(logged, logged._replace(**other), "float32", "run")
+
+
+@pytest.mark.parametrize("reads_at_first", [True, False])
+def test_a_batch_need_not_reach_every_expert(reads_at_first, folder, tmp_path, monkeypatch, capsys):
+    """What some forward pass reads before training may move; --resume does not ask again."""
+    original, asked = loading.load_model, []
+
+    def with_expert(*args, **how):
+        def one_batch(mlp, *_):  # before training reaches it
+            expert = quant.answers(mlp.expert).get("weight")
+            if reads_at_first and not asked and expert and expert.patch.shift is None:
+                asked.append(mlp.expert.weight)
+
+        model = original(*args, **how)
+        mlp = model.model.layers[0].mlp
+        mlp.expert = torch.nn.Linear(4, 4, bias=False).eval()
+        mlp.register_forward_hook(one_batch)
+        return model
+
+    monkeypatch.setattr(loading, "load_model", with_expert)
+    argv = arguments(folder, tmp_path / "run", "--compile=no")
+    if not reads_at_first:
+        said = refused(train.main, argv, capsys)
+        assert "no forward reads model.layers.0.mlp.expert.weight (1 such" in said
+        return
+    train.main(argv)
+    train.main([f"--resume={tmp_path}/run", "--steps=10"])
+    assert len(steps_of(tmp_path / "run")) == 10 and len(asked) == 1
+
+
 def test_other_test_examples_are_said(folder, ready, tmp_path, capsys):
-    """Those that choose the best weights or score them leave no trace in a loss; a run notices."""
+    """Those that score the weights leave no trace in a loss; a run notices."""
     train.main([f"--resume={ready}", "--steps=9"])
-    assert "not all those" not in capsys.readouterr().out
+    assert "test examples are not" not in capsys.readouterr().out
     rows = (folder / "test.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "test.jsonl").write_text("".join(rows[1:]))
     train.main([f"--resume={ready}", "--steps=10", f"--test-file={tmp_path}/test.jsonl"])
-    assert "the examples are not all those that the run began with" in capsys.readouterr().out
+    assert "the test examples are not those that the run began with" in capsys.readouterr().out
     result = json.loads((ready / "result.json").read_text())
     assert result["zero_shot"] is None and result["last"]["n"] == len(rows) - 1
 
 
 @pytest.mark.parametrize("flag", ["--data-seed=1", "--train-file={base}/flipped.jsonl"])
 def test_another_draw_and_other_labels_are_refused(flag, base, ready, capsys):
-    """Training examples of another seed, or with other labels, are not those of the run."""
+    """Examples of another seed, or with other labels, are not those that the run learnt from."""
     before = contents(ready)
     argv = [f"--resume={ready}", "--steps=12", flag.format(base=base)]
-    assert "the training examples are not those" in refused(train.main, argv, capsys)
+    assert "the training or validation examples are not those" in refused(train.main, argv, capsys)
     assert contents(ready) == before
+
+
+def test_other_validation_examples_are_refused(base, folder, tmp_path, capsys):
+    """Accuracies on two sets name no best step."""
+    run(folder, tmp_path / "run", f"--validation-file={folder}/test.jsonl")
+    argv = [f"--resume={tmp_path}/run", f"--validation-file={base}/flipped.jsonl", "--steps=9"]
+    assert "the training or validation examples are not those" in refused(train.main, argv, capsys)
 
 
 def test_other_training_examples_are_refused(folder, ready, tmp_path, capsys):
@@ -477,7 +522,7 @@ def test_other_training_examples_are_refused(folder, ready, tmp_path, capsys):
     changed = text.replace(json.dumps(other.prompt), json.dumps("a " + other.prompt))
     (tmp_path / "train.jsonl").write_text(changed)
     argv = [f"--resume={ready}", "--steps=9", f"--train-file={tmp_path}/train.jsonl"]
-    assert "the training examples are not those" in refused(train.main, argv, capsys)
+    assert "the training or validation examples are not those" in refused(train.main, argv, capsys)
     assert contents(ready) == before
 
 
