@@ -3,7 +3,7 @@
     python eval.py --model MODEL --task rte                  zero-shot
     python eval.py --model MODEL --task rte --shots 32       in-context, 32 solved examples
     python eval.py --run runs/…                              a run of train.py, at its best step
-    python eval.py --run runs/… --step last --save DIR       the same as a Hugging Face checkpoint
+    python eval.py --run runs/… --step last --save DIR       its last, as a Hugging Face checkpoint
     python eval.py --run runs/… --generate 5                 and how it continues 5 prompts
 
 An example counts as right when the right option has the highest mean log-probability (tasks.py).

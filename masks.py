@@ -126,12 +126,11 @@ class Rule:
 
     @staticmethod
     def mask(theta: Tensor, element: Tensor, state: Tensor) -> Tensor:
-        """m, boolean, for the elements `element` (n,) int32 of the flattened weight.
+        """m, boolean. `theta` has the values of some elements, `element` their places, int32.
 
-        `theta` (n,) has their values, `state` is what `prepare` or `refresh` returned. On a GPU
-        both may be (n / 16, 16). The method is static, so one compiled loop serves every tensor
-        and every run. The loop is made once. So a number that changes belongs in the state, and the
-        method may compute with a size, but not ask for one.
+        Both are (n,), on a GPU also (n / 16, 16). `state` is what `prepare` or `refresh` returned.
+        The method is static, and compiled once for all tensors and runs. So a number that changes
+        belongs in the state, and no branch may ask for a size.
         """
         raise NotImplementedError
 
@@ -192,7 +191,8 @@ class ConstantMask(Rule):
         self.h: dict[int, Tensor] = {}  # by stream
 
     def prepare(self, weight, stream):
-        self.h = self.h | {stream: threshold(weight, self.density)}  # of this copy of the rule
+        # not in place: Patch makes a shallow copy of the rule
+        self.h = self.h | {stream: threshold(weight, self.density)}
         return self.refresh(weight, stream)
 
     def refresh(self, weight, stream):
@@ -293,7 +293,7 @@ def _only_gradients_of(wanted: dict[str, Tensor], model, receive):
             undo.callback(hook.remove)
         for block in decoder_blocks(model):
             own = {key: value for key, value in vars(block).items() if key == "forward"}
-            undo.callback(vars(block).update, own)
+            undo.callback(vars(block).update, own)  # undone last
             undo.callback(vars(block).pop, "forward")
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
@@ -417,15 +417,10 @@ def random_index(weights: dict[str, Tensor], density: float, seed: int = 0) -> d
 # ------------------------------------------------------------------ what [Q] measures of masks
 
 
-def _inside(scores: dict[str, Tensor], index: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Per matrix, the sum of the scores in the mask."""
-    return {name: scores[name].flatten()[i.long()].double().sum() for name, i in index.items()}
-
-
 def concentration(scores: dict[str, Tensor], density: float) -> dict[str, float]:
     """Per matrix, the share of the squared gradient in its own top fraction."""
-    inside = _inside(scores, sensitive(scores, density))
-    return {name: float(inside[name] / scores[name].double().sum()) for name in inside}
+    index = sensitive(scores, density)
+    return {name: coverage({name: scores[name]}, {name: i}) for name, i in index.items()}
 
 
 def coverage(scores: dict[str, Tensor], index: dict[str, Tensor]) -> float:
@@ -433,7 +428,7 @@ def coverage(scores: dict[str, Tensor], index: dict[str, Tensor]) -> float:
 
     A random mask has c = k/d, the density, on average.
     """
-    inside = sum(_inside(scores, index).values())
+    inside = sum(scores[name].flatten()[i.long()].double().sum() for name, i in index.items())
     return float(inside / sum(score.double().sum() for score in scores.values()))
 
 

@@ -5,11 +5,11 @@
     code                paper
     Patch.losses        l⁺ and l⁻
     Patch.update        θ ← θ + a m⊙z, with a = −η · proj_grad
-    MaskedWeight        θ + a m(θ)⊙z, made when a layer asks for its weight
+    PerturbedWeight     θ + a m(θ)⊙z, made when a layer asks for its weight
 
 How it works
     Algorithm 1 writes +ε ẑ, −2ε ẑ and +ε ẑ into the weights. Here a probe writes nothing. Every
-    parameter that moves gets a `MaskedWeight`, and `self.weight` of its layer becomes a property
+    parameter that moves gets a `PerturbedWeight`, and `self.weight` of its layer becomes a property
     that asks it (quant.read_as). It answers θ while no probe is open, and θ + a m(θ)⊙z while one
     is, with a = +ε or −ε. The layer computes with the answer and drops it.
 
@@ -30,7 +30,7 @@ What it costs
     Memory: the model, the batch, and a copy of the weights of one layer and of tied ones. Time: the
     noise of every weight is drawn three times a step, for l⁺, l⁻ and the update. A batch in n parts
     takes n pairs of probes, and 2n + 1 draws. A probe with several forward passes draws in each,
-    but [Q]'s values once.
+    but tied weights and [Q]'s values once.
 """
 
 import re
@@ -48,7 +48,7 @@ import zo
 ONE_READS = threading.RLock()  # at a time: a loss may run its forward passes in threads
 
 
-class MaskedWeight:
+class PerturbedWeight:
     """One tensor that moves by a rule of masks.py: a parameter, or [Q]'s vector of k values."""
 
     def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int, owners: list):
@@ -89,18 +89,14 @@ class MaskedWeight:
         if patch.shift is None:
             return theta
         with ONE_READS:
-            if self.layer != patch.reading:  # a new layer reads: all copies go, but for tied ones
+            if self.layer != patch.reading:  # another layer reads: copies go, tied ones stay
                 patch.copies = {w: copy for w, copy in patch.copies.items() if w.owners[1:]}
                 patch.reading = self.layer
             if self not in patch.copies:  # a layer may ask several times, for a dtype or an expert
-                patch.copies[self] = self.perturbed()
+                scratch = patch.scratch(theta)
+                self.add(patch.shift, out=scratch)
+                patch.copies[self] = scratch.flat.view(theta.shape)  # its own tensor: `is_free`
             return patch.copies[self]
-
-    def perturbed(self) -> Tensor:
-        """θ + a m(θ)⊙z of the open probe."""
-        scratch = self.patch.scratch(self.parameter)
-        self.add(self.patch.shift, out=scratch)
-        return scratch.flat.view(self.parameter.shape)  # a new one, so that `is_free` sees it kept
 
     def add(self, shift: zo.Shift, out: zo.Halves | None = None, stochastic: bool = False) -> None:
         """out ← θ + a m(θ)⊙z, or θ ← θ + a m(θ)⊙z."""
@@ -135,12 +131,13 @@ class Patch:
         rounding: str = "stochastic",
         fused: bool = False,
     ):
-        splits = isinstance(what_moves, quant.DenseSparse)
-        if splits and select:
+        self.sparse = what_moves if isinstance(what_moves, quant.DenseSparse) else None
+        if self.sparse and select:
             raise ValueError(f"select {select!r}: all values of a DenseSparse move")
-        known = MaskedWeight if splits else (MaskedWeight, quant.Parts)
-        modules = [*model.modules(), *([what_moves] if splits else [])]
-        there = {part for module in modules for part in quant.answers(module).values()}
+        holder = self.sparse or model  # of the parameters that move
+        known = PerturbedWeight if self.sparse else (PerturbedWeight, quant.Parts)
+        modules = [*model.modules(), holder]
+        there = {answer for module in modules for answer in quant.answers(module).values()}
         if any(isinstance(answer, known) for answer in there):
             raise ValueError(
                 "this model is patched or split already; call remove() on that patch, or "
@@ -154,34 +151,33 @@ class Patch:
         self.stochastic = rounding == "stochastic"
         self.shift: zo.Shift | None = None  # a probe is open while it is set
         self.reading: str | None = None  # the layer that reads
-        self.copies: dict[MaskedWeight, Tensor] = {}  # its perturbed weights, and tied ones
+        self.copies: dict[PerturbedWeight, Tensor] = {}  # its perturbed weights, and tied ones
         self.buffers: list[Scratch] = []
-        self.weights: list[MaskedWeight] = []
-        self.sparse = what_moves if splits else None
-        self.rule = masks.Everything() if splits else copy(what_moves)  # its state is one model's
-        if splits:
-            for name in self.sparse.index:
-                if self.sparse.parts.get(name) not in there:
-                    raise ValueError(f"{name} is not split in this model: split(model, name) first")
-        self._ask(self.sparse if splits else model, select)
-        self.readers = self.sparse.parts if splits else {w.name: w for w in self.weights}
+        self.weights: list[PerturbedWeight] = []
+        # a copy, as its state is one model's
+        self.rule = masks.Everything() if self.sparse else copy(what_moves)
+        for name in self.sparse.index if self.sparse else ():
+            if self.sparse.parts.get(name) not in there:
+                raise ValueError(f"{name} is not split in this model: split(model, name) first")
+        self._ask(holder, select)
+        self.patched = self.sparse.parts if self.sparse else {w.name: w for w in self.weights}
         self.device = self.weights[0].theta.device
         self.modules = list(model.modules())  # to find them anew takes 4 ms at 7B, in every probe
 
     def _ask(self, holder: nn.Module, select: str) -> None:
-        """Give every parameter that moves a `MaskedWeight`, which all modules that have it ask."""
+        """Give every parameter that moves a `PerturbedWeight`, which its modules then ask."""
         owners = quant.owners(holder)
         for stream, (name, p) in enumerate(holder.named_parameters()):
             if not re.search(select, name) or not p.numel():
                 continue  # the streams of the others stay theirs
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
-            quant.check_owners(owners[p], name, MaskedWeight)
+            quant.check_owners(owners[p], name, PerturbedWeight)
             if not p.is_contiguous():
                 check_alone(p, name, owners)
                 p.data = p.data.contiguous()
             try:
-                self.weights.append(MaskedWeight(self, name, p, stream, owners[p]))
+                self.weights.append(PerturbedWeight(self, name, p, stream, owners[p]))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         if not self.weights:
@@ -211,7 +207,7 @@ class Patch:
         training = any(module.training for module in self.modules)
         assert not training, "the model was put into training mode after patching"
         assert self.shift is None, "a probe is open already"
-        assert self.readers, "this patch was removed, or its model joined; make a new one"
+        assert self.patched, "this patch was removed, or its model joined; make a new one"
         self.shift = zo.Shift.of(a, seed)
         try:
             yield
@@ -229,7 +225,7 @@ class Patch:
         for a in (+self.eps, -self.eps):
             with self.probe(seed, a):
                 losses.append(1.0 * loss_fn(self.model, batch))  # a copy: both may be one tensor
-        if unread := [name for name, reader in self.readers.items() if not reader.was_read]:
+        if unread := [name for name, part in self.patched.items() if not part.was_read]:
             way_out = "its mask cannot be of use" if self.sparse else "leave it out with --select"
             raise ValueError(
                 f"no forward reads {unread[0]} ({len(unread)} such in all), so only noise would "
@@ -241,10 +237,11 @@ class Patch:
     def update(self, seed: int, a: float) -> None:
         """[S] Algorithm 1's last loop, θ ← θ + a m⊙z in place, with a = −η · proj_grad.
 
-        `seed` is the probes' own. Computed in fp32 and rounded once, to θ's dtype.
+        `seed` is the probes' own. The sum is rounded once, to θ's dtype: 16 bits stochastically,
+        unless `rounding` is nearest.
         """
         assert abs(a) < float("inf"), f"an update of {a} leaves no weight finite; skip the step"
-        assert self.readers, "this patch was removed, or its model joined; make a new one"
+        assert self.patched, "this patch was removed, or its model joined; make a new one"
         shift = zo.Shift.of(a, seed)
         for weight in self.weights:
             weight.add(shift, stochastic=self.stochastic)
@@ -264,7 +261,7 @@ class Patch:
     def active(self) -> tuple[int, int]:
         """(how many weights are inside the mask now, of how many in the tensors that move)."""
         inside = sum(int(weight.mask().count_nonzero()) for weight in self.weights)
-        return inside, sum(reader.shape.numel() for reader in self.readers.values())
+        return inside, sum(part.shape.numel() for part in self.patched.values())
 
     def active_density(self) -> float:
         """Share of the weights of moving tensors that are inside the mask now."""
@@ -280,7 +277,7 @@ class Patch:
         return sum(shape.numel() for shape in shapes)
 
     def __str__(self):
-        move, tensors = self.active()[0], len(self.readers)
+        move, tensors = self.active()[0], len(self.patched)
         rest = f"; the rest of these is in {self.sparse}" if self.sparse else ""
         return f"{move:,} of {self.total:,} weights move, in {tensors} tensors{rest}"
 
@@ -289,7 +286,7 @@ class Patch:
         for weight in self.weights:
             for module, _ in weight.owners:
                 quant.read_plainly(module)
-        self.weights, self.readers, self.buffers, self.modules = [], {}, [], []
+        self.weights, self.patched, self.buffers, self.modules = [], {}, [], []
         self.sparse = None
 
 

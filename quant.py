@@ -5,7 +5,7 @@
     code       paper
     index      where m = 1: per matrix, the flat positions of its moving weights
     values     w_sparse: one fp32 vector, (k,), of the moving weights of all matrices
-    codes      w_dense ≈ (1 − m) ⊙ w: four bits per weight, two codes to a byte
+    codes      w_dense ≈ w where m = 0: four bits per weight; where m = 1 `values` replace it
     NF4Blocks  what codes mean: 16 fixed levels, times a scale for every block of 64 weights
     Codebooks  what they mean in [Q]: 16 levels for every row, by k-means (SqueezeLLM's way)
 
@@ -212,7 +212,7 @@ def owners(model: nn.Module) -> dict[Tensor, list]:
 
 
 def check_owners(owners: list, name: str, kind: type) -> None:
-    """ValueError where one more answer of this kind would replace another, or be undone with it."""
+    """ValueError where the weight has an answer already, or its module has one of another kind."""
     for module, attribute in owners:
         there = answers(module)
         if attribute in there or {type(answer) for answer in there.values()} - {kind}:
@@ -274,15 +274,15 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     # a cluster is a run of the sorted row; its sum is the difference of two of these
     sums = [F.pad(x.cumsum(1), (1, 0)) for x in (importance, importance * w)]
 
-    # Where may a cut be? At the widest gaps, and at equal steps of this density, the cube root of
-    # importance · gap²: the best of many levels lie so (Panter and Dite, 1951).
+    # Where may a cut be? At the widest gaps, and at equal steps of how many levels a gap wants,
+    # the cube root of importance · gap²: the best of many lie so (Panter and Dite, 1951).
     gaps = w.diff(dim=1)
     widest = gaps.topk(min(WIDEST, gaps.shape[1])).indices
-    density = ((importance[:, 1:] + importance[:, :-1]) * gaps**2) ** (1 / 3)
-    density = density.scatter(1, widest, 0)  # these have a cut already
-    density = F.pad(density.cumsum(1), (1, 0))
-    steps = density[:, -1:] * torch.linspace(0, 1, EVEN, dtype=w.dtype, device=w.device)
-    cuts = torch.cat([torch.searchsorted(density, steps), widest + 1], 1).sort(1).values
+    wanted = ((importance[:, 1:] + importance[:, :-1]) * gaps**2) ** (1 / 3)
+    wanted = wanted.scatter(1, widest, 0)  # these have a cut already
+    wanted = F.pad(wanted.cumsum(1), (1, 0))
+    steps = wanted[:, -1:] * torch.linspace(0, 1, EVEN, dtype=w.dtype, device=w.device)
+    cuts = torch.cat([torch.searchsorted(wanted, steps), widest + 1], 1).sort(1).values
     cuts = F.pad(cuts, (0, 1), value=w.shape[1])  # the first is 0
 
     # The best 16 runs between these cuts, by dynamic programming. A run explains moment² / mass of

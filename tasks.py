@@ -179,7 +179,7 @@ _NO_YES = ("No", "Yes")
 # [Q] "Dataset Splits" has 2051/200 for ARC-E and so on. The two are training and validation: their
 # sum is the published training set, for each task but MMLU, which is a part of the auxiliary one.
 _Q = {"num_validation": 200, "sizes": "[Q] appendix, dataset splits"}
-_OWN = {"labels": (), "classification": False, **_Q}  # each row has its own options
+_BY_ROW = {"labels": (), "classification": False, **_Q}  # each row has its own options
 TASKS = {task.name: task for task in (
     Task("sst2", "nyu-mll/glue:sst2", "SST-2", "{sentence} It was", (" terrible", " great"),
          ("0", "1"), lambda row: [{**row, "sentence": row["sentence"].strip()}],
@@ -207,29 +207,29 @@ TASKS = {task.name: task for task in (
          ("train_xl.jsonl", "dev.jsonl"), classification=False),
     Task("arce", "allenai/ai2_arc:ARC-Easy", "ARC-V1-Feb2018-2/ARC-Easy",  # [H] arc/arc_easy.yaml
          "Question: {question}\nAnswer:", (), rows=_exam, splits=("train", "test"),
-         files=("ARC-Easy-Train.jsonl", "ARC-Easy-Test.jsonl"), num_train=2051, **_OWN),
+         files=("ARC-Easy-Train.jsonl", "ARC-Easy-Test.jsonl"), num_train=2051, **_BY_ROW),
     Task("arcc", "allenai/ai2_arc:ARC-Challenge", "ARC-V1-Feb2018-2/ARC-Challenge",
          "Question: {question}\nAnswer:", (), rows=_exam, splits=("train", "test"),
-         files=("ARC-Challenge-Train.jsonl", "ARC-Challenge-Test.jsonl"), num_train=919, **_OWN),
+         files=("ARC-Challenge-Train.jsonl", "ARC-Challenge-Test.jsonl"), num_train=919, **_BY_ROW),
     Task("hellaswag", "Rowan/hellaswag:default", "hellaswag", "{text}", (), rows=_hellaswag,
          files=("hellaswag_train.jsonl", "hellaswag_val.jsonl"),  # [H] hellaswag/hellaswag.yaml
-         num_train=39705, **_OWN),
+         num_train=39705, **_BY_ROW),
     Task("piqa", "baber/piqa:default", "piqa", "Question: {goal}\nAnswer:",  # [H] piqa/piqa.yaml
          (" {sol1}", " {sol2}"), files=("train.jsonl", "valid.jsonl"), num_train=15913,
-         **_OWN | {"labels": ("0", "1")}),
+         **_BY_ROW | {"labels": ("0", "1")}),
     Task("obqa", "allenai/openbookqa:main", "OpenBookQA-V1-Sep2018/Data/Main", "{question}", (),
          rows=_exam, files=("train.jsonl", "test.jsonl"), splits=("train", "test"),
-         num_train=4757, **_OWN),  # [H] openbookqa/openbookqa.yaml
+         num_train=4757, **_BY_ROW),  # [H] openbookqa/openbookqa.yaml
     Task("siqa", "lighteval/siqa:default", "socialiqa-train-dev", "Q: {context} {question}\nA:",
          (" {answerA}", " {answerB}", " {answerC}"), files=("train.jsonl", "dev.jsonl"),
-         num_train=33210, **_OWN | {"labels": ("1", "2", "3")}),  # [H] siqa/siqa.yaml
+         num_train=33210, **_BY_ROW | {"labels": ("1", "2", "3")}),  # [H] siqa/siqa.yaml
     Task("mmlu", "cais/mmlu:all", "data",  # [H] mmlu/default/_default_template_yaml
          "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:", (" A", " B", " C", " D"),
          ("A", "B", "C", "D"), _mmlu, ("auxiliary_train/*.csv", "test/*.csv"),
          ("auxiliary_train", "test"), num_train=20000, **_Q),
     Task("aqua", "deepmind/aqua_rat:raw", "AQuA",  # [H] agieval/aqua-rat.yaml, AGIEval's query
          "Q: {text}\nA: Among A through {last}, the answer is", (), rows=_aqua,
-         files=("train.json", "test.json"), splits=("train", "test"), num_train=97267, **_OWN),
+         files=("train.json", "test.json"), splits=("train", "test"), num_train=97267, **_BY_ROW),
     Task("wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1", "wikitext-2-raw", "", ("{text}",),
          rows=lambda row: [{**row, "label": 0}], splits=("train", "test", "validation"),
          files=("wiki.train.raw", "wiki.test.raw", "wiki.valid.raw"), classification=False,
@@ -457,8 +457,8 @@ def collate(
     kept = [p - T + keep for p in place]
     if len(rows) < len(texts):
         mask = packed_mask(torch.tensor(positions, device=device))
-    if T <= pack:  # also of one text a row: the last places are no contiguous slice, and of such
-        # torch.matmul makes a product per row, for which it copies a 16-bit head on a CPU
+    if T <= pack:  # also with one text a row: keep = K slices, and of a slice, not contiguous,
+        # torch.matmul makes a product per row, which on a CPU copies a 16-bit head each time
         keep, kept = kept_places(row, place, len(rows), T)
     tensors = ids, positions, mask, row, place, kept, token, slot, weight, labels, valid
     keep = keep if isinstance(keep, int) else torch.tensor(keep, device=device)

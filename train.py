@@ -4,32 +4,26 @@
     python train.py --model meta-llama/Llama-2-7b-hf --task rte --method senszoq
     python train.py --resume runs/…
 
-    code            [S] Algorithm 1
-    rule            m of MeZO and [S]: which weights move
-    sensitive_mask  m of [Q], found once and kept in a file of the run
-    losses          l⁺ and l⁻ of one minibatch, with mask and noise inside forward (§3.3)
-    measure_step    proj_grad of one step, and a = −η · proj_grad
-    train           the loop, in the order of the printed algorithm
-    replay          θ_T from θ_0 and the log: a finished step is (seed, a)
-
-One step, from the loop down:
-
-    train
+    code                          [S] Algorithm 1
+    train                         the loop, in the order of the printed algorithm
         Patch.refresh             thresholds again, where --refresh-every asks for it
-        measure_step              the minibatch, by tasks.minibatch, and the seed
+        measure_step              minibatch and seed; proj_grad, and a = −η · proj_grad
             losses                l⁺ and l⁻: Patch.losses opens a probe with a = +ε, then with −ε
-                tasks.loss        a forward pass. For each weight it asks a MaskedWeight
+                tasks.loss        a forward pass. For each weight it asks a PerturbedWeight
                     zo.apply      θ + a m⊙z: Threefry's words, z of them, the rule's m, the sum
         Patch.update              zo.apply in place, with a = −η · proj_grad, if that is finite
         evaluated                 validation and active density, every --eval-every steps
         StepLog.append            the line in steps.csv; now the step is done
 
-[Q]'s layers ask quant.Parts instead, which ask a MaskedWeight for all k values, drawn once a probe.
+`rule` says which weights move in MeZO and [S]. `sensitive_mask` is m of [Q], found once and kept in
+a file of the run. `replay` makes θ_t of θ_0 and the log, as a finished step is (seed, a).
+[Q]'s layers ask quant.Parts instead, which ask one PerturbedWeight for all k values: these are
+drawn once a probe.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv is the checkpoint (harness/log.py): --resume rebuilds the weights from it, to the bit on
 the same machine, and takes the last logged step again. It ends with an error if that, or the
-training examples, are not those of before.
+training or validation examples, are not those of before.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
@@ -63,7 +57,7 @@ from harness.config import Config, reworded
 def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> None:
     """[S] Algorithm 1, from the step after the log's last to step T."""
     progress = log.Progress(record, config.steps, quiet=workers.RANK > 0)
-    for t in range(len(record.steps), config.steps):  # for t ← 1 to T do
+    for t in range(len(record.steps), config.steps):  # for t ← 1 to T do; here from 0 on
         refresh(config, patch, record, t)  # h is fixed, unless --refresh-every says otherwise
         step = measure_step(config, patch, data, t)
         if math.isfinite(step.a):
@@ -191,12 +185,9 @@ def open_patch(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
 
 
 def replay(config: Config, patch, data, logged: list[log.Step], run, after: int) -> None:
-    """θ_0 → θ_after, by the log. The last step is taken again and must come out as logged.
-
-    Where `after` is 0, the step that is taken again is the first.
-    """
+    """θ_0 → θ_after, by the log. Step max(after, 1) is taken again, and must come out as logged."""
     checked = max(after, 1)
-    for reader in patch.readers.values():
+    for reader in patch.patched.values():
         reader.was_read = True  # or the run had not begun; one batch may not reach every expert
     for step in logged[:checked]:
         if None in step[1:5] or not 0 <= step.seed < zo.MAX_RUN_SEED << 32:
@@ -216,22 +207,22 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
         model, tokenizer, workers.share(examples), max_length=config.max_length,
         batch_size=config.micro_batch or config.batch_size,
     )  # fmt: skip
-    total, n, broken = workers.all_sum(counts)
-    if broken == len(examples):
+    total, n, not_finite = workers.all_sum(counts)
+    if not_finite == len(examples):
         raise Broken(
             "no log-probability of any example is finite: float16 overflow (try --dtype bfloat16), "
             "or weights broken by too high a rate"
         )
     if len(examples[0].options) > 1:
-        return tasks.Score(float(total / n), int(n), int(broken))
+        return tasks.Score(float(total / n), int(n), int(not_finite))
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(np.nan_to_num(total / n, nan=np.inf)))
-    return tasks.Score(perplexity, int(n), int(broken), "perplexity")
+    return tasks.Score(perplexity, int(n), int(not_finite), "perplexity")
 
 
 def evaluated(config, patch, data: dataset.Data, step: log.Step) -> log.Step:
     """The step with its validation and active density, of weights that all workers share."""
-    if workers.SIZE > 1:  # or nobody asks, and the sum would read every weight
+    if workers.SIZE > 1:  # one has nobody to differ from, and the sum reads every weight
         workers.check_same(workers.checksum(patch.moving()), "weights")
     found = {"active_density": patch.active_density()}
     if data.validation:

@@ -136,8 +136,9 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ).
 
     The radius takes 31 bits of word 0. The angle inside a quadrant takes 30 bits of word 1, whose
-    two upper bits are the signs. Logarithm, cosine and sine are polynomials, to 2e-7: torch's
-    own functions serve all arguments, and cost more. Each polynomial is the closest of its degree.
+    two upper bits are the signs. Logarithm, cosine and sine are polynomials, each the closest of
+    its degree: torch's own functions serve all arguments, and cost more. Cosine and sine are right
+    to 2e-7, the radius to 3e-7 of itself.
     """
     unit = math.pi / 2 * 2.0**-30
     x = minus_two_log((word0 & 0x7FFFFFFF).float() * 2.0**-31 + 2.0**-32)  # of u in (0, 1]
@@ -186,7 +187,7 @@ def word(number: int) -> Tensor:
     return torch.full((), low, dtype=torch.int32, device="cpu")
 
 
-def keys(seed: int) -> tuple[Tensor, Tensor]:
+def seed_words(seed: int) -> tuple[Tensor, Tensor]:
     """The two words of a seed: the run's, and the step."""
     assert 0 <= seed < MAX_RUN_SEED << 32, f"seed {seed} does not fit: use step_seed"
     return word(seed >> 32), word(seed)
@@ -201,14 +202,14 @@ class Shift(NamedTuple):
 
     @classmethod
     def of(cls, a: float, seed: int) -> "Shift":
-        return cls(torch.full((), a, dtype=torch.float32, device="cpu"), *keys(seed))
+        return cls(torch.full((), a, dtype=torch.float32, device="cpu"), *seed_words(seed))
 
 
 def gaussian(seed: int, stream: int, shape, *, device="cpu") -> Tensor:
     """The noise z of one tensor, fp32 of `shape`: a pure function of (seed, stream, shape)."""
     n = math.prod(shape)
     draw = torch.arange((n + 1) // 2, dtype=torch.int32, device=device)
-    cosine, sine = normal_pair(*threefry(draw, word(stream), *keys(seed)))
+    cosine, sine = normal_pair(*threefry(draw, word(stream), *seed_words(seed)))
     return torch.cat([cosine, sine[: n // 2]]).view(shape)
 
 
@@ -270,10 +271,10 @@ class Halves:
         self.flat = flat = self.tensor.view(-1)
         n = flat.numel()
         assert n <= MAX_ELEMENTS, f"{n} elements of one tensor; the noise has {MAX_ELEMENTS}"
-        self.start = (n + 1) // 2  # of the second half
-        self.start_word = word(self.start)
+        self.half = (n + 1) // 2  # where the second half begins
+        self.half_word = word(self.half)
         rows = flat.is_cuda and n % (2 * ROW) == 0
-        halves = flat[: n // 2], flat[self.start :]  # without the middle of an odd number
+        halves = flat[: n // 2], flat[self.half :]  # without the middle of an odd number
         self.pair = [half.view(-1, ROW) if rows else half for half in halves]
         self.kind = flat.dtype, flat.device, rows
 
@@ -339,22 +340,25 @@ def apply(
 
     `out`: of θ's size, dtype and device, without a common element. `stream`: `word(number)`.
     `mask(theta, element, state)`: that of a rule of masks.py.
+    `stochastic`: 16-bit results are rounded up or down at random, as updates are; otherwise, as
+    probes are, to nearest.
     `fused`: one compiled loop, as fast as memory allows. Otherwise, and in fp64, the same lines run
     in chunks, ten times slower. The two agree to the last bit or two of z.
     """
     out = theta if out is None else out
-    n, half = theta.flat.numel(), theta.start
+    n, half = theta.flat.numel(), theta.half
     assert out.kind == theta.kind and out.flat.numel() == n, "out is not of θ's kind and size"
     fused = fused and n > 1 and theta.flat.dtype != torch.float64
     if fused:
+        # the numbers of a rule, which it picks by place, or one element per weight
         few, state = state.numel() <= 4, state.contiguous()
         shape = tuple(size if few or size < 2 else None for size in state.shape)
         kind = state.dtype, state.device, shape
         loop = _fused(mask, stochastic, out is theta, theta.kind, kind)
         outs = () if out is theta else out.pair
-        loop(*shift, theta.start_word, stream, state, *theta.pair, *outs)
+        loop(*shift, theta.half_word, stream, state, *theta.pair, *outs)
     chunk = GPU_CHUNK if theta.flat.is_cuda else CHUNK
-    for start in range(n // 2 if fused else 0, half, chunk):  # fused: the middle of an odd number
+    for start in range(n // 2 if fused else 0, half, chunk):  # fused: an odd n's middle is left
         ends = [(start, min(start + chunk, half)), (half + start, min(half + start + chunk, n))]
         outs, thetas = ([whole.flat[a:b] for a, b in ends] for whole in (out, theta))
         _apply(outs, thetas, start, half, shift, stream, mask, state, stochastic)

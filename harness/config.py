@@ -82,7 +82,7 @@ class MaskSettings(Settings):
 
 @dataclass(frozen=True)
 class Config(MaskSettings):
-    """Every setting of a run. None is filled in by `fill_in`."""
+    """Every setting of a run. A number that is None is filled in by `fill_in`."""
 
     method: Literal["s-mezo", "mezo", "r-mezo", "senszoq"] = setting("s-mezo", "what moves")
     adapter: Literal["lora", "prefix"] | None = setting(
@@ -95,7 +95,7 @@ class Config(MaskSettings):
     lr: float | None = setting(None, "learning rate η")
     eps: float | None = setting(None, "perturbation scale ε")
     steps: int | None = setting(None, "training steps")
-    seed: int = setting(0, "of noise, random mask and batch order")
+    seed: int = setting(0, "of noise, batch order, random mask, text of [Q]'s mask, adapter")
     mask_kind: Literal["dynamic", "constant"] = setting(
         "dynamic", "s-mezo: taken in every probe and update, or once, a bit per weight"
     )

@@ -297,7 +297,7 @@ def compiles(setting: str, patch) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of less than 64 MB, where it would hand them back at once.
+    """Have glibc keep freed blocks of less than 32 MB, where it would hand them back at once.
 
     A forward frees its activations layer by layer. Getting them anew costs a page fault per 4 kB,
     up to a tenth of a step on a CPU. Call it after loading: weight-sized temporaries, if kept, left
@@ -305,7 +305,7 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
         libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # as in malloc.h
-        libc.mallopt(mmap_threshold, 1 << 26)
+        libc.mallopt(mmap_threshold, 1 << 25)  # before 2.35 the most it takes
         libc.mallopt(trim_threshold, 1 << 30)
 
 

@@ -126,7 +126,7 @@ def _sample(weight: Tensor) -> list[float]:
 
 
 def _bits(weight: Tensor) -> int:
-    """The sum of all weights' bits in bfloat16, which fp32 and 16-bit copies of a model share."""
+    """The sum of all weights' bits in bfloat16, which fp32 and bf16 copies of a model share."""
     return int(weight.detach().bfloat16().view(torch.int16).sum(dtype=torch.int64))
 
 

@@ -169,7 +169,7 @@ MUTANTS = [  # (what a student writes, module, old, new, the test that turns red
      "        yield\n        if True:\n            self.shift,",
      "test_model_patch::test_an_exception_inside_a_probe_leaves_an_ordinary_model"),
     ("an unread weight moved by pure noise, in silence", "model_patch",
-     "if not reader.was_read]:", "if reader.was_read is None]:",
+     "if not part.was_read]:", "if part.was_read is None]:",
      "test_model_patch::test_weights_that_cannot_move_are_refused_by_name"),
     ("the threshold taken again at every step", "model_patch",
      "step % self.rule.refresh_every == 0:", "True:",

@@ -14,7 +14,7 @@ from torch import nn
 import masks
 import quant
 import zo
-from model_patch import MaskedWeight, Patch
+from model_patch import Patch, PerturbedWeight
 
 SEED, EPS, LR = zo.step_seed(3, 14), 1e-3, 1e-2
 
@@ -414,9 +414,9 @@ def test_no_read_ever_overwrites_what_somebody_holds(data):
 def test_a_probe_draws_every_weight_once(monkeypatch):
     """Also a tied one, whose layers are the model's first and its last."""
     patch, drawn = Patch(build("llama-tied"), SMALL), []
-    add = MaskedWeight.add
+    add = PerturbedWeight.add
     monkeypatch.setattr(
-        MaskedWeight, "add", lambda self, *a, **k: drawn.append(self.name) or add(self, *a, **k)
+        PerturbedWeight, "add", lambda self, *a, **k: drawn.append(self.name) or add(self, *a, **k)
     )
     patch.losses(batch(), loss_of, SEED)
     assert sorted(drawn) == sorted([w.name for w in patch.weights] * 2)

@@ -293,7 +293,7 @@ def test_a_tensor_on_another_device_takes_its_numbers_from_the_cpu():
     zo.apply(halves, shift, zo.word(1), masks.SmallWeights.mask, h, stochastic=True)
     assert zo.gaussian(LAST, 1, (33,), device="meta").is_meta
     with torch.device("meta"):  # nor does torch's default device matter
-        numbers = *shift, *zo.Shift.of(1.0, LAST), zo.word(1), zo.Halves(theta).start_word
+        numbers = *shift, *zo.Shift.of(1.0, LAST), zo.word(1), zo.Halves(theta).half_word
     assert not any(number.device.type != "cpu" or number.dim() for number in numbers)
 
 
