@@ -153,7 +153,7 @@ def sensitive_mask(config: Config, run: Path, data: dataset.Data) -> mask.MaskFi
             os.replace(shutil.copy(config.mask, f"{path}.tmp"), path)
         else:
             mask.make(config, path, data)
-            loading.restart_peak()  # the scored model goes; result.json has the peak of training
+            loading.restart_peak()  # the scored model goes
     return workers.broadcast(mask.load(path, config.quantiser) if workers.RANK == 0 else None)
 
 
@@ -180,6 +180,7 @@ def open_patch(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
     select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(model, moves, eps=config.eps, select=select, rounding=config.rounding)
     patch.fused = loading.compiles(config.compile, patch)
+    loading.restart_peak()  # result.json has that of training; loading maps the checkpoint's file
     loading.keep_freed_memory()
     return patch
 
@@ -367,7 +368,7 @@ def run_to_end(config: Config, run: Path) -> None:
     if data.validation:
         when = f"after step {best_step}" if best_step else "those before training"
         print(f"test {data.metric}, best validation weights  {best}, {when}")
-    write_result(run, result | {"best": best._asdict()} | loading.machine(device))
+    write_result(run, result | {"best": best._asdict()})
     advise(config, record)
     print(f"{run}/ holds the run")
     if workers.RANK == 0:

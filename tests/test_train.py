@@ -701,6 +701,22 @@ def test_the_peak_of_memory_counts_from_its_restart():
     assert loading.machine(cpu)["peak_memory_bytes"] < before - 4e8
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone")
+def test_the_peak_of_a_run_is_that_of_its_training(folder, tmp_path, monkeypatch):
+    """What loading takes for a moment, before training or for the best step's test, is no part."""
+    took = []
+
+    def taking(numbers, function):
+        return lambda *args, **how: took.append(torch.ones(numbers).sum()) or function(*args, **how)
+
+    monkeypatch.setattr(loading, "load_model", taking(1 << 28, loading.load_model))  # a gigabyte
+    monkeypatch.setattr(train, "train", taking(1 << 27, train.train))
+    monkeypatch.setattr(log.StepLog, "best_step", lambda self: 4)
+    peak = run(folder, tmp_path / "run")["peak_memory_bytes"]
+    loading.restart_peak()
+    assert 4e8 < peak - loading.peak_memory(torch.device("cpu")) < 8e8 and len(took) == 3
+
+
 @pytest.mark.parametrize("status", ["VmRSS: 5 kB", FileNotFoundError()], ids=repr)
 def test_a_system_that_does_not_tell_its_peak_has_none(status, monkeypatch):
     """A run that has ended must not fail at its last line."""
