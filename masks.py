@@ -293,7 +293,7 @@ def _only_gradients_of(wanted: dict[str, Tensor], model, receive):
             undo.callback(hook.remove)
         for block in decoder_blocks(model):
             own = {key: value for key, value in vars(block).items() if key == "forward"}
-            undo.callback(vars(block).update, own)  # undone last
+            undo.callback(vars(block).update, own)  # runs last
             undo.callback(vars(block).pop, "forward")
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False

@@ -45,7 +45,7 @@ import masks
 import quant
 import zo
 
-ONE_READS = threading.RLock()  # at a time: a loss may run its forward passes in threads
+ONE_READS = threading.RLock()  # threads make copies in turn: a loss may run its passes in some
 
 
 class PerturbedWeight:
@@ -95,7 +95,7 @@ class PerturbedWeight:
             if self not in patch.copies:  # a layer may ask several times, for a dtype or an expert
                 scratch = patch.scratch(theta)
                 self.add(patch.shift, out=scratch)
-                patch.copies[self] = scratch.flat.view(theta.shape)  # its own tensor: `is_free`
+                patch.copies[self] = scratch.flat.view(theta.shape)  # a view: `is_free` counts it
             return patch.copies[self]
 
     def add(self, shift: zo.Shift, out: zo.Halves | None = None, stochastic: bool = False) -> None:
@@ -113,7 +113,7 @@ class Patch:
     loss_plus, loss_minus = patch.losses(batch, loss_fn, seed)
     patch.update(seed, float(-lr * zo.projected_grad(loss_plus, loss_minus, patch.eps)))
 
-    model: the whole one. A tied weight that is read outside of it reads as θ.
+    model: the whole one. A module outside of it reads a tied weight as θ.
     what_moves: a rule of masks.py ([S], MeZO), which is copied, or a quant.DenseSparse ([Q]).
     eps: ε, 1e-3 in [S].
     fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
@@ -219,12 +219,12 @@ class Patch:
         """[l⁺, l⁻] of [S] Algorithm 1 on one batch, whatever that is. θ is not written.
 
         `loss_fn(model, batch)`: a number, such as tasks.loss; it need not have a derivative.
-        ValueError names a parameter that moves and that no forward has read yet.
+        ValueError names a parameter that moves and that nothing has read yet.
         """
         losses = []
         for a in (+self.eps, -self.eps):
             with self.probe(seed, a):
-                losses.append(1.0 * loss_fn(self.model, batch))  # a copy: both may be one tensor
+                losses.append(1 * loss_fn(self.model, batch))  # a copy: both may be one tensor
         if unread := [name for name, part in self.patched.items() if not part.was_read]:
             way_out = "its mask cannot be of use" if self.sparse else "leave it out with --select"
             raise ValueError(
@@ -291,11 +291,13 @@ class Patch:
 
 
 def check_alone(parameter: Tensor, name: str, parameters) -> None:
-    """ValueError where another parameter lies in the same memory, which only one could keep."""
-    memory = parameter.untyped_storage().data_ptr()
+    """ValueError where another parameter begins in the same memory, which only one could keep."""
+    memory = parameter.data_ptr()  # 0: on no device
     others = (p for p in parameters if p is not None and p is not parameter)
-    if any(p.untyped_storage().data_ptr() == memory for p in others):
-        raise ValueError(f"{name} is another parameter transposed; make it one of its own")
+    if memory and any(p.layout == torch.strided and p.data_ptr() == memory for p in others):
+        raise ValueError(
+            f"{name} lies in the memory of another parameter; give it memory of its own"
+        )
 
 
 class Scratch:

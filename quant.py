@@ -274,8 +274,8 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     # a cluster is a run of the sorted row; its sum is the difference of two of these
     sums = [F.pad(x.cumsum(1), (1, 0)) for x in (importance, importance * w)]
 
-    # Where may a cut be? At the widest gaps, and at equal steps of how many levels a gap wants,
-    # the cube root of importance · gap²: the best of many lie so (Panter and Dite, 1951).
+    # Where may a cut be? At the widest gaps, and at equal shares of what gaps want, the cube
+    # root of importance · gap²: the best of many levels lie so (Panter and Dite, 1951).
     gaps = w.diff(dim=1)
     widest = gaps.topk(min(WIDEST, gaps.shape[1])).indices
     wanted = ((importance[:, 1:] + importance[:, :-1]) * gaps**2) ** (1 / 3)

@@ -311,7 +311,7 @@ def option_tokens(tokenizer, full: str, option: str, special: bool = True) -> tu
     ends = [0, *(end for _, end in spans if end)]
     begins = [*(begin for begin, end in spans if end), len(text)]
     # an EOS that the tokenizer adds is no part of the option
-    ids = ids[: max((i for i, (_, end) in enumerate(spans, start=1) if end), default=0)]
+    ids = ids[: max((i for i, (_, end) in enumerate(spans, start=1) if end), default=len(ids))]
     if any(text[end:begin].strip() for end, begin in zip(ends, begins, strict=True)):
         # The vocabulary lacks a character and dropped it (BPE without <unk> or bytes), which
         # shifts later spans: here an option token is one that the prompt does not begin with.
@@ -457,8 +457,8 @@ def collate(
     kept = [p - T + keep for p in place]
     if len(rows) < len(texts):
         mask = packed_mask(torch.tensor(positions, device=device))
-    if T <= pack:  # also with one text a row: keep = K slices, and of a slice, not contiguous,
-        # torch.matmul makes a product per row, which on a CPU copies a 16-bit head each time
+    if T <= pack:  # also with one text a row: an integer takes a slice, and of one that is not
+        # contiguous torch.matmul makes a product per row, which on a CPU copies a 16-bit head
         keep, kept = kept_places(row, place, len(rows), T)
     tensors = ids, positions, mask, row, place, kept, token, slot, weight, labels, valid
     keep = keep if isinstance(keep, int) else torch.tensor(keep, device=device)

@@ -223,7 +223,7 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
 
 def evaluated(config, patch, data: dataset.Data, step: log.Step) -> log.Step:
     """The step with its validation and active density, of weights that all workers share."""
-    if workers.SIZE > 1:  # one has nobody to differ from, and the sum reads every weight
+    if workers.SIZE > 1:  # a single worker has nobody to differ from, and all weights are read
         workers.check_same(workers.checksum(patch.moving()), "weights")
     found = {"active_density": patch.active_density()}
     if data.validation:
@@ -303,16 +303,17 @@ def begin(config: Config, run: Path) -> tuple:
     if record.start is None and workers.RANK == 0:
         configs.save(run, config)  # from here on the run can be resumed
     examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
-    seen = zlib.crc32(repr((data.train, data.validation)).encode())  # by a run so far
-    result = {"zero_shot": None, "examples": examples, "seen": seen, "seconds": 0}
+    trained = zlib.crc32(repr(data.train).encode())
+    seen = zlib.crc32(repr((data.validation, config.max_length)).encode())
+    result = {"zero_shot": None, "examples": examples, "train": trained, "seen": seen, "seconds": 0}
     if record.start is not None and (run / "result.json").exists():
         with reworded(f"{run}/result.json is torn", "; remove it"):
             kept = json.loads((run / "result.json").read_text())
         result = {name: kept.get(name, value) for name, value in result.items()}
-    if result["seen"] != seen:
+    if (result["train"], result["seen"]) != (trained, seen):
         raise ValueError(
             f"{run}: the training or validation examples are not those that the run began with; "
-            "--data-dir, the files, --num-train, --num-validation and --data-seed choose them"
+            "--data-dir, --data-seed, --max-length, the files and numbers of examples choose them"
         )
     patch = open_patch(config, run, data)
     print(f"  {patch}\n  {run}/")

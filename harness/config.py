@@ -82,7 +82,7 @@ class MaskSettings(Settings):
 
 @dataclass(frozen=True)
 class Config(MaskSettings):
-    """Every setting of a run. A number that is None is filled in by `fill_in`."""
+    """Every setting of a run. `fill_in` has what it makes of None."""
 
     method: Literal["s-mezo", "mezo", "r-mezo", "senszoq"] = setting("s-mezo", "what moves")
     adapter: Literal["lora", "prefix"] | None = setting(
@@ -243,7 +243,7 @@ USES = {  # setting: the methods that have a use for it
 
 # A resumed run keeps these. In 16 bits log.compare bears much rounding, and might miss a change.
 KEPT = ("method", "adapter", "density", "select", "mask_kind", "above", "refresh_every",
-        "rounding", "seed", "bits", "lr", "eps", "batch_size", "max_length")  # fmt: skip
+        "rounding", "seed", "bits", "lr", "eps", "batch_size")  # fmt: skip
 
 
 def _check_method(config: Config) -> None:

@@ -181,6 +181,7 @@ def run_to_end(config: Config, run: Path) -> None:
     steps = log.StepLog(run, True, data.metric)
     model = loading.load_model(config.model, config.dtype, config.device, config.trust_remote_code)
     weights, h = what_moves(config, model)
+    loading.restart_peak()  # result.json has that of training, as train.py's
     print(f"  {moving(weights, h):,} weights move, in {len(weights)} tensors\n  {run}/")
     zero_shot = train.score(config, model, data.tokenizer, data.test)
     print(f"zero-shot test {data.metric} {zero_shot}")

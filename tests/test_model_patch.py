@@ -229,8 +229,12 @@ def test_a_weight_that_is_another_one_transposed_is_refused():
     """It could not stay in one memory with it; a parameter of the same order can, and does."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)).eval()
     model[1].weight = nn.Parameter(model[0].weight.detach().T)
-    with pytest.raises(ValueError, match=r"^1\.weight is another parameter transposed"):
+    with pytest.raises(ValueError, match=r"^1\.weight lies in the memory of another"):
         Patch(model, SMALL)
+    both = torch.randn(6, 11)  # columns of one matrix share no element
+    parts = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)).eval()
+    parts[0].weight, parts[1].weight = nn.Parameter(both[:, :4]), nn.Parameter(both[:, 4:10])
+    Patch(parts, SMALL)
     model[1].weight = nn.Parameter(model[0].weight.detach().view(4, 6))
     Patch(model, SMALL).update(SEED, 0.1)
     assert torch.equal(model[1].weight.view(6, 4), model[0].weight)
