@@ -45,7 +45,7 @@ import masks
 import quant
 import zo
 
-ONE_READS = threading.RLock()  # threads make copies in turn: a loss may run its passes in some
+ONE_READS = threading.RLock()  # a loss may run its passes in threads: one at a time makes copies
 
 
 class PerturbedWeight:
@@ -85,7 +85,8 @@ class PerturbedWeight:
     def __call__(self, theta: Tensor) -> Tensor:
         """What a layer gets when it asks for its weight."""
         assert theta is self.parameter, f"{self.name} was replaced after patching; patch anew"
-        self.was_read, patch = True, self.patch
+        patch = self.patch
+        self.was_read = True
         if patch.shift is None:
             return theta
         with ONE_READS:

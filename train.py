@@ -332,7 +332,7 @@ def begin(config: Config, run: Path) -> tuple:
         record.append(evaluated(config, patch, data, log.Step(0)))
     else:
         if result["examples"] != examples:
-            print("  the test examples are not those that the run began with")
+            print("  the examples are not all those that the run began with")
             result["zero_shot"] = None  # of the examples of then
         replay(config, patch, data, record.steps, run, after=len(record.steps))
         print(f"  going on after step {len(record.steps)} of {config.steps}")

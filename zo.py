@@ -350,7 +350,7 @@ def apply(
     assert out.kind == theta.kind and out.flat.numel() == n, "out is not of θ's kind and size"
     fused = fused and n > 1 and theta.flat.dtype != torch.float64
     if fused:
-        # the numbers of a rule, which it picks by place, or one element per weight
+        # a rule's few numbers keep their count in the loop; a mask's elements may be any number
         few, state = state.numel() <= 4, state.contiguous()
         shape = tuple(size if few or size < 2 else None for size in state.shape)
         kind = state.dtype, state.device, shape

@@ -82,7 +82,7 @@ class MaskSettings(Settings):
 
 @dataclass(frozen=True)
 class Config(MaskSettings):
-    """Every setting of a run. `fill_in` has what it makes of None."""
+    """Every setting of a run. `fill_in` gives some that are None a value."""
 
     method: Literal["s-mezo", "mezo", "r-mezo", "senszoq"] = setting("s-mezo", "what moves")
     adapter: Literal["lora", "prefix"] | None = setting(
