@@ -16,9 +16,8 @@ from studies import find_lr, first_order
 from tests import mutants
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS, OWN = (
-    ROOT.joinpath(f"{name}.md").read_text("utf-8") for name in ("README", "RESULTS", "YOUR_OWN")
-)
+PAGES = {path: path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *ROOT.glob("labs/*.md")]}
+README = PAGES[ROOT / "README.md"]
 CORE = {"zo", "masks", "quant", "model_patch", "tasks"}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]
 OURS = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
@@ -73,17 +72,18 @@ def test_every_public_name_is_explained(name):
 
 
 def commands():
-    """Of the documents: the lines of blocks, and what stands in the text in backquotes."""
-    blocks = re.findall(r"```bash\n(.*?)```", README + RESULTS + OWN, re.S)
+    """Of the pages: the lines of blocks, and what stands in the text in backquotes."""
+    text = "\n".join(PAGES.values())
+    blocks = re.findall(r"```bash\n(.*?)```", text.replace("\\\n", " "), re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    prose = re.sub(r"```.*?```", "", README + RESULTS + OWN, flags=re.S)
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
     lines += [command.replace("\n", " ") for command in re.findall(r"`(python [^`]*)`", prose)]
     return [line for line in lines if line.startswith("python ")]
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_has_flags_that_exist(command, capsys):
-    """Commands in README and RESULTS name a script that is there and flags that it has."""
+    """Commands in the pages name a script that is there and flags that it has."""
     words = shlex.split(command)[1:]
     script, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
     mains = {"train.py": train, "eval.py": evaluation, "harness.mask": mask, "harness.bench": bench}
@@ -95,6 +95,7 @@ def test_every_command_has_flags_that_exist(command, capsys):
     else:
         path = ROOT / (script if script.endswith(".py") else script.replace(".", "/") + ".py")
         known = path.read_text("utf-8")
+        known += (ROOT / "labs/lab.py").read_text("utf-8") if path.parent.name == "labs" else ""
     for flag in flags:
         assert not flag.startswith("--") or flag.replace("--no-", "--") in known, flag
 
@@ -106,11 +107,20 @@ def test_the_names_in_the_readme_exist():
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
-def test_links_lead_somewhere():
-    """Local links and pictures in README and RESULTS exist."""
-    for target in re.findall(r"\]\(([^)#]+)\)", README + RESULTS + OWN):
+def anchors(page: str) -> set[str]:
+    """What the headings of a page are called in links, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    """The local links and pictures of a page exist, and so do the headings that it links to."""
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            there = (page.parent / target).resolve() if target else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(PAGES[there]), f"{target}#{anchor}"
 
 
 def test_every_mutant_applies():
