@@ -17,8 +17,8 @@
 
 `rule` says which weights move in MeZO and [S]. `sensitive_mask` is m of [Q], found once and kept in
 a file of the run. `replay` makes θ_t of θ_0 and the log, as a finished step is (seed, a).
-[Q]'s layers ask quant.Parts instead, which ask one PerturbedWeight for all k values: these are
-drawn once a probe.
+In [Q] a layer asks its quant.Parts instead. All Parts read one PerturbedWeight of k values, which
+is drawn once a probe.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv is the checkpoint (harness/log.py): --resume rebuilds the weights from it, to the bit on
@@ -72,7 +72,7 @@ def train(config: Config, patch, data: dataset.Data, record: log.StepLog) -> Non
 
 
 class Broken(ValueError):
-    """Weights or losses are no numbers any more: a run that goes on would end here again."""
+    """Weights or losses are no numbers any more: a resumed run would fail at the same place."""
 
 
 def broken(config: Config, record: log.StepLog, what: str) -> Broken:
@@ -180,7 +180,7 @@ def open_patch(config: Config, run: Path, data: dataset.Data) -> model_patch.Pat
     select = adapter.MOVES if config.adapter else config.select
     patch = model_patch.Patch(model, moves, eps=config.eps, select=select, rounding=config.rounding)
     patch.fused = loading.compiles(config.compile, patch)
-    loading.restart_peak()  # result.json has that of training; loading maps the checkpoint's file
+    loading.restart_peak()  # result.json has training's peak, without the mapped checkpoint
     loading.keep_freed_memory()
     return patch
 
@@ -189,7 +189,7 @@ def replay(config: Config, patch, data, logged: list[log.Step], run, after: int)
     """θ_0 → θ_after, by the log. Step max(after, 1) is taken again, and must come out as logged."""
     checked = max(after, 1)
     for reader in patch.patched.values():
-        reader.was_read = True  # or the run had not begun; one batch may not reach every expert
+        reader.was_read = True  # all were, before step 1; this one batch may miss an expert
     for step in logged[:checked]:
         if None in step[1:5] or not 0 <= step.seed < zo.MAX_RUN_SEED << 32:
             raise ValueError(f"{run}/steps.csv: {step.line()!r} is no step of a run of train.py")
@@ -223,7 +223,7 @@ def score(config, model, tokenizer, examples) -> tasks.Score:
 
 def evaluated(config, patch, data: dataset.Data, step: log.Step) -> log.Step:
     """The step with its validation and active density, of weights that all workers share."""
-    if workers.SIZE > 1:  # a single worker has nobody to differ from, and all weights are read
+    if workers.SIZE > 1:  # one worker has nobody to differ from, and the sum reads all weights
         workers.check_same(workers.checksum(patch.moving()), "weights")
     found = {"active_density": patch.active_density()}
     if data.validation:
@@ -243,7 +243,7 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
     own = run and run / "mask.safetensors"
-    path = own if own and own.exists() else config.mask  # a run needs the user's file no longer
+    path = own if own and own.exists() else config.mask  # a run has its own copy
     if path:  # a mask of another model is found before this one is loaded
         density = mask.density_of(path, config, model_config)
         config, sources["density"] = replace(config, density=density), "that of the mask"
@@ -302,15 +302,16 @@ def begin(config: Config, run: Path) -> tuple:
         )
     if record.start is None and workers.RANK == 0:
         configs.save(run, config)  # from here on the run can be resumed
-    examples = zlib.crc32(repr((data.train, data.validation, data.test)).encode())
-    trained = zlib.crc32(repr(data.train).encode())
-    seen = zlib.crc32(repr((data.validation, config.max_length)).encode())
-    result = {"zero_shot": None, "examples": examples, "train": trained, "seen": seen, "seconds": 0}
+    validated = data.validation, config.max_length
+    parts = {"train": data.train, "validation": validated, "test": data.test}
+    sums = {name: zlib.crc32(repr(part).encode()) for name, part in parts.items()}
+    result = {"zero_shot": None, "seconds": 0} | sums
     if record.start is not None and (run / "result.json").exists():
         with reworded(f"{run}/result.json is torn", "; remove it"):
             kept = json.loads((run / "result.json").read_text())
         result = {name: kept.get(name, value) for name, value in result.items()}
-    if (result["train"], result["seen"]) != (trained, seen):
+    changed = {name for name in sums if result[name] != sums[name]}
+    if changed - {"test"}:
         raise ValueError(
             f"{run}: the training or validation examples are not those that the run began with; "
             "--data-dir, --data-seed, --max-length, the files and numbers of examples choose them"
@@ -320,7 +321,7 @@ def begin(config: Config, run: Path) -> tuple:
     if not patch.model.pack:
         print("  each text has a row of its own: this model, or this transformers, would mix them")
     # workers share their losses, so nothing else would show that their data differ
-    workers.check_same(examples, "data")
+    workers.check_same(sum(sums.values()), "data")
     if record.start is None:
         zero_shot = score(config, patch.model, data.tokenizer, data.test)
         measure_step(config, patch, data, 0)  # was every weight that moves read by now?
@@ -331,12 +332,12 @@ def begin(config: Config, run: Path) -> tuple:
         write_result(run, result)
         record.append(evaluated(config, patch, data, log.Step(0)))
     else:
-        if result["examples"] != examples:
-            print("  the examples are not all those that the run began with")
-            result["zero_shot"] = None  # of the examples of then
+        if changed:
+            print("  the test examples are not those that the run began with")
+            result |= sums | {"zero_shot": None}  # that is of the examples of then
         replay(config, patch, data, record.steps, run, after=len(record.steps))
         print(f"  going on after step {len(record.steps)} of {config.steps}")
-    if patch.model.dtype in loading.ROUNDING:  # auto's may be another one on another machine
+    if patch.model.dtype in loading.ROUNDING:  # `auto` may be another dtype elsewhere
         config = replace(config, dtype=str(patch.model.dtype).removeprefix("torch."))
     if workers.RANK == 0:
         configs.save(run, config)
