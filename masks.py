@@ -32,11 +32,11 @@ How it works
     same at every step. harness/mask.py keeps it in a file.
 
 What differs from the papers
-    Algorithm 3 is printed with two slips, see `get_mask`. Where [S] says "layer", h is one per
-    parameter tensor, norms and biases included. [S]'s appendix C.2 and a reply put h at the
-    percentile of the sparsity. At 0.75 the smallest 75 % would then move. [S]'s scores on RTE
-    contradict that: sparsity 0.75 has 80.7 ± 1.6, the smallest quarter alone 82.7, the smallest
-    three quarters 72.3. So here sparsity 0.75 means density 0.25.
+    Algorithm 3 is printed with two slips, see `get_mask`. [S] has one h per "layer". Here each
+    parameter tensor has one, norms and biases included. [S]'s appendix C.2 and a reply set h so
+    that at sparsity 0.75 the smallest 75 % would move. [S]'s scores on RTE contradict that:
+    sparsity 0.75 has 80.7 ± 1.6, the smallest quarter alone 82.7, the smallest three quarters 72.3.
+    So here sparsity 0.75 means density 0.25.
 
     We had [Q]'s summary, reviews and replies, not its full text or code. [Q] defines the score as a
     mean of squares. A code base close to [Q] squares the mean gradient (statistic="of-mean"). From
@@ -76,8 +76,8 @@ def get_mask(theta: Tensor, h: Tensor) -> Tensor:
 
         printed:  if θ_ij ≤ h_i then θ_ij = 1, else 0          meant:  m_ij = 1 where |θ_ij| ≤ h_i
 
-    Two misprints: the result is m and not θ; and without |·| all negative weights would move (50 %)
-    and half of the smallest quarter (12.5 %), 62.5 % where 25 % are meant.
+    Two misprints. The result is m and not θ. And without |·| all negative weights would move (50 %)
+    and, of the positive ones, those of the smallest quarter (12.5 %): 62.5 % where 25 % are meant.
     """
     return theta.abs() <= h
 
@@ -104,7 +104,7 @@ def upper_bits(values: Tensor) -> Tensor:
     """A number from 0 to 2¹⁶ − 1 for each value of 16 or 32 bits, int32, in the values' order."""
     kind, sign = (torch.int16, 15) if values.element_size() == 2 else (torch.int32, 31)
     bits = values.view(kind)
-    if values.is_floating_point():  # those of negative floats are in the opposite order
+    if values.is_floating_point():  # as integers, negative floats sort backwards
         bits = bits ^ (bits >> sign & torch.iinfo(kind).max)
     return (bits.to(torch.int32) >> (sign - 15)) + (1 << 15)
 
@@ -182,8 +182,8 @@ class MagnitudeGroup(SmallWeights):
 class ConstantMask(Rule):
     """[S] §3.2 "constant mask": the small weights of before training, stored as booleans.
 
-    `refresh_every=k` takes the mask again every k steps, by the h of before training. In a reply of
-    [S], a mask of every step has 79.0 on average, one of every fifth 76.3.
+    `refresh_every=k` takes the mask again every k steps, by the h of before training. [S] replies
+    that a mask taken at every step scores 79.0 on average, and one of every fifth step 76.3.
     """
 
     def __init__(self, density: float, refresh_every: int = 0):
@@ -247,7 +247,7 @@ class RandomMask(Rule):
 
 
 def decoder_blocks(model) -> list[nn.Module]:
-    """The text decoder's repeated blocks: those of its heaviest ModuleList, and their like."""
+    """The text decoder's blocks: of the ModuleList with most weights, and others of their types."""
     decoder = getattr(model, "get_decoder", lambda: None)() or model  # not of the image encoder
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     heaviest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[])
@@ -453,7 +453,7 @@ def check_density(density: float) -> float:
 
 
 def check_moves(density: float, weights) -> None:
-    """ValueError where the density takes not one weight of the largest tensor."""
+    """ValueError where the density selects no weight even of the largest tensor."""
     largest = max(w.numel() for w in weights)
     if not round(check_density(density) * largest):
         raise ValueError(

@@ -15,7 +15,7 @@ How it works
 
     So the mask of S-MeZO is made anew in every probe, from the θ_t that no probe touches, and again
     in the update. It is not stored, and cannot come from a perturbed weight.
-    A layer is a module with weights of its own here, such as a linear layer or a norm. θ + ε ẑ
+    Here a layer is any module that owns weights, such as a linear layer or a norm. θ + ε ẑ
     exists for one layer at a time, from the moment that the layer reads its weight until the next
     layer reads its own. Tied weights are one parameter with one noise stream. Their copy stays for
     the whole probe, so that it is drawn once. Nothing here depends on the architecture.
@@ -45,7 +45,7 @@ import masks
 import quant
 import zo
 
-ONE_READS = threading.RLock()  # a loss may run its passes in threads: one at a time makes copies
+ONE_READS = threading.RLock()  # a loss may run its passes in threads; copies are made under it
 
 
 class PerturbedWeight:
@@ -54,7 +54,7 @@ class PerturbedWeight:
     def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int, owners: list):
         self.patch, self.name, self.stream = patch, name, stream
         self.owners = owners  # [(module, its name there)]; a tied weight has several
-        self.layer = name.rpartition(".")[0]  # the first of them
+        self.layer = name.rpartition(".")[0]  # its path; of a tied weight, the first owner's
         self.parameter, self.shape = theta, theta.shape
         self.views = zo.Halves(theta)
         self.word = zo.word(stream)
@@ -118,8 +118,9 @@ class Patch:
     what_moves: a rule of masks.py ([S], MeZO), which is copied, or a quant.DenseSparse ([Q]).
     eps: ε, 1e-3 in [S].
     fused: noise, mask and add as one compiled loop (needs a C++ compiler, on a GPU Triton).
-    For a rule only: select, a regular expression, and only parameters whose name matches move,
-    whatever their requires_grad; rounding, of updates to 16-bit weights, "stochastic" or "nearest".
+    select, of a rule alone: a regular expression. Only parameters whose name matches move, whatever
+    their requires_grad.
+    rounding, of a rule alone: of updates to 16-bit weights, "stochastic" or "nearest".
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Patch:
         self.copies: dict[PerturbedWeight, Tensor] = {}  # its perturbed weights, and tied ones
         self.buffers: list[Scratch] = []
         self.weights: list[PerturbedWeight] = []
-        # a copy, as its state is one model's
+        # a copy, as a rule may keep one model's thresholds
         self.rule = masks.Everything() if self.sparse else copy(what_moves)
         for name in self.sparse.index if self.sparse else ():
             if self.sparse.parts.get(name) not in there:
@@ -170,7 +171,7 @@ class Patch:
         owners = quant.owners(holder)
         for stream, (name, p) in enumerate(holder.named_parameters()):
             if not re.search(select, name) or not p.numel():
-                continue  # the streams of the others stay theirs
+                continue  # it keeps its stream's number, so `select` changes no noise
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
             quant.check_owners(owners[p], name, PerturbedWeight)
@@ -248,7 +249,7 @@ class Patch:
             weight.add(shift, stochastic=self.stochastic)
 
     def refresh(self, step: int) -> None:
-        """Before step `step`, from 0 on: the rule's state anew, such as h, where it says so."""
+        """To be called before each step, from 0 on: every `refresh_every` steps h is taken anew."""
         if self.rule.refresh_every and step and step % self.rule.refresh_every == 0:
             for weight in self.weights:
                 weight.state = self.rule.refresh(weight.theta, weight.stream)

@@ -143,7 +143,7 @@ class DenseSparse(nn.Module):
         places = self.index[name].to(weight.device, torch.int64)
         self.values[self.slices[name]] = weight.reshape(-1)[places].float()
         self.parts[name] = part = Parts(self, name, places, weight)
-        if part.packed is not None:  # a tensor without elements holds the name
+        if part.packed is not None:  # an empty parameter keeps the name in the model
             parameter = nn.Parameter(weight.new_empty(0), requires_grad=False)
         for module, attribute in users:
             module._parameters[attribute] = parameter
@@ -184,8 +184,8 @@ class Parts:
 def join(model: nn.Module) -> None:
     """An ordinary model again: every split matrix a parameter with the weights it stood for.
 
-    They are on the CPU, as a GPU that holds the model in 4 bits may not in 16. While a probe is
-    open they would be perturbed for good: call it after the probe.
+    They are on the CPU, as a GPU with room for 4 bits may have none for 16. While a probe is open
+    they would be perturbed for good: call it after the probe.
     """
     whole: dict[Parts, nn.Parameter] = {}
     for module in model.modules():
@@ -212,7 +212,7 @@ def owners(model: nn.Module) -> dict[Tensor, list]:
 
 
 def check_owners(owners: list, name: str, kind: type) -> None:
-    """ValueError where the weight has an answer already, or its module has one of another kind."""
+    """ValueError where a module reads the weight, or another one in another way, already."""
     for module, attribute in owners:
         there = answers(module)
         if attribute in there or {type(answer) for answer in there.values()} - {kind}:
@@ -268,14 +268,14 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     once; [Q]'s code asks scikit-learn for one after the other.
     """
     heaviest = weight.gather(1, importance.argmax(1, keepdim=True))
-    w = weight.where(importance > 0, heaviest).double()  # what counts for nothing has no place
+    w = weight.where(importance > 0, heaviest).double()  # importance 0 claims no level
     w, order = w.sort(dim=1)
     importance = importance.double().gather(1, order)
     # a cluster is a run of the sorted row; its sum is the difference of two of these
     sums = [F.pad(x.cumsum(1), (1, 0)) for x in (importance, importance * w)]
 
-    # Where may a cut be? At the widest gaps, and at equal shares of what gaps want, the cube
-    # root of importance · gap²: the best of many levels lie so (Panter and Dite, 1951).
+    # Where may a cut be? At the widest gaps, and where Σ ∛(importance · gap²) reaches equal shares:
+    # the best spacing of many levels (Panter and Dite, 1951).
     gaps = w.diff(dim=1)
     widest = gaps.topk(min(WIDEST, gaps.shape[1])).indices
     wanted = ((importance[:, 1:] + importance[:, :-1]) * gaps**2) ** (1 / 3)
@@ -286,7 +286,7 @@ def kmeans(weight: Tensor, importance: Tensor, rounds: int = 20) -> tuple[Tensor
     cuts = F.pad(cuts, (0, 1), value=w.shape[1])  # the first is 0
 
     # The best 16 runs between these cuts, by dynamic programming. A run explains moment² / mass of
-    # Σ importance · w²; `explained` is what the best runs from the start to each cut do.
+    # Σ importance · w². `explained` is the most that the runs up to each cut can explain.
     mass, moment = (x.gather(1, cuts) for x in sums)
     mass, moment = (x[:, None, :] - x[:, :, None] for x in (mass, moment))
     gain = (moment**2 / mass.clamp(min=1e-30)).masked_fill(mass < 0, -math.inf)

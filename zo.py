@@ -99,9 +99,10 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 #     counter 0      which draw                       key 0     the run's seed
 #     counter 1      the stream                       key 1     the step; of random masks the stream
 #
-# One draw serves two elements: of n, element i gets r cos φ and element i + ⌈n/2⌉ gets r sin φ.
+# One draw makes two normals. Of n elements, draw i gives element i (r cos φ) and element i + ⌈n/2⌉
+# (r sin φ).
 
-MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements are one tensor's; all are 32-bit words
+MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements of one tensor; each is a 32-bit word
 MASK_STREAM = 1 << 30  # streams from here on belong to random masks, those below to noise
 ROTATIONS, PARITY = (13, 15, 26, 6, 17, 29, 16, 24), 0x1BD11BDA  # Threefry-2x32's constants
 
@@ -136,9 +137,9 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent N(0, 1), fp32, from two words: Box-Muller, (r cos φ, r sin φ).
 
     The radius takes 31 bits of word 0. The angle inside a quadrant takes 30 bits of word 1, whose
-    two upper bits are the signs. Logarithm, cosine and sine are polynomials, each the closest of
-    its degree: torch's own functions serve all arguments, and cost more. Cosine and sine are right
-    to 2e-7, the radius to 3e-7 of itself.
+    two upper bits are the signs. Logarithm, cosine and sine are polynomials, fitted to these ranges
+    alone: torch's own functions take any argument, and cost more. Cosine and sine are right to
+    2e-7, the radius to 3e-7 of itself.
     """
     unit = math.pi / 2 * 2.0**-30
     x = minus_two_log((word0 & 0x7FFFFFFF).float() * 2.0**-31 + 2.0**-32)  # of u in (0, 1]
@@ -153,7 +154,7 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
 def minus_two_log(u: Tensor) -> Tensor:
     """−2 log u of fp32 numbers in (0, 1]: u = 2ᵉ m, and log m is a polynomial in m − 1.
 
-    It is above 0: at u = 1 it is 2e-30, so that x / √x is no 0 / 0.
+    It is never 0, but 2e-30 at u = 1, so that x · rsqrt(x) is not 0 · ∞.
     """
     bits = u.view(torch.int32)
     exponent = bits - 0x3F3504F3 & -(1 << 23)  # e · 2²³, so that m is between √½ and √2
@@ -180,8 +181,8 @@ def signed(x: Tensor, bits: Tensor) -> Tensor:
 def word(number: int) -> Tensor:
     """The low 32 bits of a number, as a 0-dim int32 tensor.
 
-    It is on the CPU, also where θ is on a GPU. The kernel gets it as an argument. Made on the GPU
-    it would cost a launch, and every read of it a load.
+    It stays on the CPU and is passed to the kernel as an argument. On a GPU, making it would cost a
+    launch, and reading it a load.
     """
     low = (number & 0xFFFFFFFF) - ((number & 0x80000000) << 1)
     return torch.full((), low, dtype=torch.int32, device="cpu")
@@ -194,7 +195,7 @@ def seed_words(seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Shift(NamedTuple):
-    """a and the two words of z's seed. Python numbers would become part of a compiled loop."""
+    """a and the two words of z's seed, as tensors: numbers would become constants of the loop."""
 
     a: Tensor  # 0-dim fp32
     key0: Tensor  # 0-dim int32: the run's seed
@@ -238,8 +239,8 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, word0: Tensor, word1
 def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochastic):
     """out ← θ + a·m⊙z for the draws from `start` on: (draws,) elements of either half of a tensor.
 
-    `outs` and `thetas` are pairs. The second of a pair begins `half` elements after the first.
-    They are flat, or on a GPU rows of `ROW` elements.
+    `outs` and `thetas` are each (first half, second half) of a tensor, as flat views, or on a GPU
+    as rows of `ROW` elements. The second half begins `half` elements after the first.
     """
     draw = torch.arange(thetas[0].numel(), dtype=torch.int32, device=thetas[0].device)
     draw = draw.view(thetas[0].shape) + start
@@ -254,9 +255,10 @@ def _apply(outs, thetas, start, half, shift: Shift, stream, mask, state, stochas
         out.copy_(value)  # rounds to nearest
 
 
-# draws at a time without a compiler: some 10 temporaries of that size, and 200 launches on a GPU
+# Draws of a chunk, without a compiler. A chunk needs some 10 temporaries of its size, and on a GPU
+# 200 launches.
 CHUNK, GPU_CHUNK = 1 << 16, 1 << 22
-ROW = 16  # of rows of a known length Triton reads and writes 16 bytes at once
+ROW = 16  # if rows have a fixed length, Triton reads and writes 16 bytes at once
 
 
 class Halves:
@@ -285,8 +287,8 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
 
     `kind`: that of `Halves`. `state`: (dtype, device, shape), in which None is any size above 1.
     The loop is made at first use, which takes seconds. torch.compile would make the same one, but
-    it asks at every call whether the loop fits. That takes longer than the loop over a small
-    tensor. Here nobody asks, so a mask that asks for a size cannot be compiled: ValueError.
+    it checks at every call that the loop fits. That takes longer than the loop over a small tensor.
+    Here nobody checks, so a mask must not branch on a size: ValueError.
     """
     import torch._inductor  # takes time, and only this needs it
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -295,7 +297,7 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
     state_dtype, state_device, shape = state
 
     def loop(a, key0, key1, half, stream, state, *halves):
-        # the compiler makes constants of sizes that are asked for
+        # what is asserted of a size becomes a constant of the loop, which is meant here
         assert not rows or halves[0].shape[1] == ROW
         assert all(n in (None, size) for n, size in zip(shape, state.shape, strict=True))
         shift = Shift(a, key0, key1)
@@ -311,13 +313,13 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
         "cpp.dynamic_threads": True,  # as many threads as there are at the call
         # the compiler traces an expression anew wherever it is read, unless it has so many
-        # operations; by default 30, which takes four times as long
+        # operations; by default 30, which makes compiling take four times as long
         "realize_opcount_threshold": 16,
         "max_fusion_size": 1000,  # by default 64, which would split R-MeZO's loop
         "cpp.simdlen": vectors,
     }
 
-    # an example: sizes that are equal here the compiler takes for always equal
+    # an example; its sizes differ, as the compiler takes equal ones for always equal
     size = (1 << 16, ROW) if rows else (1 << 20,)
     halves = [torch.empty(size, dtype=dtype, device=device) for _ in range(2 if in_place else 4)]
     size = [100 + i if n is None else n for i, n in enumerate(shape)]
@@ -350,7 +352,7 @@ def apply(
     assert out.kind == theta.kind and out.flat.numel() == n, "out is not of θ's kind and size"
     fused = fused and n > 1 and theta.flat.dtype != torch.float64
     if fused:
-        # a rule's few numbers keep their count in the loop; a mask's elements may be any number
+        # the size of a small state is a constant of the loop; a stored mask may have any size
         few, state = state.numel() <= 4, state.contiguous()
         shape = tuple(size if few or size < 2 else None for size in state.shape)
         kind = state.dtype, state.device, shape
@@ -358,7 +360,7 @@ def apply(
         outs = () if out is theta else out.pair
         loop(*shift, theta.half_word, stream, state, *theta.pair, *outs)
     chunk = GPU_CHUNK if theta.flat.is_cuda else CHUNK
-    for start in range(n // 2 if fused else 0, half, chunk):  # fused: an odd n's middle is left
+    for start in range(n // 2 if fused else 0, half, chunk):  # fused: the middle of an odd n
         ends = [(start, min(start + chunk, half)), (half + start, min(half + start + chunk, n))]
         outs, thetas = ([whole.flat[a:b] for a, b in ends] for whole in (out, theta))
         _apply(outs, thetas, start, half, shift, stream, mask, state, stochastic)
