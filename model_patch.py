@@ -35,6 +35,7 @@ What it costs
 
 import re
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from copy import copy
 
@@ -169,15 +170,20 @@ class Patch:
     def _ask(self, holder: nn.Module, select: str) -> None:
         """Give every parameter that moves a `PerturbedWeight`, which its modules then ask."""
         owners = quant.owners(holder)
+        strided = (p for p in owners if p is not None and p.layout == torch.strided)
+        starts = Counter(p.data_ptr() for p in strided)
         for stream, (name, p) in enumerate(holder.named_parameters()):
             if not re.search(select, name) or not p.numel():
                 continue  # it keeps its stream's number, so `select` changes no noise
             if not p.is_floating_point():
                 raise ValueError(f"{name} ({p.dtype}) cannot move; load the model in 16 or 32 bits")
             quant.check_owners(owners[p], name, PerturbedWeight)
-            if not p.is_contiguous():
-                check_alone(p, name, owners)
-                p.data = p.data.contiguous()
+            if p.data_ptr() and starts[p.data_ptr()] > 1:  # 0: on no device
+                raise ValueError(
+                    f"{name} lies in the memory of another parameter; make them one nn.Parameter, "
+                    "or give it memory of its own"
+                )
+            p.data = p.data.contiguous()
             try:
                 self.weights.append(PerturbedWeight(self, name, p, stream, owners[p]))
             except ValueError as error:
@@ -226,7 +232,7 @@ class Patch:
         losses = []
         for a in (+self.eps, -self.eps):
             with self.probe(seed, a):
-                losses.append(1 * loss_fn(self.model, batch))  # a copy: both may be one tensor
+                losses.append(own_number(loss_fn(self.model, batch)))
         if unread := [name for name, part in self.patched.items() if not part.was_read]:
             way_out = "its mask cannot be of use" if self.sparse else "leave it out with --select"
             raise ValueError(
@@ -247,6 +253,7 @@ class Patch:
         shift = zo.Shift.of(a, seed)
         for weight in self.weights:
             weight.add(shift, stochastic=self.stochastic)
+        torch.clear_autocast_cache()  # inside torch.autocast it has casts of the weights of before
 
     def refresh(self, step: int) -> None:
         """To be called before each step, from 0 on: every `refresh_every` steps h is taken anew."""
@@ -292,14 +299,9 @@ class Patch:
         self.sparse = None
 
 
-def check_alone(parameter: Tensor, name: str, parameters) -> None:
-    """ValueError where another parameter begins in the same memory, which only one could keep."""
-    memory = parameter.data_ptr()  # 0: on no device
-    others = (p for p in parameters if p is not None and p is not parameter)
-    if memory and any(p.layout == torch.strided and p.data_ptr() == memory for p in others):
-        raise ValueError(
-            f"{name} lies in the memory of another parameter; give it memory of its own"
-        )
+def own_number(loss):
+    """A loss in fp64: a copy, as l⁺ and l⁻ may be one tensor, and never an unsigned integer."""
+    return loss.to(torch.float64, copy=True) if isinstance(loss, Tensor) else float(loss)
 
 
 class Scratch:

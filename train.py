@@ -104,7 +104,11 @@ def measure_step(config: Config, patch, data: dataset.Data, t: int) -> log.Step:
     batches = batches_of_step(config, patch.model, data, t)
     seed = zo.step_seed(config.seed, t)
     # l⁺ = L(θ_t + ε m⊙z; B);  l⁻ = L(θ_t − ε m⊙z; B);  in each m ← GetMask(θ_t, h)
-    loss_plus, loss_minus = losses(patch, batches, seed)
+    return step_of(config, t, seed, *losses(patch, batches, seed))
+
+
+def step_of(config: Config, t: int, seed: int, loss_plus: float, loss_minus: float) -> log.Step:
+    """Step t, from 0 on, as the log has it."""
     # proj_grad ← (l⁺ − l⁻) / 2ε
     proj_grad = zo.projected_grad(loss_plus, loss_minus, config.eps)
     with np.errstate(over="ignore"):
@@ -191,8 +195,13 @@ def replay(config: Config, patch, data, logged: list[log.Step], run, after: int)
     for reader in patch.patched.values():
         reader.was_read = True  # all were, before step 1; this one batch may miss an expert
     for step in logged[:checked]:
-        if None in step[1:5] or not 0 <= step.seed < zo.MAX_RUN_SEED << 32:
-            raise ValueError(f"{run}/steps.csv: {step.line()!r} is no step of a run of train.py")
+        before, found = step.step - 1, step[3:5]
+        seed = zo.step_seed(config.seed, before)
+        if None in found or repr(step_of(config, before, seed, *found)[:5]) != repr(step[:5]):
+            raise ValueError(
+                f"{run}/steps.csv: {step.line()!r} is no step of this run: seed and a do not "
+                "follow from the losses and from seed, lr and eps in config.json"
+            )
     for step in tqdm(logged[:checked], "replaying", leave=False, delay=5):
         patch.refresh(step.step - 1)
         if step.step == checked:
@@ -309,7 +318,9 @@ def begin(config: Config, run: Path) -> tuple:
     if record.start is not None and (run / "result.json").exists():
         with reworded(f"{run}/result.json is torn", "; remove it"):
             kept = json.loads((run / "result.json").read_text())
-        result = {name: kept.get(name, value) for name, value in result.items()}
+            result = {name: kept.get(name, value) for name, value in result.items()}
+            result["seconds"] += 0
+            tasks.Score(**result["zero_shot"] or {"value": 0, "n": 0})
     changed = {name for name in sums if result[name] != sums[name]}
     if changed - {"test"}:
         raise ValueError(

@@ -283,6 +283,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class OneLine(argparse.ArgumentParser):
+    """An error is one line, as all of ours are, and not the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+
+
 def parse(kind: type, description: str, argv=None, **more) -> dict:
     """{name: value} of what the command line says, and nothing of what it does not.
 
@@ -290,9 +297,8 @@ def parse(kind: type, description: str, argv=None, **more) -> dict:
     """
     from transformers import HfArgumentParser  # a second
 
-    class Parser(HfArgumentParser):
-        def error(self, message):  # one line, as all of ours are, and not the whole usage
-            self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+    class Parser(OneLine, HfArgumentParser):
+        pass
 
     parser = Parser(kind, description=description, allow_abbrev=False)
     for name, (type_, help) in more.items():
@@ -342,7 +348,7 @@ def named(names, kind):
 
 def study_parser(doc: str) -> argparse.ArgumentParser:
     """Of a study with that docstring: --help has every default, and no flag is abbreviated."""
-    return argparse.ArgumentParser(
+    return OneLine(
         description=doc.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
@@ -460,7 +466,7 @@ def load(run: Path, changes: dict) -> Config:
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is no run directory: it has no config.json")
     with reworded(f"{run}/config.json is torn or of another version"):
-        kept = json.loads((run / "config.json").read_text())
+        kept = json.loads((run / "config.json").read_text("utf-8-sig"))  # an editor's mark, or none
         if "by" in kept:
             raise ValueError(f"it is of {kept['by']}, whose weights no log rebuilds")
         config = Config(**kept | changes)
@@ -471,7 +477,7 @@ def load(run: Path, changes: dict) -> Config:
     typed = absolute(changes)
     for name in sorted(fixed & changes.keys()):
         if typed[name] != kept.get(name):
-            has = run if name == "out" else kept.get(name)
+            has = run if name == "out" else repr(kept.get(name))
             more = ", or give --micro-batch" if name == "batch_size" else ""
             raise ValueError(
                 f"{flag(name)} cannot be changed in {run}, which has {has}; start a new run{more}"

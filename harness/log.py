@@ -73,11 +73,8 @@ class StepLog:
                     raise ValueError(why) from error
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]  # a line without its end was torn by a kill
-        if write:
-            self.file.truncate(len(whole))
-            if not whole:
-                named = "validation" if metric == "accuracy" else f"validation_{metric}"
-                self._append(",".join(Step._fields).replace("validation", named))
+        if b"\r" in text[len(whole) : -1]:
+            raise ValueError(f"{path} was saved by another program: its lines do not end with \\n")
         if b"validation_perplexity" in whole:
             self.metric = "perplexity"
         for number, line in enumerate(whole.decode(errors="replace").splitlines()[1:]):
@@ -88,6 +85,11 @@ class StepLog:
             except ValueError as error:
                 raise ValueError(f"{path}: line {number + 2} is {line[:60]!r}: {error}") from error
             self._count(step)
+        if write:
+            self.file.truncate(len(whole))
+            if not whole:
+                named = "validation" if metric == "accuracy" else f"validation_{metric}"
+                self._append(",".join(Step._fields).replace("validation", named))
 
     def _count(self, step: Step) -> None:
         if step.step == 0:
@@ -164,16 +166,10 @@ def compare(logged: Step, again: Step, dtype: str, run) -> None:
     """
     if repr(again[:5]) == repr(logged[:5]):  # as text: NaN is not equal to NaN
         return
-    same = again.seed == logged.seed
-    tolerance = {"bfloat16": 2e-2, "float16": 3e-3}.get(dtype, 1e-4)
-    for ours, theirs in zip(again[3:5], logged[3:5], strict=True):
+    same, tolerance = True, {"bfloat16": 2e-2, "float16": 3e-3}.get(dtype, 1e-4)
+    for ours, theirs in zip(again[3:5], logged[3:5], strict=True):  # all else follows from these
         close = math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance / 10)
         same &= close or math.isnan(ours) and math.isnan(theirs)
-    # the log's own losses give the log's own a, unless --lr or --eps is another one
-    slopes = [s.loss_plus - s.loss_minus for s in (logged, again)]
-    if same and all(slopes) and math.isfinite(logged.a):
-        rates = [step.a / slope for step, slope in zip((logged, again), slopes, strict=True)]
-        same &= math.isclose(*rates, rel_tol=1e-5)
     if not same:
         raise ValueError(
             f"{run}: step {logged.step} does not come out as it was logged: l⁺ "

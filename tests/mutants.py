@@ -28,7 +28,7 @@ LAST_LINE = "perturb_parameters(theta, -lr * g, seed, masks)"
 PROBES = """        losses = []
         for a in (+self.eps, -self.eps):
             with self.probe(seed, a):
-                losses.append(1 * loss_fn(self.model, batch))  # a copy: both may be one tensor
+                losses.append(own_number(loss_fn(self.model, batch)))
 """
 IN_PLACE = """        losses = []
         for a in (self.eps, -2 * self.eps):

@@ -4,6 +4,7 @@ import copy
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -225,19 +226,25 @@ def test_a_weight_that_lies_transposed_moves_like_any_other():
     assert same(bits(model), bits(other))
 
 
-def test_a_weight_that_is_another_one_transposed_is_refused():
-    """It could not stay in one memory with it; a parameter of the same order can, and does."""
+@pytest.mark.parametrize("order", [torch.t, lambda w: w.view(4, 6)])
+def test_two_parameters_in_one_memory_are_refused(order):
+    """Each would be masked and moved by itself, and the second from what the first became."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)).eval()
-    model[1].weight = nn.Parameter(model[0].weight.detach().T)
-    with pytest.raises(ValueError, match=r"^1\.weight lies in the memory of another"):
+    model[1].weight = nn.Parameter(order(model[0].weight.detach()))
+    with pytest.raises(ValueError, match=r"^0\.weight lies in the memory of another"):
         Patch(model, SMALL)
+
+
+def test_columns_of_one_matrix_share_no_element():
+    """Parameters that begin at different places of one memory move like any other."""
     both = torch.randn(6, 11)  # columns of one matrix share no element
     parts = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)).eval()
     parts[0].weight, parts[1].weight = nn.Parameter(both[:, :4]), nn.Parameter(both[:, 4:10])
-    Patch(parts, SMALL)
-    model[1].weight = nn.Parameter(model[0].weight.detach().view(4, 6))
-    Patch(model, SMALL).update(SEED, 0.1)
-    assert torch.equal(model[1].weight.view(6, 4), model[0].weight)
+    Patch(parts, SMALL).update(SEED, 0.1)
+    z = zo.gaussian(SEED, 0, (6, 4))
+    patch = masks.get_mask(both[:, :4], masks.threshold(both[:, :4], SMALL.density))
+    want = zo.shifted(both[:, :4], torch.tensor(0.1), patch, z)
+    assert torch.equal(parts[0].weight, want)
 
 
 def test_small_updates_of_16_bit_weights_arrive_by_stochastic_rounding():
@@ -441,9 +448,29 @@ def test_a_loss_may_run_its_passes_in_threads():
 
 def test_a_loss_may_write_to_one_place():
     """l⁺ is kept where a loss function puts l⁻ into the same tensor."""
-    patch, place = Patch(build("llama"), SMALL), torch.zeros(())
+    patch, place = Patch(build("llama"), SMALL), torch.zeros((), dtype=torch.float64)
     want = patch.losses(batch(), loss_of, SEED)
     assert patch.losses(batch(), lambda m, b: place.copy_(loss_of(m, b)), SEED) == want
+
+
+@pytest.mark.parametrize("kind", [np.uint64, np.int64, int, lambda n: torch.tensor(n).byte()])
+def test_a_loss_may_be_an_integer(kind):
+    """The slope of counts is theirs, also where l⁺ is below l⁻ and neither has a sign."""
+    patch, counts = Patch(build("llama"), SMALL), iter([3, 5])
+    losses = patch.losses(batch(), lambda m, b: (m(**b), kind(next(counts)))[1], SEED)
+    assert float(zo.projected_grad(*losses, 1.0)) == -1
+
+
+def test_a_loop_inside_autocast_sees_its_updates():
+    """autocast keeps 16-bit casts of weights, which an update in place makes old."""
+    model = build("llama")
+    patch = Patch(model, SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        loss_of(model, batch())
+        patch.update(SEED, 1.0)
+        inside = loss_of(model, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert loss_of(model, batch()) == inside
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "opt", "gpt2"])

@@ -384,16 +384,29 @@ def not_its_own(run, flags, before, capsys):
     assert contents(run) == before
 
 
-EDITS = [{"seed": 1}, {"method": "r-mezo", "refresh_every": 0}, {"density": 0.5}, {"lr": 2e-2},
-         {"eps": 2e-3}, {"batch_size": 8}]  # fmt: skip
+def edit_config(run, edit):
+    kept = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(kept | edit))
+
+
+EDITS = [{"method": "r-mezo", "refresh_every": 0}, {"density": 0.5}, {"batch_size": 8}]
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
 def test_resume_refuses_a_config_that_was_edited(edit, ready, capsys):
     """Another setting in config.json is noticed by the step that is taken again."""
-    kept = json.loads((ready / "config.json").read_text())
-    (ready / "config.json").write_text(json.dumps(kept | edit))
+    edit_config(ready, edit)
     not_its_own(ready, [], contents(ready), capsys)
+
+
+@pytest.mark.parametrize("edit", [{"seed": 1}, {"lr": 2e-2}, {"eps": 2e-3}], ids=str)
+def test_a_line_follows_from_its_losses(edit, ready, capsys):
+    """Another seed, η or ε in config.json is noticed by the first line of the log."""
+    edit_config(ready, edit)
+    before = contents(ready)
+    for main, argv in ((train.main, [f"--resume={ready}"]), (eval.main, [f"--run={ready}"])):
+        assert "is no step of this run: seed and a" in refused(main, argv, capsys)
+    assert contents(ready) == before
 
 
 @pytest.mark.parametrize(
@@ -573,6 +586,10 @@ def test_a_directory_that_is_no_run_is_left_alone(folder, tmp_path, capsys):
         assert contents(tmp_path) == {"steps.csv": b"mine"}
 
 
+def other_sign(found):
+    return found[1] + ("" if found[2] else "-")
+
+
 @pytest.mark.parametrize(
     "file, spoil, message",
     [
@@ -581,7 +598,10 @@ def test_a_directory_that_is_no_run_is_left_alone(folder, tmp_path, capsys):
         ("steps.csv", lambda text: text.replace("\n3,", "\n4,", 1), "line 5 is '4,"),
         ("steps.csv", lambda text: text.replace("\n3,", "\n3,,", 1), "number of columns"),
         ("steps.csv", lambda text: text.replace("\n3,", "\n\0\n3,", 1), "line 5 is"),
-        ("steps.csv", lambda text: re.sub(r"\n1,\d+,", "\n1,,", text), "is no step of a run"),
+        ("steps.csv", lambda text: re.sub(r"\n1,\d+,", "\n1,,", text), "is no step of this run"),
+        ("steps.csv", lambda text: re.sub(r"(\n2,\d+,)(-?)", other_sign, text), "is no step"),
+        ("steps.csv", lambda text: re.sub(r"(\n2,\d+,)[^,]+", r"\g<1>0.0", text), "'2,1,0.0,"),
+        ("steps.csv", lambda text: text.replace("\n", "\r"), "saved by another program"),
         ("steps.csv", lambda text: re.sub(r"\n1,\d+,", "\n1,-7,", text), "is no step"),
         ("steps.csv", lambda text: re.sub(r"(\n1,[^,]+,[^,]+,)[^,]+", r"\1", text), "is no step"),
         ("config.json", lambda text: text.replace("{", '{"by": "studies",', 1), "is of studies"),
@@ -594,6 +614,20 @@ def test_files_that_were_edited_are_one_line(file, spoil, message, ready, capsys
     for main, argv in ((train.main, [f"--resume={ready}"]), (eval.main, [f"--run={ready}"])):
         assert message in refused(main, argv, capsys)
     assert contents(ready) == before
+
+
+@pytest.mark.parametrize("text", ["[]", '{"seconds": null}', '{"zero_shot": 0.5}'])
+def test_a_result_of_another_kind_is_one_line(text, ready, capsys):
+    """It is said before the work, and not when the run ends."""
+    (ready / "result.json").write_text(text)
+    assert "result.json is torn" in refused(train.main, [f"--resume={ready}"], capsys)
+
+
+def test_a_config_may_begin_with_an_editors_mark(ready):
+    """A byte order mark, which an editor may write, is no part of config.json."""
+    text = (ready / "config.json").read_text()
+    (ready / "config.json").write_text(text, encoding="utf-8-sig")
+    train.main([f"--resume={ready}", "--steps=9"])
 
 
 def test_two_processes_do_not_train_one_run(folder, ready, capsys):
