@@ -1,5 +1,6 @@
 """studies/slopes.py: g beside the slope that autograd gives."""
 
+import pytest
 from test_train import refused
 
 from harness.config import ROOT, TINY
@@ -14,3 +15,11 @@ def test_g_is_the_slope_in_fp32(capsys):
     assert [row[0] for row in rows] == ["| MeZO, float32", "| S-MeZO, float32"]
     assert all(float(row[2]) > 0.999 for row in rows)
     assert "density 0.0: the share" in refused(slopes.main, [*flags, "--density=0"], capsys)
+
+
+def test_a_wrong_flag_of_a_study_is_one_line(capsys):
+    """As of train.py, without the usage before it."""
+    assert "--help lists the flags" in refused(slopes.main, ["--model=m", "--nonsense"], capsys)
+    with pytest.raises(SystemExit):
+        slopes.main(["--nonsense"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
