@@ -22,8 +22,8 @@ is drawn once a probe.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv is the checkpoint (harness/log.py): --resume rebuilds the weights from it, to the bit on
-the same machine, and takes the last logged step again. It ends with an error if that, or the
-training or validation examples, are not those of before.
+the same machine, and takes the last logged step again. It ends with an error if that step, or the
+training or validation examples, are not those of before, or if a line was edited.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
