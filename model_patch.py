@@ -183,7 +183,8 @@ class Patch:
                     f"{name} lies in the memory of another parameter; make them one nn.Parameter, "
                     "or give it memory of its own"
                 )
-            p.data = p.data.contiguous()
+            if not p.is_contiguous():
+                p.data = p.data.contiguous()
             try:
                 self.weights.append(PerturbedWeight(self, name, p, stream, owners[p]))
             except ValueError as error:

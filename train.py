@@ -319,7 +319,7 @@ def begin(config: Config, run: Path) -> tuple:
         with reworded(f"{run}/result.json is torn", "; remove it"):
             kept = json.loads((run / "result.json").read_text())
             result = {name: kept.get(name, value) for name, value in result.items()}
-            result["seconds"] += 0
+            result["seconds"] += 0  # these two are used after training; here they fail early
             tasks.Score(**result["zero_shot"] or {"value": 0, "n": 0})
     changed = {name for name in sums if result[name] != sums[name]}
     if changed - {"test"}:

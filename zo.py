@@ -31,7 +31,7 @@ What it costs
 
 import functools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -103,7 +103,7 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 # One draw makes two normals. Of n elements, draw i gives element i (r cos φ) and element i + ⌈n/2⌉
 # (r sin φ).
 
-MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements of one tensor; each is a 32-bit word
+MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements: of one tensor; all are 32 bits
 MASK_STREAM = 1 << 30  # streams from here on belong to random masks, those below to noise
 ROTATIONS, PARITY = (13, 15, 26, 6, 17, 29, 16, 24), 0x1BD11BDA  # Threefry-2x32's constants
 
@@ -332,7 +332,7 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
         raise ValueError(f"a mask may compute with a size, but not ask for one: {min(asked)}")
     inputs = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
     whole = torch.fx.GraphModule(traced, traced.graph)  # without `shape_env`, it can be cached
-    with _bitcasts_of_vectors():
+    with _bitcasts_of_vectors() if device.type == "cpu" else nullcontext():
         return torch._inductor.compile(whole, inputs, options)
 
 
