@@ -457,7 +457,7 @@ def collate(
     kept = [p - T + keep for p in place]
     if len(rows) < len(texts):
         mask = packed_mask(torch.tensor(positions, device=device))
-    if T <= pack:  # also with one text a row: an integer takes a slice, and of one that is not
+    if pack:  # also with one text a row: an integer takes a slice, and of one that is not
         # contiguous torch.matmul makes a product per row, which on a CPU copies a 16-bit head
         keep, kept = kept_places(row, place, len(rows), T)
     tensors = ids, positions, mask, row, place, kept, token, slot, weight, labels, valid

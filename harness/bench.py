@@ -115,7 +115,9 @@ class Subject:
         size = (args.batch, args.tokens)
         ids = torch.randint(3, self.model.config.vocab_size, size, device=args.device)
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self.inputs["logits_to_keep"] = 1
+        # places in a tensor, as tasks.collate gives them: an integer takes a slice, and of a slice
+        # torch.matmul makes a product per row, which on a CPU copies a 16-bit head
+        self.inputs["logits_to_keep"] = torch.tensor([args.tokens - 1], device=args.device)
 
     @staticmethod
     def loss_of(model, inputs):

@@ -42,7 +42,7 @@ def compare(config: Settings, patch: Patch, data, count: int) -> dict[str, str]:
         numbers = tasks.minibatch(len(data.train), config.batch_size, config.data_seed, t)
         chosen = [data.train[i] for i in numbers]
         packed = tasks.collate(data.tokenizer, chosen, **how)
-        padded = tasks.collate(data.tokenizer, chosen, **how | {"pack": 0})
+        padded = tasks.collate(data.tokenizer, chosen, **how | {"pack": min(1, how["pack"])})
         losses, forward, whole = [], [], []
         for batch in (padded, packed):
             losses.append(float(tasks.loss(model, batch)))  # also warms up

@@ -881,6 +881,7 @@ def test_no_row_is_shared_beyond_what_a_model_bears():
     pairs += [(collate(TOKENIZER, YES_NO[:1] * 2, pack=99), collate(TOKENIZER, YES_NO[:1] * 2))]
     full = [Example(tuple(range(n)), ((9,), (8,)), 0) for n in (6, 8, 7)]  # rows of 8: no two fit
     pairs += [(collate(TOKENIZER, full, pack=99), collate(TOKENIZER, full))]
+    assert isinstance(pairs[0][0].keep, torch.Tensor)  # places: a slice is not contiguous
     for one, other in pairs:
         numbers = vars(one)
         if isinstance(one.keep, torch.Tensor):  # the same places by another name

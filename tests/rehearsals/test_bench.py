@@ -1,5 +1,6 @@
 """harness/bench.py: every row runs at the tiny shape, and what it says is kept."""
 
+import argparse
 import json
 
 import pytest
@@ -21,6 +22,18 @@ def test_every_row_runs_and_is_written_down(tmp_path, monkeypatch, capsys):
         assert 0 < row["R_min"] <= row["R"] <= row["R_max"]
     assert found["machine"]["torch"] == torch.__version__
     assert "does not fit" not in capsys.readouterr().out
+
+
+def test_all_rows_read_the_head_in_one_product(monkeypatch):
+    """As in training: a product per row would copy a 16-bit head for each, in the unit of R."""
+    monkeypatch.setitem(bench.SHAPES, "tiny", ("llama", 64, 128, 1, 2, 2, 96))
+    how = {"shape": "tiny", "dtype": "bfloat16", "device": "cpu", "compile": False}
+    subject = bench.Subject(argparse.Namespace(**how, batch=3, tokens=8))
+    with torch.profiler.profile(record_shapes=True) as recorded, torch.no_grad():
+        subject.loss()
+    products = [(e.name, e.input_shapes[:2]) for e in recorded.events() if e.name[-2:] == "mm"]
+    assert ("aten::mm", [[3, 64], [64, 96]]) in products
+    assert not any(name == "aten::bmm" and 96 in shapes[1] for name, shapes in products)
 
 
 @pytest.mark.parametrize("name", ["no/file", "."])
