@@ -115,8 +115,7 @@ class Subject:
         size = (args.batch, args.tokens)
         ids = torch.randint(3, self.model.config.vocab_size, size, device=args.device)
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        # places in a tensor, as tasks.collate gives them: an integer takes a slice, and of a slice
-        # torch.matmul makes a product per row, which on a CPU copies a 16-bit head
+        # a tensor, as in training: tasks.collate says why
         self.inputs["logits_to_keep"] = torch.tensor([args.tokens - 1], device=args.device)
 
     @staticmethod

@@ -42,6 +42,7 @@ def compare(config: Settings, patch: Patch, data, count: int) -> dict[str, str]:
         numbers = tasks.minibatch(len(data.train), config.batch_size, config.data_seed, t)
         chosen = [data.train[i] for i in numbers]
         packed = tasks.collate(data.tokenizer, chosen, **how)
+        # at 1 no row is shared, and the head is read as in `packed`
         padded = tasks.collate(data.tokenizer, chosen, **how | {"pack": min(1, how["pack"])})
         losses, forward, whole = [], [], []
         for batch in (padded, packed):
