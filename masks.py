@@ -49,6 +49,7 @@ What it costs
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -378,9 +379,10 @@ def sensitive_index(
     """
     weights, index = decoder_linears(model), {}
     ks = how_many(weights, density)  # of all, as one part alone may have no place
-    names, size = list(weights), -(-len(weights) // groups)
-    for first in range(0, len(names), size):
-        part = {name: weights[name] for name in names[first : first + size]}
+    names, passes = list(weights), min(groups, len(weights))
+    ends = [-(-len(names) * i // passes) for i in range(passes + 1)]
+    for start, end in pairwise(ends):
+        part = {name: weights[name] for name in names[start:end]}
         scores = fisher(model, losses, weights=part, **how)
         found = sensitive(scores, density, ks)
         then(scores, found)

@@ -19,6 +19,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -80,10 +81,18 @@ def make(config, path, data=None) -> dict[str, Tensor]:
             codebooks[name] = quant.Codebooks.fit(weights[name].detach(), scores[name], places)
 
     if sensitive:
-        index = masks.sensitive_index(
-            model, tqdm(losses, "scoring", unit=" samples"), settings.density,
-            groups=settings.groups, statistic=settings.statistic, then=fit,
-        )  # fmt: skip
+        passes = min(settings.groups, len(weights))
+        with tqdm(desc="scoring", total=passes * len(losses), unit=" samples") as bar:
+
+            def counted(loss, model):
+                value = loss(model)
+                bar.update()
+                return value
+
+            index = masks.sensitive_index(
+                model, [partial(counted, loss) for loss in losses], settings.density,
+                groups=settings.groups, statistic=settings.statistic, then=fit,
+            )  # fmt: skip
     elif settings.kind == "random":
         index = masks.random_index(weights, settings.density, settings.seed)
     else:
