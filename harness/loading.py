@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import masks
 import tasks
@@ -139,10 +140,10 @@ def load_model(
         )
     if split is not None:
         there = partial(Tensor.to, device=device, dtype=None if kind == "auto" else kind)
-        for key in index:
+        for key in tqdm(index, "splitting", leave=False, delay=5):
             split(model, key, there(model.get_parameter(key).detach()))
-        for parameter in model.parameters():
-            parameter.data = there(parameter.data)
+        for parameter in model.parameters():  # a copy, as one view would keep its file mapped
+            parameter.data = there(parameter.data, copy=True)
         model.to(device)  # its buffers, which keep their dtypes
     if packed:
         model._weight_conversions = None  # or it would be saved in codes and scales again

@@ -1,6 +1,7 @@
 """quant.py: w = dense + sparse, in 4 and in 16 bits. Steps of [Q] are in test_model_patch.py."""
 
 import copy
+import os
 from functools import partial
 from pathlib import Path
 
@@ -344,6 +345,23 @@ def test_loading_splits_matrix_by_matrix(name, tmp_path):
     assert loss_of(got, inputs) == loss_of(whole, inputs)
     losses = [Patch(m, s).losses(inputs, loss_of, SEED) for m, s in ((got, here), (whole, there))]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux alone")
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_split_model_lets_its_checkpoint_go(bits, tmp_path):
+    """In the file's own dtype, too, nothing of the file is mapped once all is split."""
+    build("llama-tied").save_pretrained(tmp_path)
+    index = index_of(build("llama-tied"))
+    here, seen = quant.DenseSparse(index, bits), []
+
+    def take(model, matrix, weight):
+        seen.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+        here.split(model, matrix, weight)
+
+    model = loading.load_model(str(tmp_path), "float32", "cpu", split=take, index=index)
+    assert all(seen) and model.dtype == torch.float32
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_what_splitting_refuses_ends_loading_with_its_own_line(tmp_path):
