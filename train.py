@@ -28,7 +28,6 @@ training or validation examples, are not those of before, or if a line was edite
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
 """
 
-import gc
 import json
 import math
 import os
@@ -375,7 +374,7 @@ def run_to_end(config: Config, run: Path) -> None:
     if best_step != config.steps:
         patch.remove()
         del model, patch
-        gc.collect()  # before the second copy is loaded
+        loading.restart_peak()  # the memory goes back before the second copy is loaded
         model = rebuild(config, run, data, record.steps, best_step)
         best = score(config, model, data.tokenizer, data.test)
     if data.validation:
