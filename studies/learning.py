@@ -251,10 +251,9 @@ class Study:
     def short(self, task: str, rows: dict[str, str], grid="S-MeZO", tune=False) -> dict:
         """{row: columns} of short runs, seed 0, at the best rate of `grid`, or each at its own."""
         tune = tune or self.args.tune
-        rates = [self.best(grid, task, flags if tune else None) for flags in rows.values()]
         runs = [
-            Run(task, flags, rate, 0, self.args.short)
-            for flags, rate in zip(rows.values(), rates, strict=True)
+            Run(task, flags, self.best(grid, task, flags if tune else None), 0, self.args.short)
+            for flags in rows.values()
         ]
         return {
             name: {"lr": run.lr, **self.columns(known)}
