@@ -126,8 +126,7 @@ def backward(config: Config, model, data: dataset.Data, t: int) -> float:
     count, total = sum(batch.count for batch in batches), 0.0
     model.zero_grad()
     for batch in batches:  # gradients add up over the parts
-        loss = tasks.loss(model, batch)
-        loss = loss * (batch.count / count)
+        loss = tasks.loss(model, batch) * (batch.count / count)
         loss.backward()
         total += loss.item()
     return total
