@@ -58,7 +58,7 @@ def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dic
     with tqdm(total=len(rates) * steps, unit="step", desc="rates") as bar:
         for rate in rates:
             losses = short_run(replace(config, lr=rate), patch, data, steps, bar)
-            found[rate] = sum(losses[-max(1, steps // 3) :]) / max(1, steps // 3)
+            found[rate] = sum(losses[-(steps // 3) :]) / (steps // 3)
             bar.write(f"  --lr {rate:<9.2g} loss {found[rate]:.4f}")
             configs.write_json(run / "rates.json", {str(r): loss for r, loss in found.items()})
             for theta, kept in zip(patch.moving(), start, strict=True):
