@@ -146,13 +146,11 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
     complete one or not at all.
     """
     matrices = {n: {"shape": list(weights[n].shape), "sample": _sample(weights[n])} for n in index}
-    if codebooks:
-        for name in index:
-            matrices[name]["bits"] = _bits(weights[name])
-    about = {"provenance": provenance, "matrices": matrices}
     tensors = dict(index)
     for name, fitted in (codebooks or {}).items():
+        matrices[name]["bits"] = _bits(weights[name])
         tensors |= zip(_fitted(name), fitted, strict=True)
+    about = {"provenance": provenance, "matrices": matrices}
     new = Path(f"{path}.tmp")
     # `save_file` would let nobody else read it, whatever the umask
     new.write_bytes(to_bytes(tensors, {key: json.dumps(value) for key, value in about.items()}))
