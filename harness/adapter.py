@@ -39,10 +39,10 @@ def check(config, shapes: nn.Module) -> None:
     """ValueError where a model has no place for the adapter. `shapes`: it without its weights."""
     if config.adapter == "lora" and (layer := lacks(shapes)):
         raise ValueError(f"--adapter lora: {config.model} has no {layer} for it; use prefix")
-    linears = [(n, m) for n, m in shapes.named_modules() if isinstance(m, nn.Linear)]
-    odd = [name for name, linear in linears if linear.in_features % quant.BLOCK]
-    if config.bits == 4 and odd:  # bitsandbytes' CPU kernels would unpack them wrongly
-        raise ValueError(f"--bits 4: rows of {odd[0]} are no whole blocks of 64; use --bits 16")
+    for name, module in shapes.named_modules() if config.bits == 4 else ():
+        # bitsandbytes' CPU kernels would unpack them wrongly
+        if isinstance(module, nn.Linear) and module.in_features % quant.BLOCK:
+            raise ValueError(f"--bits 4: rows of {name} are no whole blocks of 64; use --bits 16")
 
 
 @torch.no_grad()
