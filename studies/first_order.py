@@ -106,9 +106,8 @@ def what_moves(config: Config, model) -> tuple[list, dict]:
         settings = peft.LoraConfig(**adapter.LORA)
         peft.inject_adapter_in_model(settings, model)  # asks gradients of A, B alone
     weights = [w for w in model.parameters() if w.requires_grad]
-    if config.method != "sparse-adam":
-        return weights, {}
-    return weights, {w: masks.threshold(w, config.density) for w in weights}
+    masked = weights if config.method == "sparse-adam" else ()
+    return weights, {w: masks.threshold(w, config.density) for w in masked}
 
 
 @torch.no_grad()
