@@ -367,9 +367,9 @@ def run_to_end(config: Config, run: Path) -> None:
     model = patch.model
     last = best = score(config, model, data.tokenizer, data.test)
     print(f"test {data.metric}, last weights             {last}")
-    device, best_step = patch.device, record.best_step()  # by validation, never by test
+    best_step = record.best_step()  # by validation, never by test
     result |= {"last": last._asdict(), "best_step": best_step, "skipped": record.skipped()}
-    result |= {"workers": workers.SIZE} | loading.machine(device)
+    result |= {"workers": workers.SIZE} | loading.machine(patch.device)
     write_result(run, result)
     if best_step != config.steps:
         patch.remove()
