@@ -25,12 +25,12 @@ def curves(folder):
         sys.modules.update(SOUND)
     words = torch.arange(16)[None]
 
-    def printed(model, lr=0.02):
+    def printed(model):
         theta = [p.data for p in model.parameters()]
         h = [m.masks.threshold(t, 0.25) for t in theta]
         loss_here = lambda: lab.next_word(model, words)  # noqa: E731
         get_masks = lambda at: list(map(m.masks.get_mask, at, h))  # noqa: E731
-        how = {"lr": lr, "eps": 0.1}
+        how = {"lr": 0.02, "eps": 0.1}
         return lambda seed: m.zo.sparse_mezo_step(theta, loss_here, get_masks, seed=seed, **how)[:2]
 
     def patched(model, moves, lr=0.02):
