@@ -166,6 +166,9 @@ class Study:
         if self.found.setdefault("settings", settings) != settings:
             raise ValueError(f"{self.file} has runs of other settings; give another --out")
         self.runs = self.found.setdefault("runs", {})
+        for known in self.runs.values():  # a file has its steps as text
+            for name in ("validation", "active"):
+                known[name] = {int(step): value for step, value in known[name].items()}
         self.tables = self.found.setdefault("tables", {})
 
     def grid(self, row: str) -> tuple[float, ...]:
@@ -262,11 +265,11 @@ class Study:
 
     def columns(self, known: dict) -> dict:
         """Loss and validation after --short steps; None of a run that stopped before."""
-        taken = {int(step): value for step, value in known["validation"].items()}  # text, in a file
-        if self.args.short not in taken:
+        validation = known["validation"].get(self.args.short)
+        if validation is None:
             return {"loss": None, "validation": None}
-        loss = known["loss"][: self.args.short // self.args.every][-1]
-        return {"loss": loss, "validation": taken[self.args.short]}
+        loss = known["loss"][self.args.short // self.args.every - 1]
+        return {"loss": loss, "validation": validation}
 
     # ------------------------------------------------------------------ the parts
 
@@ -333,8 +336,7 @@ class Study:
         lr = max(self.grid("MeZO"))
         fallen = Run(task, ROWS["MeZO"][0], lr, 0, self.args.short)
         (known,) = self.take([fallen])
-        steps = {int(step): value for step, value in known["validation"].items()}
-        taken = {step: value for step, value in steps.items() if step <= self.args.short}
+        taken = {step: v for step, v in known["validation"].items() if step <= self.args.short}
         better = 1 if known["metric"] == "accuracy" else -1
         falls = {
             (before, after): better * (taken[before] - taken[after])
@@ -367,7 +369,6 @@ PARTS = ("rates", "methods", "sparsity", "groups", "refresh", "drop", "masks", "
 
 def mean_of(curves: list[dict]) -> dict[int, float]:
     """The mean over seeds, at the steps that all of them have."""
-    curves = [{int(step): value for step, value in curve.items()} for curve in curves]
     shared = sorted(set.intersection(*map(set, curves)))
     return {step: statistics.mean(curve[step] for curve in curves) for step in shared}
 
