@@ -29,6 +29,7 @@ What it costs
 """
 
 import argparse
+import itertools
 import json
 import math
 from functools import cached_property
@@ -150,8 +151,8 @@ class Study:
         names = {"task": mine[MASK], **kinds[MASK]}
         common = {
             f"{a} and {b}": masks.overlap(names[a], names[b])
-            for i, a in enumerate(names) for b in list(names)[i + 1 :]
-        }  # fmt: skip
+            for a, b in itertools.combinations(names, 2)
+        }
         found = {"concentration": top, "coverage": columns, "overlap": common}
         return found | {"magnitude": quarters(self.weights, mean)}
 
