@@ -38,6 +38,7 @@ class Day:
     def __init__(self, args):
         self.args, self.lines, self.ends = args, [], time.monotonic() + SECONDS
         self.shape = "tiny" if args.tiny else args.shape
+        self.task = ["--model", args.model, "--task", args.task, "--data-dir", args.data_dir]
 
     def start(self, name: str, *words) -> tuple:
         """One command in the background; what it says goes to a file."""
@@ -76,12 +77,10 @@ def right(day: Day) -> None:
     day.run("tests", "-m", "pytest", "-m", "cuda", *tests)
     for dtype in ["float32"] if args.tiny else ["float32", "bfloat16"]:
         more = ["--seeds", 2, "--batch-size", 2] if args.tiny else ["--eps", 1e-3, 4e-3]
-        words = ["--model", args.model, "--task", args.task, "--data-dir", args.data_dir]
-        day.run(f"slopes-{dtype}", "-m", "studies.slopes", *words, "--dtype", dtype, *more)
+        day.run(f"slopes-{dtype}", "-m", "studies.slopes", *day.task, "--dtype", dtype, *more)
     words = ["--model", args.model, "--tasks", args.task, "--data-dir", args.data_dir]
-    if args.tiny:
-        words.append("--batches=1")
-    day.run("packing", "-m", "studies.packing", *words)
+    more = ["--batches", 1] if args.tiny else []
+    day.run("packing", "-m", "studies.packing", *words, *more)
     day.run("kill", "-m", "tests.kill", "--kills", 0 if args.tiny else 5)
 
 
@@ -154,14 +153,13 @@ def profile(day: Day) -> None:
 def learn(day: Day) -> None:
     """Runs of the three methods, at once; those that are not done in time go on with --resume."""
     args, started = day.args, []
-    data = ["--model", args.model, "--task", args.task, "--data-dir", args.data_dir]
     size = ["--steps", 4 if args.tiny else args.steps]
     size += ["--num-test", 8, "--num-validation", 4, "--num-train", 20] if args.tiny else []
     for method in ("mezo", "s-mezo", "senszoq"):
         run = args.out / f"{args.task}-{method}"
         more = ["--text", args.text] if method == "senszoq" else []
         words = ["--resume", run] if (run / "config.json").exists() else [
-            *data, *size, "--method", method, *more, "--out", run]  # fmt: skip
+            *day.task, *size, "--method", method, *more, "--out", run]  # fmt: skip
         started.append(day.start(run.name, "train.py", *words))
     for name, process in started:
         day.finish(name, process)
