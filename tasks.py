@@ -391,7 +391,7 @@ def pack_rows(lengths: list[int], T: int) -> list[list[int]]:
     return sorted(rows)  # so that texts which share none keep their order
 
 
-def fill_rows(texts: list[list[int]], rows: list[list[int]], T: int) -> tuple:
+def fill_rows(texts: list[tuple[int, ...]], rows: list[list[int]], T: int) -> tuple:
     """(input_ids, position_ids, attention_mask, {text: (its row, where it ends)}), [R, T] each."""
     ids, positions, mask, ends = [], [], [], {}
     for r, row in enumerate(rows):
@@ -433,20 +433,17 @@ def collate(
         raise ValueError(f"scored {scored!r} must be 'all' or 'right'")
     C = max(len(e.options) for e in examples)
     valid = torch.zeros(len(examples), C, dtype=torch.bool)
-    texts, reads = [], []  # reads: (text, places before its end, token, slot, option's length)
+    texts = {}  # {(example, input tokens): its number}; equal inputs are one text
+    reads = []  # (text, places before its end, token, slot, option's length)
     for b, example in enumerate(examples):
-        shared = {}  # equal inputs, one text
         for c, (ids, length) in enumerate(encode(tokenizer, example, max_length)):
             if scored == "right" and c != example.label:
                 continue
             valid[b, c] = True
-            inputs = tuple(ids[:-1])
-            if inputs not in shared:
-                shared[inputs] = len(texts)
-                texts.append(ids[:-1])
-            text = shared[inputs]
+            text = texts.setdefault((b, tuple(ids[:-1])), len(texts))
             for back, token in zip(range(length, 0, -1), ids[-length:], strict=True):
                 reads.append((text, back, token, b * C + c, length))
+    texts = [ids for _, ids in texts]
     T = -(-max(map(len, texts)) // 8) * 8
     rows = [[i] for i in range(len(texts))] if pack < T else pack_rows(list(map(len, texts)), T)
     ids, positions, mask, ends = fill_rows(texts, rows, T)
