@@ -370,20 +370,22 @@ def sensitive(scores: dict[str, Tensor], density: float, ks: dict | None = None)
 
 
 def sensitive_index(
-    model, losses, density: float, *, groups: int = 1, then=lambda *_: None, **how
+    model, losses, density: float, *, groups=1, then=lambda *_: None, bar=lambda x, _: x, **how
 ) -> dict[str, Tensor]:
     """[Q]'s mask of a model, made in `groups` passes over the list `losses`.
 
     Each pass scores one group of matrices, so that only its scores are in memory. `then(scores,
-    index)` is called after each pass, before these are dropped. `how`: what `fisher` takes.
+    index)` is called after each pass, before these are dropped. `bar(losses, name)`: such as tqdm,
+    one per pass. `how`: what `fisher` takes.
     """
     weights, index = decoder_linears(model), {}
     ks = how_many(weights, density)  # of all, as one part alone may have no place
     names, passes = list(weights), min(groups, len(weights))
     ends = [-(-len(names) * i // passes) for i in range(passes + 1)]
-    for start, end in pairwise(ends):
+    for number, (start, end) in enumerate(pairwise(ends), 1):
         part = {name: weights[name] for name in names[start:end]}
-        scores = fisher(model, losses, weights=part, **how)
+        shown = bar(losses, f"scoring {number}/{passes}")
+        scores = fisher(model, shown, weights=part, **how)
         found = sensitive(scores, density, ks)
         then(scores, found)
         index |= found

@@ -81,18 +81,10 @@ def make(config, path, data=None) -> dict[str, Tensor]:
             codebooks[name] = quant.Codebooks.fit(weights[name].detach(), scores[name], places)
 
     if sensitive:
-        passes = min(settings.groups, len(weights))
-        with tqdm(desc="scoring", total=passes * len(losses), unit=" samples") as bar:
-
-            def counted(loss, model):
-                value = loss(model)
-                bar.update()
-                return value
-
-            index = masks.sensitive_index(
-                model, [partial(counted, loss) for loss in losses], settings.density,
-                groups=settings.groups, statistic=settings.statistic, then=fit,
-            )  # fmt: skip
+        index = masks.sensitive_index(
+            model, losses, settings.density, groups=settings.groups, then=fit,
+            bar=partial(tqdm, unit=" samples"), statistic=settings.statistic,
+        )  # fmt: skip
     elif settings.kind == "random":
         index = masks.random_index(weights, settings.density, settings.seed)
     else:
