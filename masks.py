@@ -49,7 +49,6 @@ What it costs
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -380,11 +379,11 @@ def sensitive_index(
     """
     weights, index = decoder_linears(model), {}
     ks = how_many(weights, density)  # of all, as one part alone may have no place
-    names, passes = list(weights), min(groups, len(weights))
-    ends = [-(-len(names) * i // passes) for i in range(passes + 1)]
-    for number, (start, end) in enumerate(pairwise(ends), 1):
-        part = {name: weights[name] for name in names[start:end]}
-        shown = bar(losses, f"scoring {number}/{passes}")
+    names, size = list(weights), -(-len(weights) // groups)
+    passes = range(0, len(names), size)
+    for number, first in enumerate(passes, 1):
+        part = {name: weights[name] for name in names[first : first + size]}
+        shown = bar(losses, f"scoring {number}/{len(passes)}")
         scores = fisher(model, shown, weights=part, **how)
         found = sensitive(scores, density, ks)
         then(scores, found)

@@ -311,7 +311,7 @@ def _fused(mask, stochastic: bool, in_place: bool, kind: tuple, state: tuple):
     options = {
         "triton.autotune_pointwise": False,  # its trials would copy what is written
         "assume_aligned_inputs": True,  # those that are not are copied for the call
-        "size_asserts": False,  # `apply` and `Halves` check; a third of a call
+        "size_asserts": False,  # `apply` and `Halves` make them; a third of a call
         "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add in one
         "cpp.dynamic_threads": True,  # as many threads as there are at the call
         # the compiler traces an expression anew wherever it is read, unless it has so many
