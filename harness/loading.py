@@ -6,7 +6,7 @@ that the checkpoint lacks, a model that is not causal or that minds padding (`ch
 A model is loaded straight to its device and dtype. For SensZOQ it stays on disk at first, as parts
 of the mapped file. Then one matrix of the mask after the other is read and split: its k values go
 to the vector that moves, the rest into 4 bits. So one such matrix is in memory at a time in 16
-bits, and a 7B model loads in 4 GB.
+bits. A 7B model loads in 6 GB, beside pages of the file that the system can take back.
 """
 
 import contextlib
