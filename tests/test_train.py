@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -753,6 +754,23 @@ def test_the_peak_of_a_run_is_that_of_its_training(folder, tmp_path, monkeypatch
     peak = run(folder, tmp_path / "run", "--device=cpu")["peak_memory_bytes"]
     loading.restart_peak()
     assert 4e8 < peak - loading.peak_memory(torch.device("cpu")) < 8e8 and len(took) == 3
+
+
+@pytest.mark.parametrize("flags", [[], SENSZOQ], ids=["s-mezo", "senszoq"])
+def test_a_model_is_gone_before_the_next_is_loaded(flags, folder, tmp_path, monkeypatch):
+    """No two models share the memory: the scored one, the trained one and that of the best step."""
+    load, loaded = loading.load_model, []
+
+    def one(*args, **how):
+        assert not [model for model in loaded if model() is not None]
+        model = load(*args, **how)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "load_model", one)
+    monkeypatch.setattr(log.StepLog, "best_step", lambda self: 4)
+    run(folder, tmp_path / "run", *flags)
+    assert len(loaded) == (3 if flags else 2)
 
 
 @pytest.mark.parametrize("status", ["VmRSS: 5 kB", FileNotFoundError()], ids=repr)
