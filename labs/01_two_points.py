@@ -49,8 +49,8 @@ def measure():
         (gradient,) = torch.autograd.grad(loss(theta), theta)
         theta, before = theta.detach(), theta.detach().clone()
         noise = zo.gaussian(2, 0, (DRAWS, d)).double()
-        guess = [lab.tensor("estimate", estimate(loss, theta, z, EPS), z.shape) for z in noise]
-        guess = torch.stack(guess)
+        guess = [estimate(loss, theta, z.clone(), EPS) for z in noise]
+        guess = torch.stack([lab.tensor("estimate", one, (d,)) for one in guess])
         cosine = torch.cosine_similarity(guess, gradient[None], dim=1)
         seen = (guess * noise).sum(1) / (noise * noise).sum(1)  # the factor before z
         found[d] = cosine, seen, noise @ gradient, float((theta - before).abs().max())

@@ -34,21 +34,24 @@ def pack(mask):
 
 
 def measure():
-    """(θ, your mask, the mask that is meant, what the project reads in your bytes, your bytes)."""
+    """(θ, your mask, the mask that is meant, what the project reads in your bytes, your bytes,
+    how many weights `get_mask` has changed).
+    """
     theta = 0.02 * zo.gaussian(3, 0, (N,))
     order = theta.abs().argsort()
     meant = torch.zeros(N, dtype=torch.bool)
     meant[order[: int(DENSITY * N)]] = True
-    mask = get_mask(theta, theta.abs()[order[int(DENSITY * N) - 1]])
+    lent = theta.clone()
+    mask = get_mask(lent, theta.abs()[order[int(DENSITY * N) - 1]])
     lab.tensor("get_mask", mask, theta.shape, torch.bool)
     packed = lab.tensor("pack", pack(meant)).flatten()
     element = torch.arange(min(N, 8 * packed.numel()), dtype=torch.int32)
     read = masks.PackedMask.mask(theta, element, packed.to(torch.uint8))
-    return theta, mask, meant, read, packed
+    return theta, mask, meant, read, packed, int((lent != theta).sum())
 
 
 def numbers(found):
-    theta, mask, meant, read, packed = found
+    theta, mask, meant, read, packed, written = found
     large, small = int((mask & ~meant).sum()), int((meant & ~mask).sum())
     bits = (read != meant[: len(read)]).sum() + N - len(read)
     which = "Small weights are left out. Negative ones move, too, and so does the one at |θ| = h."
@@ -56,19 +59,21 @@ def numbers(found):
         which = "Weights above the threshold move. Only those of |θ| ≤ h should."
     if mask[theta < 0].all():
         which = "All negative weights move, however large. Small is a matter of |θ|."
+    back = "`get_mask` wrote into θ. The result is a new tensor, m: that θ becomes 1 is a misprint."
     byte = "Eight weights share a byte. Make rows of eight, shift each weight, add, end in uint8."
     order = "A byte is not the mask of its eight weights. The first weight is the lowest bit."
     return [
         lab.near("share of the weights that move", float(mask.float().mean()), 0.25, 1e-4, which),
         lab.near("weights that move and should not", large, 0, 0, which),
         lab.near("weights that should move and do not", small, 0, 0, which),
+        lab.near("weights that `get_mask` has changed", written, 0, 0, back),
         lab.near("bytes of the packed mask for each weight", packed.nbytes / N, 0.125, 0, byte),
         lab.near("weights whose bit is not their mask", int(bits), 0, 0, order),
     ]
 
 
 def picture(found, figure):
-    theta, mask, meant, read, packed = found
+    theta, mask, meant, read, packed, _ = found
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     for values, label, grey in ((theta, "all weights", "0.8"), (theta[mask], "move", "0.3")):
         left.hist(values.numpy(), bins=80, range=(-0.08, 0.08), color=grey, label=label)

@@ -29,7 +29,10 @@ N, SPREAD, EPS, CYCLES = 100_000, 0.02, 1e-3, 100
 
 
 def probe(theta, h, z, eps):
-    """(the weights at l⁺, the weights at l⁻, the weights after); h is the mask's threshold."""
+    """(the weights at l⁺, the weights at l⁻, the weights after); h is the mask's threshold.
+
+    They are three tensors of θ's dtype.
+    """
     # ---- your code: at most five lines
     plus = theta + eps * get_mask(theta, h) * z
     minus = plus - 2 * eps * get_mask(plus, h) * z
@@ -54,17 +57,17 @@ def measure():
     theta = SPREAD * zo.gaussian(4, 0, (N,)).double()
     h = threshold(theta, 0.25)
     noise = [zo.gaussian(zo.step_seed(4, t), 1, (N,)).double() for t in range(CYCLES)]
-    points = probe(theta.clone(), h, noise[0], EPS)
-    plus, minus, after = (lab.tensor("probe", point, theta.shape) for point in points)
+    points = probe(theta.clone(), h, noise[0].clone(), EPS)
+    points = [lab.tensor("probe", point, theta.shape, theta.dtype) for point in points]
     inside, at = [1.0], theta
     for z in noise:
-        at = probe(at.clone(), h, z, EPS)[2]
+        at = probe(at.clone(), h, z.clone(), EPS)[2]
         inside.append(float((at.abs() <= h + 1e-12).sum() / (0.25 * N)))
-    return theta, h, noise[0], plus, minus, after, inside
+    return theta, h, noise[0], points, inside
 
 
 def numbers(found):
-    theta, h, z, plus, minus, after, inside = found
+    theta, h, z, (plus, minus, after), inside = found
     mask = theta.abs() <= h
     moved = theta + EPS * mask * z
     left = float((moved[mask].abs() > h).double().mean())
@@ -75,8 +78,8 @@ def numbers(found):
     if wrong <= 1e-6:
         hint = "Both points are right. The third step is not: it adds ε ẑ, with the same mask."
     there = "The points are not θ + ε ẑ and θ − ε ẑ. In ẑ = m ⊙ z, m is the mask of θ itself."
-    if torch.equal(plus, minus):
-        there = "`probe` must return three tensors, not one that is written three times."
+    if len({point.data_ptr() for point in (plus, minus, after)}) < 3:
+        there = "`probe` must return three tensors. Here a later point was written over an earlier."
     return [
         lab.fact("share of the mask that +ε ẑ pushes out", left),
         lab.fact("the same by calculus", left_by_theory()),
@@ -88,7 +91,7 @@ def numbers(found):
 
 
 def picture(found, figure):
-    theta, h, z, plus, minus, after, inside = found
+    theta, h, _, (*_, after), inside = found
     left, right = figure.subplots(1, 2)
     mask = theta.abs() <= h
     left.plot(theta[mask][::10].tolist(), ((after - theta)[mask][::10] / EPS).tolist(), ".", ms=3)

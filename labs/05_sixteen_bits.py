@@ -2,7 +2,8 @@
 
 [S]'s Algorithms 1 and 2 add to the weights in place, three times. In 16 bits each sum is rounded.
 So the weights do not come back. They drift from step to step. [S] §3.3 has another way: θ is never
-written, and the forward pass computes with θ + ε ẑ. Change `probe` so that not a bit of θ changes.
+written, and the forward pass computes with θ + ε ẑ. Change `probe` so that nothing is ever written
+into θ, not even to put it back.
 
 Then choose ε. A forward pass in bf16 rounds what one layer hands to the next. So each loss has an
 error. The step divides it by 2ε, and a larger ε leaves less of it. But a loss is straight only near
@@ -38,7 +39,9 @@ def probe(theta, loss, z, eps):
 
 
 def in_16_bits(dtype):
-    """(share of weights that one probe changes, drift after each probe, slopes over true slope)."""
+    """(how often one probe writes into θ, share of weights that it changes, drift after each probe,
+    slopes over true slope).
+    """
     start = (0.02 * zo.gaussian(5, 0, (N,))).to(dtype)
     slope = zo.gaussian(5, 1, (N,))  # the loss is linear
     loss = lambda at: float(slope @ at.float())  # noqa: E731
@@ -50,7 +53,8 @@ def in_16_bits(dtype):
         changed.append(float((theta != start).float().mean()))
         drift.append(float((theta.float() - start.float()).norm() / start.float().norm()))
     *seen, true = torch.tensor(slopes).T
-    return changed[0], drift, [float(true @ half / (true @ true)) for half in seen]
+    over_true = [float(true @ half / (true @ true)) for half in seen]
+    return theta._version / CYCLES, changed[0], drift, over_true
 
 
 def here():
@@ -91,8 +95,9 @@ def numbers(found):
     runs, ours, _, correlation = found
     listed, hint = [], "θ is written, and rounded. Let `loss` read a new tensor instead."
     there = "The two losses must still be those at θ + ε z and θ − ε z."
-    for name, (changed, drift, slopes) in runs.items():
+    for name, (written, changed, drift, slopes) in runs.items():
         listed += [
+            lab.near(f"{name}: writes into θ of one probe", written, 0, 0, hint),
             lab.near(f"{name}: weights changed by one probe", changed, 0, 0, hint),
             lab.near(f"{name}: drift after 1,000 probes, of ‖θ‖", drift[-1], 0, 0, hint),
             lab.near(f"{name}: slope to θ + ε z over true slope", slopes[0], 1, 0.05, there),
@@ -108,7 +113,7 @@ def numbers(found):
 def picture(found, figure):
     runs, _, curve, correlation = found
     left, right = figure.subplots(1, 2)
-    for name, (_, drift, _) in runs.items():
+    for name, (*_, drift, _) in runs.items():
         left.plot([100 * x for x in drift], label=name)
     left.set(xlabel="probes, without an update", ylabel="drift, % of ‖θ‖", ylim=(-0.5, 14))
     left.legend()

@@ -91,7 +91,8 @@ def numbers(found):
     hint = f"Your mask holds {c:.2f} of the squared gradient. Let the size of `gradient` choose."
     if c > 0.3:
         hint = f"Your mask holds {c:.2f} of the squared gradient. Try another density."
-        hint += " Is it the size of `gradient` that chooses, whatever its sign?"
+        hint += " Is it the size of `gradient` that chooses, whatever its sign,"
+        hint += " and the same share of each tensor?"
     if c > 0.3 and k < 2000:
         hint = f"{k} of the steepest weights are too few. Let more of them move."
     listed[-1] = lab.at_most(what, listed[-1].yours, 0.05, hint)

@@ -25,7 +25,7 @@ ALL_EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
 def split(weight, places):
-    """(codes, scales, values): `values` are those at `places`, the rest is in four bits.
+    """(codes, scales, values): `values` are those at `places`, `nf4_encode` makes the rest.
 
     `weight` is flat, (n,) fp32, and a copy of your own.
     """
@@ -72,7 +72,8 @@ def measure():
     meant[places] = weight[places]
     leaf = meant.double().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-    if not isinstance(found := split(weight.clone(), places), tuple) or len(found) != 3:
+    found = split(weight.clone(), places)
+    if not isinstance(found, (tuple, list)) or len(found) != 3:
         raise SystemExit("Not yet. `split` must return codes, scales and values.")
     codes, scales, values = found
     lab.tensor("split, as values,", values, (K,), torch.float32)

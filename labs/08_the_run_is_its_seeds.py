@@ -70,7 +70,7 @@ def measure():
     for t in range(STEPS):
         seed, words = zo.step_seed(8, t), batch(t)
         sent = [message(one, seed, words[:5]), message(two, seed, words[5:])]
-        both, others = common(sent), common(sent[::-1])
+        both, others = (common([m.copy() for m in order]) for order in (sent, sent[::-1]))
         *totals, count = message(one, seed, words)
         error = max(error, *(abs(a - b / count) for a, b in zip(both, totals, strict=True)))
         step(one, seed, both), step(two, seed, others)
@@ -78,7 +78,7 @@ def measure():
         log.append(step(alone, seed, [total / count for total in totals]))
         path.append(weights(alone))
     update = fresh.update
-    fresh.update = lambda *pair: (update(*pair), rebuilt.append(weights(fresh)))
+    fresh.update = lambda seed, a: (update(seed, a), rebuilt.append(weights(fresh)))
     rebuild(fresh, log)
     return log, path, rebuilt, weights(one) - weights(two), error
 

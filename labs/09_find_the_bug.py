@@ -88,12 +88,14 @@ def picture(found, figure):
 
 if __name__ == "__main__":
     parser = lab.flags()
-    parser.add_argument("--draw", type=int, default=1, help=f"from 1 to {len(BUGS)}")
+    parser.add_argument("--draw", type=int, help=f"from 1 to {len(BUGS)}; default 1")
     parser.add_argument("--answer", default="", help="file:line, such as zo.py:123")
     args = parser.parse_args()
-    DRAW, ANSWER = args.draw, args.answer
+    DRAW, ANSWER = args.draw or 1, args.answer
     if not 1 <= DRAW <= len(BUGS):
         parser.error(f"--draw {DRAW}: there are draws 1 to {len(BUGS)}")
     if ANSWER and not re.fullmatch(rf"({'|'.join(four_ways.SOUND)})\.py:\d+", ANSWER):
         parser.error(f"--answer {ANSWER}: one line, such as zo.py:123 (this does not count)")
+    if ANSWER and (args.solved or args.draw is None):
+        parser.error(f"--answer {ANSWER} goes with --draw, and not with --solved")
     lab.main(args.solved)

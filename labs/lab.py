@@ -118,7 +118,7 @@ def judge(module) -> int:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if Path(f.filename).name == Path(module.__file__).name]
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        sys.exit(f"Not yet. Line {lines[-1]} cannot go on with what your code returned ({why}).")
+        sys.exit(f"Not yet. Line {lines[-1]} cannot go on with what your code did ({why}).")
     code = report(module.__doc__.splitlines()[0], numbers)
     path = PICTURES / f"{Path(module.__file__).stem}.png"
     save(path, module.picture, found)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import masks
 import quant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -93,7 +94,9 @@ WRONG = [  # (lab, function, a classic mistake, words of the sentence that helps
     ("01", "estimate", lambda f, t, z, e: (f(t - e * z) - f(t + e * z)) / (2 * e) * z, "downhill"),
     ("01", "estimate", lambda f, t, z, e: (f(t + e * z) - f(t)) / e * z, "both sides"),
     ("02", "rate", lambda d_hat: 1 / (d_hat + 4), "right for 32 weights"),
+    ("02", "gain", lambda k, c, d: c * d / (k + 2), "then d and 1 in their place"),
     ("03", "get_mask", lambda theta, h: theta.abs() < h, "the one at |θ| = h"),
+    ("03", "get_mask", lambda theta, h: theta.abs_() <= h, "wrote into θ"),
     ("03", "pack", lambda m: (m.view(-1, 8) * 2 ** lab.torch.arange(7, -1, -1)).sum(1).byte(),
      "lowest"),
     ("03", "pack", lambda m: m.view(-1, 8).float() @ 2.0 ** lab.torch.arange(8), "end in uint8"),
@@ -102,6 +105,13 @@ WRONG = [  # (lab, function, a classic mistake, words of the sentence that helps
     ("04", "probe",
      lambda t, h, z, e: [t.add_(a * s) for s in [e * (t.abs() <= h) * z] for a in (1, -2, 1)],
      "three tensors"),
+    ("04", "probe",
+     lambda t, h, z, e: (t + (s := e * (t.abs() <= h) * z), m := t - s, m.add_(s)),
+     "written over"),
+    ("05", "probe",
+     lambda t, f, z, e: [(old := t.clone()), f(t.add_(e * z)), f(t.sub_(2 * e * z)),
+                         t.copy_(old)][1:3],
+     "a new tensor"),
     ("05", "probe", lambda t, f, z, e: (f(t + 2 * e * z), f(t)), "θ − ε z"),
     ("07", "split", lambda w, p: (*quant.nf4_encode(w), w[p] * 0), "Take them"),
     ("08", "rebuild", lambda patch, log: [patch.update(*step) for step in log[::-1]], "in order"),
@@ -109,6 +119,33 @@ WRONG = [  # (lab, function, a classic mistake, words of the sentence that helps
     ("08", "common", lambda s: [sum(m[i] / m[2] for m in s) / len(s) for i in (0, 1)],
      "sum of counts"),
 ]  # fmt: skip
+
+
+def into_the_first(messages):
+    """All messages, added up in the first one."""
+    for i in range(3):
+        messages[0][i] += messages[1][i]
+    total_plus, total_minus, count = messages[0]
+    return total_plus / count, total_minus / count
+
+
+RIGHT = [  # (lab, function, an answer that is none of the solutions)
+    ("01", "estimate", lambda f, t, z, e: (f(t + z.mul_(e)) - f(t - z)) / (2 * e) * z / e),
+    ("04", "probe", lambda t, h, z, e: (t + z.mul_(e * (t.abs() <= h)), t - z, t)),
+    ("07", "split", lambda w, p: [*quant.nf4_encode(w.index_fill(0, p, 0)), w[p]]),
+    ("08", "rebuild", lambda patch, log: [patch.update(seed=s, a=a) for s, a in log]),
+    ("08", "common", into_the_first),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number, function, answer", RIGHT)
+def test_a_right_answer_of_another_form_passes(number, function, answer, capsys):
+    """What is lent may be written to, a tuple may be a list, and arguments may be named."""
+    (path,) = (path for path in LABS if path.name.startswith(number))
+    module = lab.load(path)
+    lab.solve(module)
+    setattr(module, function, answer)
+    assert judged(module, capsys) == (0, "All numbers are met.")
 
 
 @pytest.mark.parametrize("number, function, mistake, words", WRONG)
@@ -123,11 +160,15 @@ def test_a_classic_mistake_gets_its_own_sentence(number, function, mistake, word
 
 
 def test_an_answer_of_another_shape_is_told_its_shape():
-    """Who returns the slope alone is told which shape is wanted."""
+    """Who returns the slope alone, or nothing, is told which shape is wanted."""
     module = lab.load(LABS[0])
     module.estimate = lambda loss, theta, z, eps: loss(theta)
     with pytest.raises(SystemExit, match=r"estimate must return a tensor of shape \(10,\)"):
         module.measure()
+    rule = masks.Everything()
+    rule.prepare = lambda weight, stream: None
+    with pytest.raises(SystemExit, match=r"prepare must return .* torch.bool. It returned None"):
+        race.run(TINY(), {"yours": rule})
 
 
 @pytest.mark.parametrize(
@@ -200,11 +241,16 @@ def test_lab_9_keeps_the_score_of_first_answers(monkeypatch):
 
 @pytest.mark.parametrize(
     "path, flags, code",
-    [(LABS[2], [], 1), (LABS[2], ["--solved"], 0), (LABS[8], ["--answer", "zo:123"], 2)],
-    ids=["as it is", "solved", "an answer that is no line"],
+    [
+        (LABS[2], [], 1),
+        (LABS[2], ["--solved"], 0),
+        (LABS[8], ["--answer", "zo:123"], 2),
+        (LABS[8], ["--answer", "zo.py:123"], 2),
+    ],
+    ids=["as it is", "solved", "an answer that is no line", "an answer to no draw"],
 )
 def test_the_command_ends_with_its_verdict(path, flags, code, tmp_path, monkeypatch):
-    """A lab ends with 1 as it is and with 0 when solved; an answer that is no line is refused."""
+    """A lab ends with 1 as it is and with 0 when solved; what is no answer to a draw is refused."""
     if "--solved" in flags:  # one is started as a reader starts it, from another folder
         ended = subprocess.run([sys.executable, path, *flags], cwd=tmp_path, capture_output=True)
         assert ended.returncode == code
