@@ -11,7 +11,7 @@ How it works
     Algorithm 1 writes +ε ẑ, −2ε ẑ and +ε ẑ into the weights. Here a probe writes nothing. Every
     parameter that moves gets a `PerturbedWeight`, and `self.weight` of its layer becomes a property
     that asks it (quant.read_as). It answers θ while no probe is open, and θ + a m(θ)⊙z while one
-    is, with a = +ε or −ε. The layer computes with the answer and drops it.
+    is, with a = +ε or −ε. The layer computes with the answer.
 
     So the mask of S-MeZO is made anew in every probe, from the θ_t that no probe touches, and again
     in the update. It is not stored, and cannot come from a perturbed weight.
@@ -55,7 +55,7 @@ class PerturbedWeight:
     def __init__(self, patch: "Patch", name: str, theta: Tensor, stream: int, owners: list):
         self.patch, self.name, self.stream = patch, name, stream
         self.owners = owners  # [(module, its name there)]; a tied weight has several
-        self.layer = name.rpartition(".")[0]  # its path; of a tied weight, the first owner's
+        self.layer = name.rpartition(".")[0]  # the path of its (first) owner
         self.parameter, self.shape = theta, theta.shape
         self.views = zo.Halves(theta)
         self.word = zo.word(stream)

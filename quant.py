@@ -14,9 +14,9 @@ How it works
     Every matrix of the index gets its `Parts`. When a layer asks for its weight, `Parts` makes the
     dense matrix, puts its slice of `values` into the moving places and answers with that. While a
     probe is open, `values` reads as values ± ε z (model_patch.py). With bits=4 the dense matrix is
-    decoded from its codes, with bits=16 it is a copy of the parameter as it was loaded. That is the
-    only difference between the two. Embeddings, head, norms, biases, and matrices that the index
-    lacks stay as they were loaded. So do, with NF4, matrices whose size is no multiple of 64.
+    decoded from its codes, with bits=16 it is a copy of the parameter as it was loaded. 4 and
+    16 bits differ in nothing else. Embeddings, head, norms, biases, and matrices that the index
+    lacks stay as they were loaded. With NF4, so do matrices whose size is no multiple of 64.
 
     The k values are taken out before quantisation. NF4 sees a 0 in their places, and k-means gives
     them weight 0. So a large value neither stretches its block's scale nor takes a level of its

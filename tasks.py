@@ -5,7 +5,7 @@
     classification      −log softmax(score)[label]                   `classification_loss`
     language modelling  −mean over the batch's right tokens, log p   `lm_loss`, COPA and WinoGrande
     prediction          argmax_c score_c                             `correct`, `tally`
-    perplexity          exp of that loss over all examples           `tally`, where C = 1
+    perplexity          exp of `lm_loss` over all examples           `tally`, where C = 1
     text                −mean over a window's tokens, log p          `text_losses`, for [Q]'s mask
 
     [S]   Sparse-MeZO: appendix B, Table 5 (prompts); 1,000 training and 1,000 test examples
@@ -19,7 +19,7 @@ How it works
     one row per task; a new task is a new row. Rows of your own need no task (harness/dataset.py).
 
     An example with one option is a completion: of a prompt, of a conversation, or of a text's first
-    token. All else follows from that. Its loss is `lm_loss`, and its score is perplexity.
+    token. Its loss is `lm_loss`, and its score is perplexity.
 
     A task whose answers are the same in every row is classification. Where rows bring options of
     their own, it is trained with `lm_loss` on the right one, as MeZO trains COPA. Which loss [Q]
@@ -37,7 +37,7 @@ What it costs
     Texts that fit into one row share it, and the attention mask keeps them apart (`pack_rows`).
     MeZO pads every text to the longest; of 16 sentences of SST-2 two thirds are padding. Options
     with equal inputs are one text: where each is one token (Yes, No), that is one text per example.
-    Neither changes the numbers.
+    But for rounding, neither changes the numbers.
 
     Only positions that predict an option token become logits (`Batch.keep`), equally many per row.
     16 prompts of 256 tokens give [16, 1, 32000] logits, 1 MB in fp16, not 262 MB.

@@ -16,13 +16,13 @@
         StepLog.append            the line in steps.csv; now the step is done
 
 `rule` says which weights move in MeZO and [S]. `sensitive_mask` is m of [Q], found once and kept in
-a file of the run. `replay` makes θ_t of θ_0 and the log, as a finished step is (seed, a).
+a file of the run. `replay` rebuilds θ_t of θ_0 and the log: a finished step is (seed, a).
 In [Q] a layer asks its quant.Parts instead. All Parts read one PerturbedWeight of k values, which
 is drawn once a probe.
 
 A run directory holds config.json, steps.csv, result.json, curve.png and [Q]'s mask.safetensors.
 steps.csv is the checkpoint (harness/log.py): --resume rebuilds the weights from it, to the bit on
-the same machine, and takes the last logged step again. It ends with an error if that step, or the
+the same machine, and takes the last logged step again. --resume fails if that step, or the
 training or validation examples, are not those of before, or if a line was edited.
 
 `torchrun --nproc_per_node N train.py …` shares the batch among N workers (harness/workers.py).
@@ -194,7 +194,7 @@ def replay(config: Config, patch, data, logged: list[log.Step], run, after: int)
     for reader in patch.patched.values():
         reader.was_read = True  # all were, before step 1; this one batch may miss an expert
     for step in logged[:checked]:
-        before, found = step.step - 1, step[3:5]
+        before, found = step.step - 1, (step.loss_plus, step.loss_minus)
         seed = zo.step_seed(config.seed, before)
         if None in found or repr(step_of(config, before, seed, *found)[:5]) != repr(step[:5]):
             raise ValueError(

@@ -103,7 +103,7 @@ def sparse_mezo_step(theta: list[Tensor], loss, get_masks, *, lr: float, eps: fl
 # One draw makes two normals. Of n elements, draw i gives element i (r cos φ) and element i + ⌈n/2⌉
 # (r sin φ).
 
-MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements: of one tensor; all are 32 bits
+MAX_RUN_SEED = MAX_STEP = MAX_ELEMENTS = 1 << 31  # elements are of one tensor
 MASK_STREAM = 1 << 30  # streams from here on belong to random masks, those below to noise
 ROTATIONS, PARITY = (13, 15, 26, 6, 17, 29, 16, 24), 0x1BD11BDA  # Threefry-2x32's constants
 
@@ -158,7 +158,7 @@ def minus_two_log(u: Tensor) -> Tensor:
     It is never 0, but 2e-30 at u = 1, so that x · rsqrt(x) is not 0 · ∞.
     """
     bits = u.view(torch.int32)
-    exponent = bits - 0x3F3504F3 & -(1 << 23)  # e · 2²³, so that m is between √½ and √2
+    exponent = bits - 0x3F3504F3 & -(1 << 23)  # e · 2²³; √½ has these bits, so √½ ≤ m < √2
     m = (bits - exponent).view(torch.float32)
     log_m = [-1e-30, 0.99999982, -0.50000668, 0.33336183, -0.24959342, 0.19873036, -0.17333479,
              0.16420068, -0.10102291]  # fmt: skip

@@ -10,7 +10,7 @@ begins at θ_0, as B is 0. A prefix begins, as MeZO's, with the keys and values 
 
 "Sparse-MeZO can indeed be integrated with LoRA by applying the masking mechanism to the weight
 matrices: θ = θ_0 + m ⊙ (AB)", [S] told a reviewer. [S] did not say what m is made from. Here m is
-S-MeZO's mask of θ_0. As θ_0 stands still, so does m. Each read rounds the weight to θ_0's dtype.
+S-MeZO's mask of θ_0. As θ_0 stands still, so does m. A layer reads θ rounded to θ_0's dtype.
 """
 
 import warnings

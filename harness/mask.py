@@ -7,7 +7,7 @@ Scoring 7B takes 40 GB where training takes 5, so it is often done on another ma
 calls `make`, too, where no --mask is given. Kinds beside "sensitive" are for comparison.
 
 With --quantiser kmeans the file also holds the weights in 4 bits (quant.py). They stay in host
-memory until it is written, and for that are there twice.
+memory until it is written, and writing doubles them.
 
 The file is in safetensors format. Under each matrix's name it holds the flat positions of the
 weights that move, as int32. It holds no trained values: the model and a run's log rebuild those.
