@@ -30,7 +30,6 @@ training or validation examples, are not those of before, or if a line was edite
 
 import json
 import math
-import os
 import shlex
 import shutil
 import time
@@ -153,7 +152,8 @@ def sensitive_mask(config: Config, run: Path, data: dataset.Data) -> mask.MaskFi
     path = run / "mask.safetensors"
     if workers.RANK == 0 and not path.exists():
         if config.mask is not None:  # an own copy: the run is whole without the file
-            os.replace(shutil.copy(config.mask, f"{path}.tmp"), path)
+            with configs.whole(path) as beside:
+                shutil.copy(config.mask, beside)
         else:
             mask.make(config, path, data)
             loading.restart_peak()  # the scored model goes
@@ -250,7 +250,7 @@ def prepare(config: Config, run: Path | None = None) -> tuple:
     sources = {} if config.max_length == asked else {"max_length": "all that the model has"}
     if config.adapter:
         adapter.check(config, loading.skeleton(model_config, config.trust_remote_code))
-    own = run and run / "mask.safetensors"
+    own = run / "mask.safetensors" if run and config.method == "senszoq" else None
     path = own if own and own.exists() else config.mask  # a run has its own copy
     if path:  # a mask of another model is found before this one is loaded
         density = mask.density_of(path, config, model_config)
@@ -396,12 +396,16 @@ def advise(config: Config, record: log.StepLog) -> None:
     if rise := record.rise():
         print(f"the training loss rose from {rise[0]:.3g} to {rise[1]:.3g}: try a lower --lr")
     if skipped := record.skipped():
-        print(f"{skipped} steps moved nothing, as a loss was not finite: try a lower --lr")
-    if flat := sum(step.a == 0 for step in record.steps):
+        print(f"{skipped} steps moved nothing, as a loss was not finite: try a lower --lr or --eps")
+    still = [step for step in record.steps if step.a == 0]
+    if flat := sum(step.loss_plus == step.loss_minus for step in still):
         print(
             f"{flat} steps moved nothing, as l⁺ and l⁻ were the same number: --eps {config.eps} is "
-            "too small for this dtype, or too high a rate broke the weights (try a lower --lr)"
+            "too small for this dtype or far too high, or too high a rate broke the weights (try a "
+            "lower --lr)"
         )
+    if small := len(still) - flat:
+        print(f"{small} steps moved nothing, as η · proj_grad was too small: try a higher --lr")
 
 
 def write_result(run: Path, result: dict) -> None:

@@ -39,6 +39,10 @@ def check(config, shapes: nn.Module) -> None:
     """ValueError where a model has no place for the adapter. `shapes`: it without its weights."""
     if config.adapter == "lora" and (layer := lacks(shapes)):
         raise ValueError(f"--adapter lora: {config.model} has no {layer} for it; use prefix")
+    if config.method == "s-mezo" and config.density:
+        named = shapes.named_modules()
+        wanted = [m.weight for n, m in named if n.rpartition(".")[2] in LORA["target_modules"]]
+        masks.check_moves(config.density, wanted)
     for name, module in shapes.named_modules() if config.bits == 4 else ():
         # bitsandbytes' CPU kernels would unpack them wrongly
         if isinstance(module, nn.Linear) and module.in_features % quant.BLOCK:

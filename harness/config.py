@@ -504,11 +504,20 @@ def check_new(path: Path) -> None:
     path.unlink()
 
 
-def write_json(path: Path, value) -> None:
-    """Whole or not at all: written beside, synced and renamed."""
+@contextmanager
+def whole(path: Path):
+    """A path beside it: what is written there takes its place, whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w") as file:
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:  # such as a full disk
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all, and synced."""
+    with whole(path) as beside, open(beside, "w") as file:
         file.write(json.dumps(value, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -17,7 +17,6 @@ loaded, and `check_values` while it is.
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,10 +142,10 @@ def save(path, index: dict, weights: dict, provenance: dict, codebooks: dict | N
         matrices[name]["bits"] = _bits(weights[name])
         tensors |= zip(_fitted(name), fitted, strict=True)
     about = {"provenance": provenance, "matrices": matrices}
-    new = Path(f"{path}.tmp")
-    # `save_file` would let nobody else read it, whatever the umask
-    new.write_bytes(to_bytes(tensors, {key: json.dumps(value) for key, value in about.items()}))
-    os.replace(new, path)
+    with configs.whole(Path(path)) as beside:
+        # `save_file` would let nobody else read it, whatever the umask
+        text = {key: json.dumps(value) for key, value in about.items()}
+        beside.write_bytes(to_bytes(tensors, text))
 
 
 class MaskFile(NamedTuple):

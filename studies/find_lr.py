@@ -48,8 +48,10 @@ def short_run(config: Config, patch, data, steps: int, bar) -> list[float]:
     return losses
 
 
-def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dict[float, float]:
-    """{rate: mean loss of the last third of a short run}, from the same weights each time."""
+def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> tuple:
+    """{rate: mean loss of the last third of a short run}, from the same weights each time; and the
+    loss of their common first step.
+    """
     config, data = train.prepare(config)
     patch = train.open_patch(config, run, data)
     rates = sorted(rates or [config.lr * 10 ** (half / 2) for half in HALF_DECADES])
@@ -65,24 +67,24 @@ def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> dic
                 theta.copy_(kept)
             for weight in patch.weights:  # thresholds that --refresh-every took again
                 weight.state = patch.rule.prepare(weight.theta, weight.stream)
-    return found
+    return found, losses[0]
 
 
-def advice(found: dict[float, float]) -> tuple[float, float]:
+def advice(found: dict[float, float], before: float) -> tuple[float, float]:
     """(the best rate, the largest safe one). The smallest rate stands for not moving at all.
 
     A rate is safe if the loss did not rise there, nor at any smaller rate: a broken model can have
-    any loss.
+    any loss. ValueError where it rose at the smallest rate, far above `before`.
     """
     base = found[min(found)]
+    if not base <= max(1.5 * before, before + 0.1):  # or NaN
+        raise ValueError(
+            f"at the smallest rate the loss rose from {before:.3g} to {base:.3g}, was no number, "
+            "or l⁺ and l⁻ were equal: give lower --rates, or a larger --eps"
+        )
     allowed = base + 0.02 * abs(base)
     first = min((rate for rate in found if not found[rate] <= allowed), default=math.inf)  # or NaN
     safe = [rate for rate in found if rate < first]
-    if not safe:
-        raise ValueError(
-            "at the smallest rate a loss was no number, or l⁺ and l⁻ were equal: give lower "
-            "--rates, or a larger --eps"
-        )
     return min(safe, key=found.get), max(safe)
 
 
@@ -99,14 +101,15 @@ def main(argv=None) -> None:
         config = configs.complete(Config(**given))
         run = configs.new_run(config, "rates")
         try:
-            found = find(config, rates, short, run)
-            best, safe = advice(found)
+            found, before = find(config, rates, short, run)
+            best, safe = advice(found, before)
         finally:
             log.forget_unbegun(run, copied=config.mask is not None)
         print(f"{len(found)} runs of {short} steps: the largest safe rate is {safe:.2g}")
         print(f"try --lr {best:.2g}, the best, or a third of it for long runs")
-        if best == max(found):
-            print("  it is the highest that was tried: --rates can go on from there")
+        for end, rate in (("highest", max(found)), ("lowest", min(found))):
+            if best == rate:
+                print(f"  it is the {end} that was tried: --rates can go on from there")
         print(f"{run}/ holds rates.json")
 
 

@@ -272,6 +272,7 @@ BAD = {  # what the user types: what the one line must say
     "--adapter=lora --method=mezo --select=q_proj": "--select is for --method mezo, s-mezo, r-mezo",
     "--adapter=lora --method=mezo --rounding=nearest": "--rounding is for --method mezo, s-mezo",
     "--adapter=lora --method=mezo --density=0.5": "mezo moves all weights",
+    "--adapter=lora --method=s-mezo --density=1e-6": "nothing moves",
     "--adapter=lora --method=mezo --text=x": "is for --method senszoq, not for mezo --adapter lora",
     "--adapter=lora --method=mezo --bits=4 --eps=1": "no whole blocks of 64",
     "--adapter=lora --method=mezo --eps=0": "above 0 and finite",

@@ -282,7 +282,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     """A mask is replaced by a complete one or not at all."""
     model, index, path = saved
     before = path.read_bytes()
-    monkeypatch.setattr(mask.os, "replace", lambda *_: 1 / 0)
+    monkeypatch.setattr(configs.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mask.save(path, {n: i[:1] for n, i in index.items()}, masks.decoder_linears(model), {})
     assert path.read_bytes() == before

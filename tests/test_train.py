@@ -1,5 +1,6 @@
 """train.py and eval.py: what a run writes, what it comes back from, and what is refused."""
 
+import contextlib
 import json
 import math
 import os
@@ -336,6 +337,40 @@ def test_a_line_that_the_disk_has_no_room_for_ends_the_run(ready):
     with pytest.raises(OSError, match="the disk is full"):
         steps.append(steps.steps[-1]._replace(step=9))
     assert len(log.StepLog(ready).steps) == 8
+
+
+@pytest.mark.parametrize("content", ["whole", "torn"])
+def test_a_file_is_whole_or_as_it_was(content, tmp_path):
+    """What is written takes a file's place when it is complete; else nothing is left of it."""
+    (path := tmp_path / "f.json").write_text("before")
+    with pytest.raises(OSError) if content == "torn" else contextlib.nullcontext():
+        with configs.whole(path) as beside:
+            beside.write_text(content)
+            if content == "torn":
+                raise OSError("the disk is full")
+    assert path.read_text() == ("before" if content == "torn" else content)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_run_of_q_reads_a_mask_in_its_folder(ready):
+    """A mask that lies in a run of S-MeZO says nothing of its density."""
+    (ready / "mask.safetensors").write_text("no mask")
+    train.main([f"--resume={ready}"])
+
+
+@pytest.mark.parametrize(
+    "a, plus, minus, advice",
+    [(0.0, 1.0, 1.0, "--eps 0.001 is too small for this dtype or far too high"),
+     (0.0, 1.0, 1.1, "η · proj_grad was too small: try a higher --lr"),
+     (math.nan, math.inf, math.inf, "a loss was not finite: try a lower --lr or --eps")],
+)  # fmt: skip
+def test_steps_that_move_nothing_say_why(a, plus, minus, advice, capsys):
+    """Equal losses, an update that fp32 rounds to 0 and a loss that overflows are told apart."""
+    record = log.StepLog(None)
+    record.append(log.Step(1, 0, a, plus, minus))
+    train.advise(configs.Config(eps=1e-3), record)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("1 steps moved nothing, as ") and advice in line
 
 
 def test_a_run_keeps_the_dtype_that_it_took(ready):

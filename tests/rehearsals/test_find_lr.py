@@ -59,11 +59,12 @@ def test_a_rate_that_breaks_the_weights_has_no_loss(folder, tmp_path, capsys):
 def test_advice_is_about_numbers(folder, tmp_path, capsys):
     """The best has the lowest loss; above the largest safe rate it rose, or was no number."""
     found = {1e-3: 1.0, 1e-2: 0.5, 1e-1: 0.9, 1.0: 3.0, 10.0: float("nan")}
-    assert find_lr.advice(found) == (1e-2, 1e-1)
+    assert find_lr.advice(found, 1.0) == (1e-2, 1e-1)
     broken = {1e-3: 1.0, 1e-2: 2.0, 1.0: 0.5}  # a loss below the first, of a model that is broken
-    assert find_lr.advice(broken) == (1e-3, 1e-3)
-    with pytest.raises(ValueError, match="lower --rates"):
-        find_lr.advice({1.0: float("nan")})
+    assert find_lr.advice(broken, 1.0) == (1e-3, 1e-3)
+    for rates in ({1.0: float("nan")}, {1.0: 4.4, 3.0: 8.6}):  # the smallest breaks it already
+        with pytest.raises(ValueError, match="lower --rates"):
+            find_lr.advice(rates, 0.5)
     for bad in ("--rates=a", "--rates=0", "--short=0", "--short=2", "--short=3 --steps=9"):
         assert bad.split("=")[0] in refused(
             find_lr.main, arguments(folder, tmp_path / "r", *bad.split()), capsys
