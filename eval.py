@@ -6,10 +6,9 @@
     python eval.py --run runs/… --step last --save DIR       its last, as a Hugging Face checkpoint
     python eval.py --run runs/… --generate 5                 and how it continues 5 prompts
 
-An example counts as right when the right option has the highest mean log-probability (tasks.py);
-of k that are equal, each is right by 1/k.
-Accuracies come with their standard error, √(p (1 − p) / n), and n. Completions are scored by their
-perplexity.
+An example counts as right when the right option has the highest mean log-probability (tasks.py). Of
+k options that share it, each is right by 1/k. Accuracies come with their standard error,
+√(p (1 − p) / n), and n. Completions are scored by their perplexity.
 
 A run is rebuilt from its log as train.py --resume rebuilds it (harness/log.py), without a forward
 pass but for the last step, which is taken again as a check.

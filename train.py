@@ -16,7 +16,7 @@
         StepLog.append            the line in steps.csv; now the step is done
 
 `rule` says which weights move in MeZO and [S]. `sensitive_mask` is m of [Q], found once and kept in
-a file of the run. `replay` rebuilds θ_t of θ_0 and the log: a finished step is (seed, a).
+a file of the run. `replay` rebuilds θ_t from θ_0 and the log: a finished step is (seed, a).
 In [Q] a layer asks its quant.Parts instead. All Parts read one PerturbedWeight of k values, which
 is drawn once a probe.
 

@@ -127,9 +127,14 @@ class StepLog:
         """The first loss and the mean of the last tenth, if that is 1.5 times as high, or None."""
         losses = [s.loss for s in self.steps if math.isfinite(s.a)]
         last = losses[-max(1, len(losses) // 10) :]
-        if not losses or sum(last) / len(last) <= max(1.5 * losses[0], losses[0] + 0.1):
+        if not losses or not has_risen(losses[0], sum(last) / len(last)):
             return None
         return losses[0], sum(last) / len(last)
+
+
+def has_risen(first: float, last: float) -> bool:
+    """Is the last loss 1.5 times the first, and 0.1 above it, or no number?"""
+    return not last <= max(1.5 * first, first + 0.1)
 
 
 def lock(file) -> None:

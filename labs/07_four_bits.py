@@ -25,7 +25,7 @@ ALL_EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
 def split(weight, places):
-    """(codes, scales, values): `values` are those at `places`, `nf4_encode` makes the rest.
+    """(codes, scales, values): `values` are those at `places`, `nf4_encode` makes the others.
 
     `weight` is flat, (n,) fp32, and a copy of your own.
     """

@@ -91,7 +91,7 @@ if __name__ == "__main__":
     parser.add_argument("--draw", type=int, help=f"from 1 to {len(BUGS)}; default 1")
     parser.add_argument("--answer", default="", help="file:line, such as zo.py:123")
     args = parser.parse_args()
-    DRAW, ANSWER = args.draw or 1, args.answer
+    DRAW, ANSWER = 1 if args.draw is None else args.draw, args.answer
     if not 1 <= DRAW <= len(BUGS):
         parser.error(f"--draw {DRAW}: there are draws 1 to {len(BUGS)}")
     if ANSWER and not re.fullmatch(rf"({'|'.join(four_ways.SOUND)})\.py:\d+", ANSWER):

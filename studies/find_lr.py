@@ -67,17 +67,17 @@ def find(config: Config, rates: tuple[float, ...], steps: int, run: Path) -> tup
                 theta.copy_(kept)
             for weight in patch.weights:  # thresholds that --refresh-every took again
                 weight.state = patch.rule.prepare(weight.theta, weight.stream)
-    return found, losses[0]
+    return found, losses[0]  # the same at every rate
 
 
 def advice(found: dict[float, float], before: float) -> tuple[float, float]:
     """(the best rate, the largest safe one). The smallest rate stands for not moving at all.
 
     A rate is safe if the loss did not rise there, nor at any smaller rate: a broken model can have
-    any loss. ValueError where it rose at the smallest rate, far above `before`.
+    any loss. `before` is that of the first step: ValueError where the smallest rate's rose from it.
     """
     base = found[min(found)]
-    if not base <= max(1.5 * before, before + 0.1):  # or NaN
+    if log.has_risen(before, base):
         raise ValueError(
             f"at the smallest rate the loss rose from {before:.3g} to {base:.3g}, was no number, "
             "or l⁺ and l⁻ were equal: give lower --rates, or a larger --eps"

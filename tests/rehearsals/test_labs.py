@@ -48,6 +48,15 @@ def judged(module, capsys) -> tuple[int, str]:
     return code, verdict
 
 
+def answered(number: str, function: str, answer):
+    """A lab as solved, but for one function, which is the answer."""
+    (path,) = (path for path in LABS if path.name.startswith(number))
+    module = lab.load(path)
+    lab.solve(module)
+    setattr(module, function, answer)
+    return module
+
+
 def test_there_are_nine():
     """Labs and solutions have the same nine names."""
     assert len(LABS) == 9
@@ -141,20 +150,14 @@ RIGHT = [  # (lab, function, an answer that is none of the solutions)
 @pytest.mark.parametrize("number, function, answer", RIGHT)
 def test_a_right_answer_of_another_form_passes(number, function, answer, capsys):
     """What is lent may be written to, a tuple may be a list, and arguments may be named."""
-    (path,) = (path for path in LABS if path.name.startswith(number))
-    module = lab.load(path)
-    lab.solve(module)
-    setattr(module, function, answer)
+    module = answered(number, function, answer)
     assert judged(module, capsys) == (0, "All numbers are met.")
 
 
 @pytest.mark.parametrize("number, function, mistake, words", WRONG)
 def test_a_classic_mistake_gets_its_own_sentence(number, function, mistake, words, capsys):
     """Who has solved a lab but for one mistake is told which."""
-    (path,) = (path for path in LABS if path.name.startswith(number))
-    module = lab.load(path)
-    lab.solve(module)
-    setattr(module, function, mistake)
+    module = answered(number, function, mistake)
     code, verdict = judged(module, capsys)
     assert code == 1 and words in verdict
 
@@ -197,10 +200,7 @@ BROKEN = [  # (lab, function, an answer that nothing can be computed with)
 @pytest.mark.parametrize("number, function, answer", BROKEN)
 def test_an_answer_of_no_use_is_one_sentence(number, function, answer):
     """Who returns nothing, or what does not fit, is told the line where it ends, and why."""
-    (path,) = (path for path in LABS if path.name.startswith(number))
-    module = lab.load(path)
-    lab.solve(module)
-    setattr(module, function, answer)
+    module = answered(number, function, answer)
     with pytest.raises(
         SystemExit, match=r"^Not yet\. Line \d+ cannot go on .* \(\w+Error: "
     ) as stop:
@@ -246,8 +246,9 @@ def test_lab_9_keeps_the_score_of_first_answers(monkeypatch):
         (LABS[2], ["--solved"], 0),
         (LABS[8], ["--answer", "zo:123"], 2),
         (LABS[8], ["--answer", "zo.py:123"], 2),
+        (LABS[8], ["--draw", "0"], 2),
     ],
-    ids=["as it is", "solved", "an answer that is no line", "an answer to no draw"],
+    ids=["as it is", "solved", "an answer that is no line", "an answer to no draw", "draw 0"],
 )
 def test_the_command_ends_with_its_verdict(path, flags, code, tmp_path, monkeypatch):
     """A lab ends with 1 as it is and with 0 when solved; what is no answer to a draw is refused."""
